@@ -1,0 +1,48 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+extras = {
+    "deepspeed": ["deepspeed>=0.19"],
+    "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
+    "report": ["matplotlib>=3.8"],
+}
+extras["dev"] = extras["report"] + [
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.5",
+    "ruff>=0.5",
+    "types-PyYAML",
+]
+
+setup(
+    name="peft-scl",
+    version="0.1.0.dev0",
+    description="Federated fine-tuning of foundation models with PEFT and TRL: Sequential Compression Layers and more",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["peft_scl", "peft_scl.*", "fed_trainer", "fed_trainer.*"]),
+    package_data={"peft_scl": ["py.typed"], "fed_trainer": ["py.typed"]},
+    # Lower bounds are the oldest versions whose sources were read for the APIs used here. The upper bounds of peft, trl
+    # and transformers stand because a tuner and a trainer subclass rely on their internals (see docs/federation.md).
+    install_requires=[
+        "accelerate>=1.12",
+        "datasets>=4.0",
+        "huggingface-hub>=1.0,<3",
+        "numpy>=1.26",
+        "peft>=0.21,<0.23",
+        "safetensors>=0.5",
+        "torch>=2.6",
+        "tqdm>=4.66",
+        "transformers>=5.20,<6",
+        "trl>=1.16,<2",
+    ],
+    extras_require=extras,
+)
