@@ -1,0 +1,162 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+from peft.utils import PeftType
+from transformers.activations import ACT2FN
+
+
+__all__ = ["SclConfig"]
+
+
+@dataclass
+class SclConfig(PeftConfig):
+    """
+    Configuration of an [`SclModel`]: Sequential Compression Layers (SCL, https://huggingface.co/papers/2412.07021).
+
+    SCL puts a small trainable map *in series* between the first and the second linear map of the transformer FFN. With
+    `h` of size `m` the input of the down projection `W: (d, m)` and `b` its bias, the two variants compute
+
+    - `"bottleneck"`: `y = (W + delta) (h + scaling * B act(A h)) + b` with `A: (r, m)`, `B: (m, r)` and `B = 0` at the
+      start, so that training starts exactly from the base model;
+    - `"compress"`: `y = scaling * B act(A h) + b` with `A: (r, m)`, `B: (d, r)` *instead of* the down projection,
+      started from its best rank-`r` approximation (exact for `r >= rank(W)` and a linear activation).
+
+    The paper leaves shape, activation, bias, initialisation and the choice of layers open; each is a field here.
+    `"compress"` is its literal reading (it has the parameter count of a rank-`r` LoRA).
+
+    Args:
+        r (`int`, *optional*, defaults to `16`):
+            Width of the compression layer. At most `min(m, d)` for `variant="compress"`.
+        variant (`str`, *optional*, defaults to `"bottleneck"`):
+            `"bottleneck"` (residual, in front of the down projection) or `"compress"` (replaces the down projection).
+        activation (`str`, *optional*, defaults to `"linear"`):
+            Activation between `A` and `B`, a key of `transformers.activations.ACT2FN`. Only `"linear"` can be merged into
+            the base weights.
+        scaling (`float`, *optional*, defaults to `1.0`):
+            Factor on the output of `B`, positive. For `"compress"` the start is divided by it, so that it changes the
+            effective learning rate only.
+        scl_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout probability on the input of `A`.
+        scl_bias (`bool`, *optional*, defaults to `False`):
+            Whether `A` and `B` have biases (zero at the start). Merging then needs a down projection with a bias.
+        train_down_proj (`str`, *optional*, defaults to `"low_rank"`):
+            What happens to the down projection behind the bottleneck: `"none"` (frozen), `"low_rank"` (`delta` is a product
+            of rank `down_proj_r`) or `"full"` (`delta` is a dense matrix). The delta is zero at the start and saved with
+            the adapter. Ignored by `"compress"`, which has no down projection left.
+        down_proj_r (`int`, *optional*):
+            Rank of the low-rank delta, defaults to `r`.
+        target_modules (`list[str]` or `str`, *optional*):
+            Names of the down projections: a list matches suffixes, a string is a regular expression. If not given, they
+            are known per architecture, or found by the sizes in the model's config (and reported with a warning).
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Names not to wrap, matched like `target_modules`.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the transformer layers to wrap; all if not given.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the layer list in the model, if it is not recognised; needs `layers_to_transform`.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules to train in full and to save with the adapter, such as a classification head.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            Start as described above. `False` starts every map at random, which is useful for tests only.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Token embeddings to train, as in [`~peft.LoraConfig`].
+
+    Raises:
+        ValueError: For a value outside the ranges above; the message prints it.
+    """
+
+    r: int = field(default=16, metadata={"help": "Width of the compression layer."})
+    variant: Literal["bottleneck", "compress"] = field(
+        default="bottleneck",
+        metadata={
+            "help": "'bottleneck' (residual, in front of the down projection) or 'compress' (replaces the down projection)."
+        },
+    )
+    activation: str = field(
+        default="linear",
+        metadata={"help": "Activation between A and B, a key of transformers' ACT2FN. Only 'linear' can be merged."},
+    )
+    scaling: float = field(default=1.0, metadata={"help": "Positive factor on the output of B."})
+    scl_dropout: float = field(default=0.0, metadata={"help": "Dropout probability on the input of A."})
+    scl_bias: bool = field(default=False, metadata={"help": "Whether A and B have biases (zero at the start)."})
+    train_down_proj: Literal["none", "low_rank", "full"] = field(
+        default="low_rank",
+        metadata={
+            "help": "What happens to the down projection behind the bottleneck: 'none' (frozen), 'low_rank' or 'full' (a "
+            "delta, zero at the start, saved with the adapter). Ignored by 'compress'."
+        },
+    )
+    down_proj_r: int | None = field(
+        default=None, metadata={"help": "Rank of the low-rank delta of the down projection, defaults to r."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the down projections: a list matches suffixes, a string is a regular expression. Found per "
+            "architecture if not given."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names not to wrap, matched like target_modules."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the transformer layers to wrap; all if not given."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the layer list in the model; needs layers_to_transform."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train in full and to save with the adapter."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "Start from the base model (or its best rank-r approximation). False starts at random."},
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Token embeddings to train, as in LoraConfig."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["SCL"]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+        for name in ("r", "down_proj_r"):
+            value = getattr(self, name)
+            if name == "down_proj_r" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
+        _check_choice("variant", self.variant, ("bottleneck", "compress"))
+        _check_choice("train_down_proj", self.train_down_proj, ("none", "low_rank", "full"))
+        if self.activation not in ACT2FN:
+            raise ValueError(f"`activation` should be one of {sorted(ACT2FN)} but the value passed is {self.activation!r}")
+        if not self.scaling > 0:
+            raise ValueError(f"`scaling` should be positive but the value passed is {self.scaling!r}")
+        if not 0 <= self.scl_dropout < 1:
+            raise ValueError(f"`scl_dropout` should be in [0, 1) but the value passed is {self.scl_dropout!r}")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether the adapter folds into the base weights: a linear activation does, any other does not."""
+        return self.activation == "linear"
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` should be one of {list(choices)} but the value passed is {value!r}")
