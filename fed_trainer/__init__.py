@@ -1,0 +1,31 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Federated fine-tuning of adapters with the trainers of TRL and transformers."""
+
+from .aggregation import ClientUpdate
+from .config import FederatedConfig
+from .partition import (
+    dirichlet_partition,
+    iid_partition,
+    natural_partition,
+    partition_counts,
+    partition_summary,
+    pathological_partition,
+    quantity_skew_partition,
+)
+from .trainer import FederatedMixin, FederatedTrainer
+
+
+__all__ = [
+    "ClientUpdate",
+    "FederatedConfig",
+    "FederatedMixin",
+    "FederatedTrainer",
+    "dirichlet_partition",
+    "iid_partition",
+    "natural_partition",
+    "partition_counts",
+    "partition_summary",
+    "pathological_partition",
+    "quantity_skew_partition",
+]

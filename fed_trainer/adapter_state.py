@@ -1,0 +1,146 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The small dictionary of tensors that travels: read from a live model, written to it, and checked."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from torch import nn
+
+
+__all__ = ["AdapterState", "LiveAdapter", "base_digest", "check_same_layout", "state_bytes", "subtract"]
+
+
+AdapterState = dict[str, torch.Tensor]  # on CPU, contiguous, keyed as PEFT saves it
+
+
+class LiveAdapter:
+    """
+    The active adapter of a model as an [`AdapterState`], read and written in place.
+
+    The parameters behind the keys are looked up once; the model, a DDP wrapper around it and the optimiser go on holding
+    the same objects.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            A model with exactly one active adapter.
+
+    Raises:
+        ValueError: If several adapters are active, or a saved tensor is not a parameter or buffer of the model.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        active = model.active_adapters
+        if len(active) != 1:
+            raise ValueError(
+                f"The adapters {active} are active, but a federation trains one adapter. Call `set_adapter` with one name."
+            )
+        owners = {tensor.data_ptr(): tensor for tensor in [*model.buffers(), *model.parameters()]}
+        saved = get_peft_model_state_dict(model, adapter_name=active[0])
+        self._tensors: dict[str, torch.Tensor] = {}
+        for key, tensor in sorted(saved.items()):
+            if tensor.numel() == 0 or tensor.data_ptr() not in owners:
+                raise ValueError(
+                    f"The adapter tensor {key} is empty or not held by this process, as in a partitioned (ZeRO-3, FSDP) or "
+                    "meta-device model, so it cannot be federated. Load the model unpartitioned."
+                )
+            self._tensors[key] = owners[tensor.data_ptr()]
+
+    @property
+    def tensor_ids(self) -> set[int]:
+        """`id` of every parameter and buffer of the adapter."""
+        return {id(tensor) for tensor in self._tensors.values()}
+
+    @torch.no_grad()
+    def read(self) -> AdapterState:
+        """A copy of the adapter, on CPU."""
+        return {
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in self._tensors.items()
+        }
+
+    @torch.no_grad()
+    def write(self, state: AdapterState) -> None:
+        """Copy `state` into the model; it must have this adapter's layout (see [`check_same_layout`])."""
+        for key, tensor in self._tensors.items():
+            tensor.copy_(state[key])
+
+
+def subtract(local: AdapterState, start: AdapterState) -> AdapterState:
+    """`local - start` per tensor, in the dtype of `start`."""
+    return {key: local[key] - tensor for key, tensor in start.items()}
+
+
+def state_bytes(state: AdapterState) -> int:
+    """Bytes of the tensors, without any framing."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+def check_same_layout(state: AdapterState, reference: AdapterState, source: str) -> None:
+    """
+    Raise unless `state` has the keys and shapes of `reference` and only finite values.
+
+    Args:
+        state (`dict[str, torch.Tensor]`):
+            What came in.
+        reference (`dict[str, torch.Tensor]`):
+            What is expected.
+        source (`str`):
+            Where `state` came from, the subject of the error message (`"The update of client 'a'"`).
+
+    Raises:
+        ValueError: Naming `source`, the first offending tensor and what is wrong with it.
+    """
+    missing, unexpected = sorted(reference.keys() - state.keys()), sorted(state.keys() - reference.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} does not fit: {len(missing)} tensors are missing (the first: {missing[:1]}) and {len(unexpected)} are "
+            f"unexpected (the first: {unexpected[:1]}). It belongs to another base model or another PEFT config."
+        )
+    for key, tensor in state.items():
+        if tensor.shape != reference[key].shape:
+            raise ValueError(
+                f"{source} does not fit: {key} has the shape {tuple(tensor.shape)} instead of "
+                f"{tuple(reference[key].shape)}. It belongs to another base model or another PEFT config."
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{source} has values that are not finite in {key}. Lower `learning_rate`, or set `max_grad_norm`."
+            )
+
+
+def base_digest(model: PeftModel) -> str | None:
+    """
+    SHA-256 over names, shapes and a sample of the base weights, to tell whether two runs hold the same base model.
+
+    64 evenly spaced values of every tensor are rounded to bfloat16 first, so that loading the same checkpoint in float32
+    or bfloat16 gives the same digest. It detects another checkpoint, not a manipulated one.
+
+    Returns:
+        `str` or `None`: The digest, or `None` for a quantised base, whose stored values are not the checkpoint's.
+    """
+    base = model.get_base_model()
+    if getattr(base, "is_quantized", False):
+        return None
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[model.active_adapters[0]].peft_type)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(_base_parameters(base, prefix).items()):
+        sample = parameter.detach().flatten()
+        if sample.numel() > 64:
+            sample = sample[torch.linspace(0, sample.numel() - 1, 64, device=sample.device).long()]
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _base_parameters(base: nn.Module, prefix: str | None) -> dict[str, nn.Parameter]:
+    parameters = {}
+    for name, parameter in base.named_parameters():
+        if ".modules_to_save." in name or (prefix is not None and any(p.startswith(prefix) for p in name.split("."))):
+            continue
+        parameters[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
+    return parameters

@@ -1,0 +1,125 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Round checkpoints: `checkpoint-<round>` folders in PEFT's format plus the state of the run, complete or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+
+from .adapter_state import AdapterState
+
+
+__all__ = ["find_checkpoint", "load_adapter", "refuse_another_run", "rotate_checkpoints", "write_checkpoint"]
+
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def write_checkpoint(output_dir: str | os.PathLike, round: int, write: Callable[[Path], None]) -> Path:
+    """
+    Create `checkpoint-<round>`: `write` fills a folder beside it, which is renamed when it is complete.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+        round (`int`):
+            Round that has just ended.
+        write (`Callable`):
+            Called with the folder to fill.
+
+    Returns:
+        `Path`: The checkpoint.
+    """
+    final = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{round}"
+    beside = final.with_name(f".{final.name}.tmp")
+    for leftover in (beside, final):  # of a run that died here before, or that is being continued from further back
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    beside.mkdir(parents=True)
+    write(beside)
+    os.replace(beside, final)
+    return final
+
+
+def rotate_checkpoints(output_dir: str | os.PathLike, save_total_limit: int | None) -> None:
+    """Delete the oldest checkpoints beyond `save_total_limit`; the newest always stays."""
+    if save_total_limit is None or save_total_limit <= 0:
+        return
+    folders = sorted(_checkpoints(output_dir), key=_round_of)
+    for folder in folders[:-save_total_limit]:
+        shutil.rmtree(folder)
+
+
+def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str | bool) -> Path:
+    """
+    The folder that `train(resume_from_checkpoint=...)` means.
+
+    Raises:
+        ValueError: If there is no checkpoint in `output_dir` (`True`), or the given folder is not one.
+    """
+    if resume_from_checkpoint is True:
+        last = get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
+        if last is None:
+            raise ValueError(
+                f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
+                "`trainer.train()`."
+            )
+        return Path(last)
+    folder = Path(resume_from_checkpoint)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ValueError(
+            f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {ADAPTER_WEIGHTS}. Pass a `checkpoint-<round>` "
+            "folder of a federation, or `True` for the last one in `output_dir`."
+        )
+    return folder
+
+
+def load_adapter(folder: str | os.PathLike) -> AdapterState:
+    """
+    The tensors of an adapter saved by PEFT, on CPU. Only safetensors are read: nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: If `folder` has no `adapter_model.safetensors`.
+    """
+    path = Path(folder) / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {ADAPTER_WEIGHTS} in {str(folder)!r}. Give the folder of an adapter saved by `save_pretrained` with "
+            "safetensors; a pickled `adapter_model.bin` is not read."
+        )
+    return load_file(path)
+
+
+def refuse_another_run(output_dir: str | os.PathLike) -> None:
+    """
+    Raise if `output_dir` holds a run already.
+
+    Raises:
+        FileExistsError: Naming what was found.
+    """
+    found = sorted(_checkpoints(output_dir), key=_round_of)
+    if not found and (Path(output_dir) / ADAPTER_WEIGHTS).is_file():
+        found = [Path(output_dir) / ADAPTER_WEIGHTS]
+    if found:
+        raise FileExistsError(
+            f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1].name}), which starting afresh would mix with "
+            "this one. Continue it with `train(resume_from_checkpoint=True)`, choose another `output_dir`, or delete it."
+        )
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    return [
+        path
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and path.name.rsplit("-", 1)[1].isdigit()
+    ]
+
+
+def _round_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])

@@ -1,0 +1,122 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+
+from .config import FederatedConfig
+
+
+__all__ = ["ClientSampler", "check_clients", "check_sft_columns", "client_seed"]
+
+
+class ClientSampler:
+    """
+    Uniform sampling without replacement, a pure function of seed and round: a resumed run samples the same clients.
+
+    Args:
+        clients (`Sequence[str]`):
+            Names of all clients.
+        clients_per_round (`float`, *optional*):
+            A number of clients (`1` or more) or a fraction of them (below `1`, rounded, at least one client). All if
+            `None`.
+        seed (`int`):
+            Seed of the run.
+
+    Raises:
+        ValueError: If more clients are asked for than there are.
+    """
+
+    def __init__(self, clients: Sequence[str], clients_per_round: float | None, seed: int) -> None:
+        self.clients = sorted(clients)
+        self.seed = seed
+        if clients_per_round is None:
+            self.num_sampled = len(self.clients)
+        elif clients_per_round < 1:
+            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
+        else:
+            self.num_sampled = int(clients_per_round)
+        if self.num_sampled > len(self.clients):
+            raise ValueError(
+                f"`clients_per_round` is {clients_per_round}, but there are only {len(self.clients)} clients. Set it to at "
+                f"most {len(self.clients)}, or leave it out to train all of them in every round."
+            )
+
+    def sample(self, round: int) -> list[str]:
+        """Names of the clients of a round, in sorted order."""
+        generator = np.random.default_rng([self.seed, round])
+        chosen = generator.choice(len(self.clients), size=self.num_sampled, replace=False)
+        return [self.clients[index] for index in sorted(chosen)]
+
+
+def client_seed(seed: int, round: int, client: str) -> int:
+    """Seed of one client's local round (32 bits), independent of which other clients take part and of their order."""
+    return int(np.random.SeedSequence([seed, round, zlib.crc32(client.encode())]).generate_state(1)[0])
+
+
+def check_clients(clients: Any, args: FederatedConfig) -> None:
+    """
+    Refuse clients that no local round could train.
+
+    Raises:
+        ValueError: Naming the client, if it is empty, smaller than one local batch, of unknown size or without
+            `args.label_column`.
+    """
+    if not isinstance(clients, dict) or not clients:
+        raise ValueError(
+            f"`train_dataset` should be a dictionary from client names to datasets but is a {type(clients).__name__}"
+            f"{' without entries' if isinstance(clients, dict) else ''}. The functions of `fed_trainer.partition` make one "
+            "from a single dataset."
+        )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    for name, dataset in clients.items():
+        if not isinstance(dataset, Dataset):
+            raise ValueError(
+                f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "
+                "weighted by the number of examples, so it has to be known."
+            )
+        if len(dataset) == 0:
+            raise ValueError(
+                f"Client {name!r} has no examples, so it has nothing to train on. Leave it out, or split with a larger "
+                "`min_examples`."
+            )
+        if len(dataset) < batch and not args.packing:
+            raise ValueError(
+                f"Client {name!r} has {len(dataset)} examples, fewer than one local batch of {batch} "
+                f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes), so its steps would not be the steps that "
+                "were configured. Lower the batch size, leave the client out, or split with a larger `min_examples`."
+            )
+        if args.label_column is not None and args.label_column not in dataset.column_names:
+            raise ValueError(
+                f"`label_column` is {args.label_column!r}, but client {name!r} has the columns {dataset.column_names}."
+            )
+
+
+def check_sft_columns(clients: dict[str, Dataset], text_field: str) -> None:
+    """
+    Refuse clients whose columns are none of the formats of [`~trl.SFTTrainer`], or differ from client to client.
+
+    Raises:
+        ValueError: Naming the client and its columns.
+    """
+    formats = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {text_field})
+    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
+    for name, dataset in clients.items():
+        columns = set(dataset.column_names)
+        if not any(needed <= columns for needed in formats):
+            raise ValueError(
+                f"Client {name!r} has the columns {sorted(columns)}, none of the formats of `SFTTrainer`: 'prompt' and "
+                f"'completion', 'messages', or the text column {text_field!r}. Rename its columns, or set "
+                "`dataset_text_field`."
+            )
+        if columns != reference:
+            raise ValueError(
+                f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "
+                "be trained on different tasks. Give all clients the same columns."
+            )

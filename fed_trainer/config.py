@@ -1,0 +1,154 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from dataclasses import dataclass, field
+
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig
+
+from .aggregation import AGGREGATIONS
+
+
+__all__ = ["FederatedConfig"]
+
+
+@dataclass
+class FederatedConfig(SFTConfig):
+    """
+    Configuration of a [`FederatedTrainer`]: every field of [`~trl.SFTConfig`], plus what a federation adds.
+
+    The inherited fields keep their names and describe the *local* work of one client in one round: `max_steps` or
+    `num_train_epochs` is the budget per client and round, `per_device_train_batch_size` and
+    `gradient_accumulation_steps` the local batch, `learning_rate` and `lr_scheduler_type` the local optimiser, which
+    starts afresh in every local round. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
+    whole run.
+
+    Parameters:
+        > Parameters that control the federation
+
+        num_rounds (`int`, *optional*, defaults to `10`):
+            Number of communication rounds.
+        clients_per_round (`int` or `float`, *optional*):
+            Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of clients
+            (`1` or more), or a fraction of all clients (below `1`). All clients if not given.
+        aggregation (`str`, *optional*, defaults to `"fedavg"`):
+            How client updates become the next global adapter. `"fedavg"`: mean weighted by the clients' numbers of
+            examples (McMahan et al., 2017).
+        round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
+            arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times
+            the factor of step `t - 1` of `T`.
+        initial_adapter (`str`, *optional*):
+            Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings its
+            own PEFT config.
+        initial_adapter_revision (`str`, *optional*):
+            Branch, tag or commit of `initial_adapter` on the Hub.
+
+        > Parameters that control evaluation and saving
+
+        eval_rounds (`int`, *optional*, defaults to `1`):
+            Evaluate the global adapter on `eval_dataset` every so many rounds, and always after the last.
+        save_rounds (`int`, *optional*, defaults to `1`):
+            Write a checkpoint (`checkpoint-<round>`) every so many rounds, and always after the last.
+
+        > Parameters that describe the run
+
+        partition (`str`, *optional*):
+            How the data was split into clients, in words (`"dirichlet(alpha=0.1) over category"`), for the record and the
+            model card.
+        label_column (`str`, *optional*):
+            Column whose values are counted per client for the record and the heat map of the split. Nothing is counted
+            if not given: such counts leave the clients.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`, which would fall to zero within every round.
+    > - `eval_on_start`: Defaults to `True` instead of `False`: a curve over rounds starts before the first.
+    > - `bf16`: Defaults to `True` only where an accelerator supports it.
+    """
+
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Schedule of the learning rate within a local round."}
+    )
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Whether to evaluate the global adapter before the first round."}
+    )
+
+    num_rounds: int = field(default=10, metadata={"help": "Number of communication rounds."})
+    clients_per_round: float | None = field(
+        default=None,
+        metadata={
+            "help": "Clients sampled per round: a number (1 or more) or a fraction of all clients (below 1). All clients "
+            "if not given."
+        },
+    )
+    aggregation: str = field(
+        default="fedavg",
+        metadata={"help": "How client updates become the next global adapter.", "choices": sorted(AGGREGATIONS)},
+    )
+    round_lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "Schedule of the learning rate over rounds ('constant', 'linear', 'cosine', ...)."},
+    )
+    initial_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter to start from, a folder or a Hub id."}
+    )
+    initial_adapter_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of `initial_adapter` on the Hub."}
+    )
+    eval_rounds: int = field(default=1, metadata={"help": "Evaluate every so many rounds, and always after the last."})
+    save_rounds: int = field(
+        default=1, metadata={"help": "Write a checkpoint every so many rounds, and always after the last."}
+    )
+    partition: str | None = field(
+        default=None, metadata={"help": "How the data was split into clients, in words, for the record."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column counted per client for the record and the heat map of the split."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+
+        for name in ("num_rounds", "eval_rounds", "save_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` should be at least 1 but the value passed is {getattr(self, name)!r}")
+        count = self.clients_per_round
+        if count is not None and (count <= 0 or (count > 1 and count != int(count))):
+            raise ValueError(
+                "`clients_per_round` should be a number of clients (1, 2, ...) or a fraction of them between 0 and 1, but "
+                f"the value passed is {count!r}"
+            )
+        if self.aggregation not in AGGREGATIONS:
+            raise ValueError(
+                f"`aggregation` should be one of {sorted(AGGREGATIONS)} but the value passed is {self.aggregation!r}"
+            )
+        if self.initial_adapter_revision is not None and self.initial_adapter is None:
+            raise ValueError(
+                "`initial_adapter_revision` is given without `initial_adapter`, which it is a revision of."
+            )
+        if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ValueError(
+                f"`hub_strategy={str(self.hub_strategy.value)!r}` would push checkpoint folders. Use 'every_save' (one commit per "
+                "saved round) or 'end'."
+            )
+        self._refuse_local_evaluation_and_saving()
+
+    def _refuse_local_evaluation_and_saving(self) -> None:
+        if self.eval_strategy != "no":
+            raise ValueError(
+                f"`eval_strategy={str(self.eval_strategy.value)!r}` would evaluate in the middle of a client's local steps. "
+                "Leave it at 'no' and set `eval_rounds`."
+            )
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end=True` is not supported by a federation. Every round is kept in "
+                "`checkpoint-<round>`, with its evaluation in `federation.json`: load the one you want."
+            )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "`auto_find_batch_size=True` would give clients different local batches. Set "
+                "`per_device_train_batch_size` and `gradient_accumulation_steps`."
+            )

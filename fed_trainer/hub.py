@@ -1,0 +1,161 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Fetching an adapter to start from, the model card, and publishing."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
+
+
+__all__ = ["PUBLISHED_FILES", "fetch_adapter", "model_card", "publish"]
+
+
+PUBLISHED_FILES = ["*.safetensors", "*.json", "*.md"]
+
+_SCL_LINE = "import peft_scl  # registers the PEFT type SCL; pip install peft-scl\n"
+_TASK_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+}
+
+
+def fetch_adapter(source: str, revision: str | None = None, token: str | None = None) -> Path:
+    """
+    Local folder of an adapter that is either a folder already or a repository on the Hub.
+
+    Args:
+        source (`str`):
+            Folder or Hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit on the Hub.
+        token (`str`, *optional*):
+            Hub token; the one logged in with if not given.
+
+    Raises:
+        ValueError: If a revision is asked of a local folder.
+    """
+    if os.path.isdir(source):
+        if revision is not None:
+            raise ValueError(
+                f"The adapter {source!r} is a local folder, which has no revision {revision!r}. Give a Hub id, or leave the "
+                "revision out."
+            )
+        return Path(source)
+    return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    commit_message: str | None,
+    token: str | None,
+    revision: str | None,
+    blocking: bool = True,
+) -> CommitInfo | Future[CommitInfo]:
+    """Upload the safetensors, JSON and Markdown files of `folder` (not of folders in it) as one commit."""
+    return HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        token=token,
+        revision=revision,
+        allow_patterns=PUBLISHED_FILES,
+        ignore_patterns=["*/*"],
+        run_as_future=not blocking,
+    )
+
+
+def model_card(
+    record: dict[str, Any],
+    task_type: str | None,
+    repo_id: str | None,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: list[str] | None = None,
+) -> ModelCard:
+    """
+    The model card of a run.
+
+    Args:
+        record (`dict`):
+            The content of `federation.json`.
+        task_type (`str`, *optional*):
+            PEFT task type, which decides the class in the example.
+        repo_id (`str`, *optional*):
+            Where the adapter will live; shown in the example.
+        model_name (`str`, *optional*):
+            Title of the card; the last part of `repo_id` if not given.
+        dataset_name (`str`, *optional*):
+            Hub id of the dataset, for the metadata.
+        tags (`list[str]`, *optional*):
+            Further tags.
+    """
+    scl = record["peft_type"] == "SCL"
+    base = record["base_model"]
+    tags = ["federated-learning", "fed_trainer", record["peft_type"].lower(), *(["peft_scl"] if scl else [])]
+    data = ModelCardData(base_model=base if base and not os.path.isdir(base) else None, library_name="peft", tags=tags)
+    loader = _TASK_CLASSES.get(task_type or "", "AutoPeftModel")
+    rounds = record["rounds"]
+    paper = (
+        "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
+        "`peft_scl`"
+    )
+    per_client = [client["num_examples"] for client in record["clients"].values()]
+    lines = [
+        f"# {model_name or (repo_id or 'Federated adapter').split('/')[-1]}",
+        "",
+        f"A {record['peft_type']} adapter for {_name(base)}, fine-tuned by federated learning with `fed_trainer`.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {_name(base)} |",
+        f"| method | {paper if scl else record['peft_type']} |",
+        f"| aggregation | `{record['aggregation']}` |",
+        f"| rounds | {len(rounds)} of {record['num_rounds']} |",
+        f"| clients | {len(per_client)}, {record['num_sampled']} per round |",
+        f"| split | {record['partition'] or 'not stated'} |",
+        f"| examples per client | {min(per_client)} to {max(per_client)}, {sum(per_client)} in all |",
+        f"| trainable parameters | {record['num_trainable_parameters']:,} |",
+        f"| sent per client and round | {_megabytes(rounds)} |",
+        f"| seed | {record['seed']} |",
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        f"{_SCL_LINE if scl else ''}from peft import {loader}",
+        "",
+        "",
+        f'model = {loader}.from_pretrained("{repo_id or "path/to/this/folder"}")',
+        "```",
+        "",
+    ]
+    if curve := _curve(record):
+        lines += ["## Held-out loss of the global adapter", "", "| round | eval_loss |", "|---|---|", *curve, ""]
+    lines += ["The whole record of the run is in `federation.json`.", ""]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def _name(base: str | None) -> str:
+    # a local folder is nobody else's business
+    return f"`{os.path.basename(os.path.normpath(base))}`" if base else "an unnamed base model"
+
+
+def _megabytes(rounds: list[dict[str, Any]]) -> str:
+    if not rounds:
+        return "-"
+    sent, received, clients = rounds[-1]["bytes_up"], rounds[-1]["bytes_down"], len(rounds[-1]["clients"])
+    return f"{sent / clients / 1e6:.3f} MB up, {received / clients / 1e6:.3f} MB down"
+
+
+def _curve(record: dict[str, Any]) -> list[str]:
+    evaluated = [(0, record["start"]["eval"]), *((entry["round"], entry["eval"]) for entry in record["rounds"])]
+    return [
+        f"| {round} | {metrics['eval_loss']:.4f} |" for round, metrics in evaluated if "eval_loss" in (metrics or {})
+    ]

@@ -1,0 +1,139 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One live model and engine for the whole federation: load a state, train, read the state."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
+
+from .adapter_state import AdapterState, LiveAdapter
+
+
+__all__ = ["LocalRoundMixin"]
+
+
+class LocalRoundMixin(Trainer):
+    """
+    Adds `local_round` to a [`~transformers.Trainer`]: its own `train()`, run for one client, on the one model it holds.
+
+    The first local round builds the engine as `Trainer` does (wrapped model, optimiser). Later rounds keep it: the
+    adapter is overwritten in place, the optimiser goes back to its initial state and a new schedule starts, which equals
+    building a new trainer and costs a small part of it.
+    """
+
+    _live_adapter: LiveAdapter
+    _initial_optimizer_state: dict[str, Any] | None = None
+    _lr_factor: float = 1.0
+
+    def local_round(
+        self, state: AdapterState, dataset: Dataset, seed: int, data_seed: int | None, lr_factor: float
+    ) -> tuple[AdapterState, dict[str, float]]:
+        """
+        Train one client for its local budget, starting from `state`.
+
+        Args:
+            state (`dict[str, torch.Tensor]`):
+                Adapter to start from; not changed.
+            dataset (`Dataset`):
+                The client's prepared training data.
+            seed (`int`):
+                Seed of dropout and of the order of the data.
+            data_seed (`int`, *optional*):
+                Seed of the order of the data, if it is not to follow `seed`.
+            lr_factor (`float`):
+                Factor on `learning_rate` in this round.
+
+        Returns:
+            `tuple`: the trained adapter, and `train_loss` (mean per step, nats per token), `num_steps` and `seconds`.
+        """
+        start = time.perf_counter()
+        self._live_adapter.write(state)
+        set_seed(seed)
+        self.accelerator.dataloader_config.data_seed = data_seed
+        self.train_dataset = dataset
+        self._lr_factor = lr_factor
+
+        # `train()` starts a TrainerState of its own and reports every event. The federation's state and its reports are
+        # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
+        federation = self.state, self.control, self.callback_handler
+        self.control = TrainerControl()
+        self.callback_handler = _LocalCallbackHandler(federation[2])
+        try:
+            output = super().train()
+        finally:
+            self.state, self.control, self.callback_handler = federation
+        metrics = {
+            "train_loss": output.training_loss,
+            "num_steps": output.global_step,
+            "seconds": time.perf_counter() - start,
+        }
+        return self._live_adapter.read(), metrics
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, Any]:
+        if self._initial_optimizer_state is None:
+            _, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+            # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
+            self.accelerator.free_memory = self._free_local_round
+        else:
+            self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer_state))
+            self.callback_handler.optimizer = self.optimizer
+            self.callback_handler.train_dataloader = train_dataloader
+        for group, initial in zip(
+            self.optimizer.param_groups, self._initial_optimizer_state["param_groups"], strict=True
+        ):
+            group["lr"] = group["initial_lr"] = initial.get("initial_lr", initial["lr"]) * self._lr_factor
+        self.lr_scheduler = None
+        self.create_scheduler(num_training_steps=max_steps)
+        self.callback_handler.lr_scheduler = self.lr_scheduler
+        return self.model_wrapped, train_dataloader
+
+    def _free_local_round(self, *objects: Any) -> tuple[Any, ...]:
+        """`Accelerator.free_memory` for what belongs to a local round only."""
+        self.accelerator._dataloaders = []
+        self.accelerator._schedulers = []
+        self.accelerator.step = 0
+        return objects
+
+
+class _LocalFlowCallback(DefaultFlowCallback):
+    """Ends a local round at its budget; a client neither logs, evaluates nor saves on its own."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_training_stop = state.global_step >= state.max_steps
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return control
+
+
+class _LocalCallbackHandler(CallbackHandler):
+    """Passes on the events of single steps only."""
+
+    STEP_EVENTS = frozenset(
+        {"on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"}
+    )
+
+    def __init__(self, handler: CallbackHandler) -> None:
+        others = [callback for callback in handler.callbacks if not isinstance(callback, DefaultFlowCallback)]
+        super().__init__([_LocalFlowCallback(), *others], handler.model, handler.processing_class, None, None)
+
+    def call_event(
+        self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if event not in self.STEP_EVENTS:
+            return control
+        return super().call_event(event, args, state, control, **kwargs)

@@ -1,0 +1,311 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Tables and plots of a finished or interrupted run, from the `federation.json` in its output directory.
+
+    python -m fed_trainer.report OUTPUT_DIR
+
+prints the table of rounds and writes `learning_curves.png` and, if the labels of the clients were counted, `split.png`.
+The plots need matplotlib; the table does not.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .partition import format_table
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+__all__ = ["main", "plot_curves", "plot_split", "round_table", "write_report"]
+
+FEDERATION_FILE = "federation.json"
+CURVES_FILE = "learning_curves.png"
+SPLIT_FILE = "split.png"
+# The layout of `federation.json` that this module reads.
+FORMAT = 1
+
+# A heat map with more cells has no room for numbers, one with more rows or columns none for all names.
+MAX_ANNOTATED_CELLS = 200
+MAX_NAMES = 60
+# Longer names are cut in the heat map, where they would leave no room for the cells.
+MAX_NAME_LENGTH = 32
+# A legend with more entries stands below the axes, where it hides no curve.
+MAX_INNER_LEGEND = 4
+DPI = 150
+
+
+def round_table(federation: dict[str, Any]) -> str:
+    """
+    Lays out the rounds of a run as a plain text table.
+
+    Args:
+        federation (`dict[str, Any]`):
+            The content of `federation.json`.
+
+    Returns:
+        `str`: The table, without a line break at the end. Its columns are the round (0 is the evaluation before
+        training), the number of clients that trained, the training loss, the loss on each held-out set, the data sent
+        by all clients (up) and to all clients (down) in MB (10^6 bytes), and the seconds the round took. A value that
+        was not measured is `-`.
+    """
+    evaluations = _evaluations(federation)
+    # Without an evaluation the column stays, so that the table of every run has one.
+    loss_keys = _loss_keys(evaluations) or ["eval_loss"]
+    header = ["round", "clients", "train loss", *map(_loss_name, loss_keys), "MB up", "MB down", "seconds"]
+    rows = []
+    if 0 in evaluations:
+        rows.append(["0", "-", "-", *_loss_cells(evaluations[0], loss_keys), "-", "-", "-"])
+    for entry in federation["rounds"]:
+        rows.append(
+            [
+                str(entry["round"]),
+                str(len(entry["clients"])),
+                _number(entry["train_loss"], 4),
+                *_loss_cells(evaluations.get(entry["round"], {}), loss_keys),
+                _number(entry["bytes_up"] / 1e6, 3),
+                _number(entry["bytes_down"] / 1e6, 3),
+                _number(sum(entry["seconds"].values()), 1),
+            ]
+        )
+    return format_table(header, rows)
+
+
+def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
+    """
+    Draws the training loss and the loss on each held-out set over the rounds.
+
+    Args:
+        federation (`dict[str, Any]`):
+            The content of `federation.json`.
+        path (`str` or `Path`):
+            The PNG file to write.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If the run has neither a finished round nor an evaluation before training.
+    """
+    evaluations = _evaluations(federation)
+    rounds = federation["rounds"]
+    if not rounds and not evaluations:
+        raise ValueError("The run has no finished round and no evaluation, so there is no curve to draw: train first.")
+
+    figure = _new_figure(8.0, 4.8)
+    axes = figure.add_subplot()
+    if rounds:
+        axes.plot(
+            [entry["round"] for entry in rounds],
+            [entry["train_loss"] for entry in rounds],
+            color="black",
+            marker="o",
+            markersize=4,
+            label="train loss",
+        )
+    loss_keys = _loss_keys(evaluations)
+    for key in loss_keys:
+        points = [(number, losses[key]) for number, losses in evaluations.items() if key in losses]
+        axes.plot(*zip(*points, strict=True), marker="s", markersize=4, linestyle="--", label=_loss_name(key))
+
+    axes.set_title(f"{federation['peft_type']}, {federation['aggregation']}, {len(federation['clients'])} clients")
+    axes.set_xlabel("round")
+    axes.set_ylabel("loss")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    if 1 + len(loss_keys) <= MAX_INNER_LEGEND:
+        axes.legend(frameon=False)
+    else:
+        figure.set_figheight(4.8 + 0.25 * (len(loss_keys) // 2))
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path, format="png", dpi=DPI)
+
+
+def plot_split(federation: dict[str, Any], path: str | Path) -> None:
+    """
+    Draws how the labels are spread over the clients: a heat map of clients by labels.
+
+    The colour is the share of a label in the rows of the client, so that clients of different size can be compared. The
+    numbers are counts of rows; they are left out where there are more than 200 cells.
+
+    Args:
+        federation (`dict[str, Any]`):
+            The content of `federation.json`.
+        path (`str` or `Path`):
+            The PNG file to write.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If no client has a composition.
+    """
+    compositions = _compositions(federation)
+    if not compositions:
+        raise ValueError(
+            "No client of the run has a composition, so there is no split to draw: name the column that holds the "
+            "labels when training, so that they are counted."
+        )
+    labels = list(dict.fromkeys(label for composition in compositions.values() for label in composition))
+    counts = [[composition.get(label, 0) for label in labels] for composition in compositions.values()]
+    shares = [[count / max(sum(row), 1) for count in row] for row in counts]
+
+    figure = _new_figure(min(4.0 + 0.55 * len(labels), 24.0), min(2.2 + 0.36 * len(counts), 24.0))
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+    if len(counts) * len(labels) <= MAX_ANNOTATED_CELLS:
+        for row, (row_counts, row_shares) in enumerate(zip(counts, shares, strict=True)):
+            for position, (count, share) in enumerate(zip(row_counts, row_shares, strict=True)):
+                # Dark text on pale cells, pale text on dark ones; an empty cell is quiet.
+                color = "white" if share > 0.5 else "black" if count else "silver"
+                axes.text(position, row, str(count), ha="center", va="center", color=color, fontsize=8)
+
+    # Names come from the data: a `$` in them is a dollar, not mathematics.
+    row_step, label_step = (-(-number // MAX_NAMES) for number in (len(counts), len(labels)))
+    axes.set_yticks(
+        range(0, len(counts), row_step), [_cut(name) for name in compositions][::row_step], parse_math=False
+    )
+    axes.set_xticks(
+        range(0, len(labels), label_step),
+        [_cut(label) for label in labels][::label_step],
+        parse_math=False,
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+    )
+    axes.set_xlabel(federation["label_column"] or "label", parse_math=False)
+    axes.set_title("examples of each client by label")
+    figure.colorbar(image, ax=axes, label="share of the client's examples")
+    figure.savefig(path, format="png", dpi=DPI)
+
+
+def write_report(output_dir: str | Path) -> list[Path]:
+    """
+    Writes the plots of a run beside its `federation.json`.
+
+    Args:
+        output_dir (`str` or `Path`):
+            The output directory of the run.
+
+    Returns:
+        `list[Path]`: The files written: `learning_curves.png` and, if the labels of the clients were counted,
+        `split.png`.
+
+    Raises:
+        `FileNotFoundError`: If the directory has no `federation.json`.
+        `ImportError`: If matplotlib is not installed.
+        `ValueError`: If `federation.json` cannot be read, or has nothing to draw.
+    """
+    federation = _read_federation(output_dir)
+    paths = [Path(output_dir) / CURVES_FILE]
+    plot_curves(federation, paths[0])
+    if _compositions(federation):
+        paths.append(Path(output_dir) / SPLIT_FILE)
+        plot_split(federation, paths[1])
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """
+    Prints the table of rounds and writes the plots.
+
+    Args:
+        arguments (`Sequence[str]`, *optional*):
+            The arguments of the command line, those of the process by default.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fed_trainer.report",
+        description="Print the table of rounds of a federated run and write its plots.",
+    )
+    parser.add_argument("output_dir", help=f"the output directory of the run, which holds {FEDERATION_FILE}")
+    output_dir = parser.parse_args(arguments).output_dir
+    try:
+        print(round_table(_read_federation(output_dir)))
+        for path in write_report(output_dir):
+            print(f"wrote {path}")
+    except (FileNotFoundError, ImportError, ValueError) as error:
+        # The sentence is all the reader needs; the traceback would only hide it.
+        raise SystemExit(str(error)) from error
+
+
+def _read_federation(output_dir: str | Path) -> dict[str, Any]:
+    path = Path(output_dir) / FEDERATION_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {FEDERATION_FILE} in '{output_dir}', so there is nothing to report: pass the output directory "
+            "of a run that finished at least one round."
+        )
+    try:
+        federation = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"'{path}' is not valid JSON ({error}), so the run cannot be reported: restore the file, or resume the run, "
+            "which writes it again."
+        ) from error
+    if not isinstance(federation, dict) or federation.get("format") != FORMAT:
+        given = federation.get("format") if isinstance(federation, dict) else type(federation).__name__
+        raise ValueError(
+            f"'{path}' has format {given!r}, but this version reads format {FORMAT}: use the version of peft-scl that "
+            "wrote it."
+        )
+    missing = sorted({"aggregation", "clients", "label_column", "peft_type", "rounds", "start"} - federation.keys())
+    if missing:
+        raise ValueError(
+            f"'{path}' lacks {', '.join(missing)}, so the run cannot be reported: restore the file, or resume the run, "
+            "which writes it again."
+        )
+    return federation
+
+
+def _evaluations(federation: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """Returns the held-out losses by round, 0 before training, of the rounds that were evaluated."""
+    evaluations = {0: federation["start"]["eval"]}
+    evaluations.update({entry["round"]: entry["eval"] for entry in federation["rounds"]})
+    return {
+        number: {key: value for key, value in metrics.items() if key.endswith("loss")}
+        for number, metrics in evaluations.items()
+        if metrics is not None
+    }
+
+
+def _loss_keys(evaluations: dict[int, dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(key for losses in evaluations.values() for key in losses))
+
+
+def _loss_name(key: str) -> str:
+    """Returns `eval loss` for `eval_loss`, and `eval medquad loss` for `eval_medquad_loss`."""
+    name = key.removeprefix("eval_").removesuffix("loss").removesuffix("_")
+    return f"eval {name} loss" if name else "eval loss"
+
+
+def _loss_cells(losses: dict[str, float], loss_keys: Sequence[str]) -> list[str]:
+    return [_number(losses.get(key), 4) for key in loss_keys]
+
+
+def _compositions(federation: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Returns the number of rows by label of the clients for which it is known."""
+    return {name: client["composition"] for name, client in federation["clients"].items() if client["composition"]}
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    """Returns an empty figure of the size in inches, drawn by Agg: no display, and none of pyplot's global state."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            'The plots need matplotlib, which is not installed: run `pip install "peft-scl[report]"`.'
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,540 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import get_scheduler
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import logging
+from trl import SFTTrainer
+from trl.trainer.utils import get_config_model_id
+
+import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
+
+from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes, subtract
+from .aggregation import AGGREGATIONS, ClientUpdate
+from .checkpoint import find_checkpoint, load_adapter, refuse_another_run, rotate_checkpoints, write_checkpoint
+from .clients import ClientSampler, check_clients, check_sft_columns, client_seed
+from .config import FederatedConfig
+from .hub import fetch_adapter, model_card, publish
+from .local_round import LocalRoundMixin
+from .progress import RoundProgress
+from .record import RECORD_NAME, composition, read_record, write_json
+from .report import round_table
+
+
+__all__ = ["FederatedMixin", "FederatedTrainer"]
+
+logger = logging.get_logger(__name__)
+
+TRAINER_STATE_NAME = "trainer_state.json"
+
+
+class FederatedMixin(LocalRoundMixin):
+    """
+    Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
+
+    `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the one live
+    model. See [`FederatedTrainer`] for the arguments.
+    """
+
+    args: FederatedConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: FederatedConfig,
+        train_dataset: dict[str, Dataset],
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.args = args  # `Trainer.__init__` sets it again; the checks come first
+        check_clients(train_dataset, args)
+        self._check_clients(train_dataset, **kwargs)
+        self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
+        self.aggregator = AGGREGATIONS[args.aggregation]()
+
+        adapter_folder = None
+        if args.initial_adapter is not None:
+            if peft_config is not None or is_peft_model(model):
+                raise ValueError(
+                    f"`initial_adapter` is {args.initial_adapter!r}, which brings its own PEFT config, but a "
+                    f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
+                )
+            adapter_folder = fetch_adapter(args.initial_adapter, args.initial_adapter_revision, args.hub_token)
+            peft_config = PeftConfig.from_pretrained(str(adapter_folder))
+            peft_config.inference_mode = False
+        if peft_config is None and not is_peft_model(model):
+            raise ValueError(
+                "A federation sends adapters around, but neither a `peft_config` nor a `PeftModel` was given. Pass for "
+                "instance `peft_config=SclConfig(r=16, task_type='CAUSAL_LM')`."
+            )
+
+        self._clients = dict(sorted(train_dataset.items()))
+        first = next(iter(self._clients))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._clients[first],
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise NotImplementedError(
+                "Federated rounds under DeepSpeed or FSDP are not supported yet: the kept engine would go on with stale copies "
+                "of the adapter. Launch with plain DDP (`accelerate launch --multi_gpu`) or a single process."
+            )
+        # the bar over rounds replaces the bar over steps, and the printed dictionaries
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        self.remove_callback(PrinterCallback)
+
+        self._prepared_clients = {first: self.train_dataset}  # tokenised by `super().__init__`
+        self._live_adapter = LiveAdapter(self.model)
+        self._refuse_untracked_parameters()
+        if adapter_folder is not None:
+            self._start_from(adapter_folder)
+        self._global_state = self._live_adapter.read()
+        self._record = self._new_record()
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        Run the federation.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                `True` continues from the last checkpoint in `output_dir`, a path from that checkpoint.
+
+        Returns:
+            `TrainOutput`: the number of rounds, the mean training loss over rounds, and the totals of the run.
+
+        Raises:
+            FileExistsError: If `output_dir` holds a run that is not being resumed.
+            ValueError: If the checkpoint belongs to another run, or a client's update is not usable. The live model then
+                holds the global adapter of the last finished round.
+        """
+        if trial is not None:
+            raise NotImplementedError(
+                "Hyperparameter search over a federation is not supported: start one run per trial."
+            )
+        done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
+        lr_factors = self._round_lr_factors()
+        last = self.args.num_rounds
+
+        with RoundProgress(last, done, self._shows_progress) as progress, self._keeping_the_global_adapter():
+            for round in range(done + 1, last + 1):
+                seconds: dict[str, float] = {}
+                clients: dict[str, dict[str, float]] = {}
+                self.aggregator.begin(self._global_state)
+                for client in self.sampler.sample(round):
+                    update = self._local_update(client, round, lr_factors[round - 1], seconds)
+                    check_same_layout(update.delta, self._global_state, f"The update of client {client!r}")
+                    with _timed(seconds, "aggregate"):
+                        self.aggregator.add(update)
+                    clients[client] = {"num_examples": update.num_examples, **update.metrics}
+                    progress.client(round, client, update.num_examples, update.metrics)
+                with _timed(seconds, "aggregate"):
+                    self._global_state = _step(self._global_state, self.aggregator.finish())
+                    self._live_adapter.write(self._global_state)
+
+                self.state.global_step = self.state.epoch = round
+                evaluation = None
+                if self._is_due(round, self.args.eval_rounds) and self.eval_dataset is not None:
+                    with _timed(seconds, "evaluate"):
+                        evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
+                self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
+                if self._is_due(round, self.args.save_rounds):
+                    with _timed(seconds, "checkpoint"):
+                        self._save_round(round)
+                progress.round(self._record["rounds"][-1]["train_loss"], evaluation)
+                if self.control.should_training_stop:  # a callback, such as early stopping
+                    break
+        return self._end()
+
+    # The steps of a round
+
+    def _local_update(self, client: str, round: int, lr_factor: float, seconds: dict[str, float]) -> ClientUpdate:
+        with _timed(seconds, "prepare"):
+            dataset = self._prepared_client(client)
+        data_seed = None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client)
+        seed = client_seed(self.args.seed, round, client)
+        with _timed(seconds, "local"):
+            local, metrics = self.local_round(self._global_state, dataset, seed, data_seed, lr_factor)
+        return ClientUpdate(client, len(self._clients[client]), subtract(local, self._global_state), metrics)
+
+    def _prepared_client(self, client: str) -> Dataset:
+        """A client's dataset, tokenised at its first local round and kept."""
+        if client not in self._prepared_clients:
+            dataset = self._prepare_client_dataset(self._clients[client], client)
+            if len(dataset) == 0:
+                raise ValueError(
+                    f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: every "
+                    "label is masked. Raise `max_length` (prompts may fill it), or leave the client out."
+                )
+            self._prepared_clients[client] = dataset
+        return self._prepared_clients[client]
+
+    def _check_clients(self, clients: dict[str, Dataset], **kwargs: Any) -> None:
+        """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
+
+    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        """Tokenise one client's data; the base trainer's own preparation, where it has one."""
+        return dataset
+
+    def _report(
+        self,
+        round: int,
+        clients: dict[str, dict[str, float]],
+        lr_factor: float,
+        seconds: dict[str, float],
+        evaluation: dict[str, float] | None,
+    ) -> None:
+        """Enter the round into the record, `log_history` and whatever `report_to` names."""
+        total = sum(client["num_examples"] for client in clients.values())
+        sent = state_bytes(self._global_state) * len(clients)
+        entry: dict[str, Any] = {
+            "round": round,
+            "clients": clients,
+            "train_loss": sum(c["num_examples"] * c["train_loss"] for c in clients.values()) / total,
+            "learning_rate": self.args.learning_rate * lr_factor,
+            "bytes_up": sent,
+            "bytes_down": sent,
+            "seconds": seconds,
+            "eval": evaluation,
+        }
+        self._record["rounds"].append(entry)
+        logs = {"loss": entry["train_loss"]}
+        logs |= {key: entry[key] for key in ("learning_rate", "bytes_up", "bytes_down")}
+        logs |= {f"seconds_{phase}": value for phase, value in seconds.items()}
+        logs |= {f"clients/{client}/loss": metrics["train_loss"] for client, metrics in clients.items()}
+        self.log(logs)
+        self._write_record(self.args.output_dir)
+
+    def _save_round(self, round: int) -> None:
+        if self.is_world_process_zero():
+            folder = write_checkpoint(self.args.output_dir, round, self._write_checkpoint_files)
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and round < self.args.num_rounds:
+                self._publish_round(folder, round)
+        self.accelerator.wait_for_everyone()
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _write_checkpoint_files(self, folder: Path) -> None:
+        self._save(str(folder))
+        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _publish_round(self, folder: Path, round: int) -> None:
+        try:
+            publish(folder, self.hub_model_id, f"Round {round}", self.args.hub_token, self.args.hub_revision)
+        except Exception as error:  # the run, and what it has on disk, is worth more than one upload
+            logger.warning(f"Round {round} could not be pushed to {self.hub_model_id}: {error}. The run goes on.")
+
+    # Beginning and end
+
+    def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
+        refuse_another_run(self.args.output_dir)
+        self._record = self._new_record()
+        self._begin(TrainerState())
+        if self.args.eval_on_start and self.eval_dataset is not None:
+            self._record["start"]["eval"] = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        self._write_record(self.args.output_dir)
+        return 0
+
+    def _resume(self, resume_from_checkpoint: str | bool) -> int:
+        folder = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        record = read_record(folder)
+        self._refuse_another_run(record, folder)
+        state = load_adapter(folder)
+        check_same_layout(state, self._global_state, f"The adapter in {str(folder)!r}")
+        self._live_adapter.write(state)
+        self._global_state = self._live_adapter.read()
+        self._record = {**self._new_record(), "start": record["start"], "rounds": record["rounds"]}
+        self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
+        return record["rounds"][-1]["round"]
+
+    def _begin(self, state: TrainerState) -> None:
+        self.state = state
+        self.state.max_steps = self.args.num_rounds
+        self.state.is_local_process_zero = self.is_local_process_zero()
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+
+    def _end(self) -> TrainOutput:
+        rounds = self._record["rounds"]
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+        if self._shows_progress:
+            print(round_table(self._record))
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")
+        train_loss = sum(entry["train_loss"] for entry in rounds) / len(rounds)
+        metrics = {
+            "train_loss": train_loss,
+            "bytes_up": sum(entry["bytes_up"] for entry in rounds),
+            "bytes_down": sum(entry["bytes_down"] for entry in rounds),
+            "train_runtime": sum(sum(entry["seconds"].values()) for entry in rounds),
+        }
+        return TrainOutput(len(rounds), train_loss, metrics)
+
+    @contextmanager
+    def _keeping_the_global_adapter(self) -> Iterator[None]:
+        """Whatever happens in a local round, the live model holds the last global adapter afterwards."""
+        try:
+            yield
+        finally:
+            self._live_adapter.write(self._global_state)
+
+    # Files and the Hub
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        if not self.args.should_save:
+            return
+        os.makedirs(folder, exist_ok=True)
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
+            self.processing_class.save_pretrained(folder, save_jinja_files=False)
+        self._write_record(folder)
+        self._card().save(os.path.join(folder, "README.md"))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card of the federation to `output_dir`; the arguments are those of TRL's trainers."""
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            self._card(model_name, dataset_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Publish the global adapter: safetensors, JSON and Markdown only.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait for the upload. If not, a future is returned.
+            token (`str`, *optional*):
+                Hub token; `args.hub_token` if not given.
+            revision (`str`, *optional*):
+                Branch to commit to; `args.hub_revision` if not given.
+            private (`bool`, *optional*):
+                Whether a new repository is private; `args.hub_private_repo` if not given.
+            kwargs (`dict[str, Any]`, *optional*):
+                Passed to [`~FederatedMixin.create_model_card`].
+        """
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        revision = revision if revision is not None else self.args.hub_revision
+        return publish(self.args.output_dir, self.hub_model_id, commit_message, token, revision, blocking)
+
+    def _card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
+    ) -> Any:
+        task_type = self._peft_config.task_type
+        return model_card(self._record, task_type, self.hub_model_id, model_name, dataset_name, tags)
+
+    def _write_record(self, folder: str | os.PathLike) -> None:
+        if self.is_world_process_zero():
+            os.makedirs(folder, exist_ok=True)
+            write_json(Path(folder) / RECORD_NAME, self._record)
+
+    def _new_record(self) -> dict[str, Any]:
+        column = self.args.label_column
+        return {
+            "format": 1,
+            "base_model": get_config_model_id(self.model.config),
+            "base_digest": base_digest(self.model),
+            "peft_type": str(self._peft_config.peft_type.value),
+            "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
+            "aggregation": self.args.aggregation,
+            "seed": self.args.seed,
+            "num_rounds": self.args.num_rounds,
+            "num_sampled": self.sampler.num_sampled,
+            "partition": self.args.partition,
+            "label_column": column,
+            "clients": {
+                name: {
+                    "num_examples": len(dataset),
+                    "composition": None if column is None else composition(dataset, column),
+                }
+                for name, dataset in self._clients.items()
+            },
+            "start": {"eval": None},
+            "rounds": [],
+        }
+
+    # Small things
+
+    @property
+    def _peft_config(self) -> PeftConfig:
+        model: PeftModel = self.model
+        return model.peft_config[model.active_adapters[0]]
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.is_world_process_zero() and not self.args.disable_tqdm
+
+    def _is_due(self, round: int, every: int) -> bool:
+        return round % every == 0 or round == self.args.num_rounds
+
+    def _round_lr_factors(self) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = get_scheduler(
+            self.args.round_lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=self.args.num_rounds
+        )
+        factors = []
+        for _ in range(self.args.num_rounds):
+            factors.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        return factors
+
+    # Refusals
+
+    def _refuse_untracked_parameters(self) -> None:
+        tracked = self._live_adapter.tensor_ids
+        stray = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in tracked]
+        if stray:
+            raise ValueError(
+                f"{len(stray)} parameters are trainable but not part of the adapter (the first: {stray[0]}): they would "
+                "leak from one client to the next. Freeze them, or name their modules in `modules_to_save`."
+            )
+
+    def _start_from(self, folder: Path) -> None:
+        state = load_adapter(folder)
+        source = f"The adapter {self.args.initial_adapter!r}"
+        check_same_layout(state, self._live_adapter.read(), source)
+        theirs, ours = read_record(folder).get("base_digest"), base_digest(self.model)
+        if theirs is not None and ours is not None and theirs != ours:
+            raise ValueError(
+                f"{source} was trained on another base model ({read_record(folder)['base_model']!r}) than "
+                f"{get_config_model_id(self.model.config)!r}: the shapes agree, the weights do not. Load that base model, or "
+                "start without `initial_adapter`."
+            )
+        self._live_adapter.write(state)
+
+    def _refuse_another_run(self, record: dict[str, Any], folder: Path) -> None:
+        ours = self._new_record()
+        keys = (
+            "base_digest",
+            "peft_type",
+            "num_trainable_parameters",
+            "aggregation",
+            "seed",
+            "num_sampled",
+            "clients",
+        )
+        differing = [key for key in keys if record.get(key) != ours[key]]
+        if differing:
+            shown = "; ".join(f"{key}: {_short(record.get(key))} there, {_short(ours[key])} here" for key in differing)
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} belongs to another run ({shown}). Resume with the settings it was started "
+                "with, or choose another `output_dir`."
+            )
+
+
+class FederatedTrainer(FederatedMixin, SFTTrainer):
+    """
+    Federated supervised fine-tuning: a [`~trl.SFTTrainer`] whose training data is spread over clients.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Base model, as in `SFTTrainer`. It is loaded once and stays alive over all clients and rounds.
+        args ([`FederatedConfig`]):
+            Settings of the federation and of the local rounds.
+        train_dataset (`dict[str, Dataset]`):
+            Training data by client, in any format that `SFTTrainer` takes.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            Held-out data on which the global adapter is evaluated.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter to train; not needed for a `PeftModel` or with `args.initial_adapter`.
+        kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `SFTTrainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
+            `optimizer_cls_and_kwargs`, `formatting_func`, ... Callbacks see a round as a step of the run (`on_log`,
+            `on_evaluate`, `on_save`), and the optimiser steps of all local rounds (`on_step_end`, ...).
+
+    Raises:
+        ValueError: For an empty or too small client, unknown columns, more clients per round than there are, an adapter of
+            another base model; the message says what to do.
+
+    Example:
+
+    ```python
+    >>> from fed_trainer import FederatedConfig, FederatedTrainer, dirichlet_partition
+    >>> from peft_scl import SclConfig
+
+    >>> trainer = FederatedTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M",
+    ...     args=FederatedConfig(output_dir="out", num_rounds=15, clients_per_round=5, max_steps=10),
+    ...     train_dataset=dirichlet_partition(dataset, num_clients=10, alpha=0.1, column="category"),
+    ...     eval_dataset=held_out,
+    ...     peft_config=SclConfig(r=16, task_type="CAUSAL_LM"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    def _check_clients(self, clients: dict[str, Dataset], **kwargs: Any) -> None:
+        if kwargs.get("formatting_func") is None:
+            check_sft_columns(clients, self.args.dataset_text_field)
+
+    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        return self._prepare_dataset(
+            dataset, self.processing_class, self.args, self.args.packing, self._formatting_func, f"client {client}"
+        )
+
+
+def _step(state: AdapterState, delta: AdapterState) -> AdapterState:
+    """`state + delta`, summed in float32 and kept in the dtypes of `state`."""
+    return {key: (tensor + delta[key]).to(tensor.dtype) for key, tensor in state.items()}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
