@@ -97,6 +97,10 @@ class LocalRoundMixin(Trainer):
         self.callback_handler.lr_scheduler = self.lr_scheduler
         return self.model_wrapped, train_dataloader
 
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """What `train()` calls to evaluate, also for `eval_on_start`: a matter of the run, not of each client."""
+        return {}
+
     def _free_local_round(self, *objects: Any) -> tuple[Any, ...]:
         """`Accelerator.free_memory` for what belongs to a local round only."""
         self.accelerator._dataloaders = []

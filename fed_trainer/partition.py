@@ -5,9 +5,10 @@ Splits one dataset into the datasets of federated clients.
 
 `natural_partition` follows a column that already says who owns a row. The others make an artificial federation: equal
 clients (`iid_partition`), clients of unequal size (`quantity_skew_partition`), clients with unequal shares of each
-label (`dirichlet_partition`), and clients that hold a few labels only (`pathological_partition`). Every split is exact:
-each row goes to exactly one client, and a client keeps its rows in the order of the dataset. The same dataset, arguments
-and seed give the same split with the same version of NumPy.
+label (`dirichlet_partition`), and clients that hold a few labels only (`pathological_partition`).
+
+Every split is exact: each row goes to exactly one client, and a client keeps its rows in the order of the dataset. The
+same dataset, arguments and seed give the same split with the same version of NumPy.
 """
 
 import math

@@ -5,17 +5,21 @@ Tables and plots of a finished or interrupted run, from the `federation.json` in
 
     python -m fed_trainer.report OUTPUT_DIR
 
-prints the table of rounds and writes `learning_curves.png` and, if the labels of the clients were counted, `split.png`.
-The plots need matplotlib; the table does not.
+prints the table of rounds and writes `learning_curves.png` into the directory, and `split.png` if the labels of the
+clients were counted. The plots need matplotlib; the table does not.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .partition import format_table
+from .record import RECORD_NAME
 
 
 if TYPE_CHECKING:
@@ -24,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "plot_curves", "plot_split", "round_table", "write_report"]
 
-FEDERATION_FILE = "federation.json"
 CURVES_FILE = "learning_curves.png"
 SPLIT_FILE = "split.png"
 # The layout of `federation.json` that this module reads.
@@ -96,6 +99,8 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
         raise ValueError("The run has no finished round and no evaluation, so there is no curve to draw: train first.")
 
     figure = _new_figure(8.0, 4.8)
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.add_subplot()
     if rounds:
         axes.plot(
@@ -114,7 +119,7 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     axes.set_title(f"{federation['peft_type']}, {federation['aggregation']}, {len(federation['clients'])} clients")
     axes.set_xlabel("round")
     axes.set_ylabel("loss")
-    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if 1 + len(loss_keys) <= MAX_INNER_LEGEND:
@@ -129,8 +134,9 @@ def plot_split(federation: dict[str, Any], path: str | Path) -> None:
     """
     Draws how the labels are spread over the clients: a heat map of clients by labels.
 
-    The colour is the share of a label in the rows of the client, so that clients of different size can be compared. The
-    numbers are counts of rows; they are left out where there are more than 200 cells.
+    The colour is the share of a label in the rows of the client, so that clients of different size can be compared.
+    The numbers are counts of rows; they are left out where there are more than 200 cells. Clients stand in the order of
+    the run, labels in the order of their total, the largest first.
 
     Args:
         federation (`dict[str, Any]`):
@@ -148,7 +154,10 @@ def plot_split(federation: dict[str, Any], path: str | Path) -> None:
             "No client of the run has a composition, so there is no split to draw: name the column that holds the "
             "labels when training, so that they are counted."
         )
-    labels = list(dict.fromkeys(label for composition in compositions.values() for label in composition))
+    totals: Counter[str] = Counter()
+    for composition in compositions.values():
+        totals.update(composition)
+    labels = [label for label, _ in totals.most_common()]
     counts = [[composition.get(label, 0) for label in labels] for composition in compositions.values()]
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
 
@@ -219,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m fed_trainer.report",
         description="Print the table of rounds of a federated run and write its plots.",
     )
-    parser.add_argument("output_dir", help=f"the output directory of the run, which holds {FEDERATION_FILE}")
+    parser.add_argument("output_dir", help=f"the output directory of the run, which holds {RECORD_NAME}")
     output_dir = parser.parse_args(arguments).output_dir
     try:
         print(round_table(_read_federation(output_dir)))
@@ -231,18 +240,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _read_federation(output_dir: str | Path) -> dict[str, Any]:
-    path = Path(output_dir) / FEDERATION_FILE
+    path = Path(output_dir) / RECORD_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no {FEDERATION_FILE} in '{output_dir}', so there is nothing to report: pass the output directory "
-            "of a run that finished at least one round."
+            f"There is no {RECORD_NAME} in '{output_dir}', so there is nothing to report: pass the output directory of "
+            "a run that has started to train."
         )
     try:
         federation = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"'{path}' is not valid JSON ({error}), so the run cannot be reported: restore the file, or resume the run, "
-            "which writes it again."
+            f"'{path}' is not valid JSON ({error}), so the run cannot be reported: restore the file, or resume the "
+            "run, which writes it again."
         ) from error
     if not isinstance(federation, dict) or federation.get("format") != FORMAT:
         given = federation.get("format") if isinstance(federation, dict) else type(federation).__name__
@@ -253,8 +262,8 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
     missing = sorted({"aggregation", "clients", "label_column", "peft_type", "rounds", "start"} - federation.keys())
     if missing:
         raise ValueError(
-            f"'{path}' lacks {', '.join(missing)}, so the run cannot be reported: restore the file, or resume the run, "
-            "which writes it again."
+            f"'{path}' lacks {', '.join(missing)}, so the run cannot be reported: restore the file, or resume the "
+            "run, which writes it again."
         )
     return federation
 
@@ -297,7 +306,7 @@ def _cut(name: str) -> str:
     return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"
 
 
-def _new_figure(width: float, height: float) -> "Figure":
+def _new_figure(width: float, height: float) -> Figure:
     """Returns an empty figure of the size in inches, drawn by Agg: no display, and none of pyplot's global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -309,3 +318,7 @@ def _new_figure(width: float, height: float) -> "Figure":
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Federated supervised fine-tuning of any causal language model on any Hub id or local folder.
+
+    python recipes/federated_sft.py --config recipes/configs/dolly_scl.yaml
+    accelerate launch recipes/federated_sft.py --config recipes/configs/dolly_scl.yaml --num_rounds 30 --seed 1
+
+Every field of `FederatedConfig` (hence of TRL's `SFTConfig`) and of `RecipeArguments` below can stand in the YAML and be
+overridden on the command line. `--resume_from_checkpoint True` continues a run that died.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset, DatasetDict, load_dataset
+from fed_trainer import (
+    FederatedConfig,
+    FederatedTrainer,
+    dirichlet_partition,
+    iid_partition,
+    natural_partition,
+    partition_summary,
+    pathological_partition,
+    quantity_skew_partition,
+)
+from fed_trainer.report import write_report
+from peft import PeftConfig, get_peft_config
+from transformers.utils.import_utils import is_matplotlib_available
+from trl import TrlParser
+
+import peft_scl  # noqa: F401  (registers the PEFT type SCL)
+
+
+@dataclass
+class RecipeArguments:
+    """
+    Model, data, split and adapter of a federated fine-tuning run.
+
+    Args:
+        model_name_or_path (`str`):
+            Base model, a Hub id or a folder. Its dtype and the like go into `model_init_kwargs`.
+        dataset_name (`str`):
+            Data, a Hub id or a folder with Parquet, JSON or CSV files.
+        dataset_config (`str`, *optional*):
+            Configuration of the dataset.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split that is spread over the clients.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Held-out split. If the dataset has none, `test_size` of the training split is held out.
+        test_size (`float`, *optional*, defaults to `0.05`):
+            Fraction to hold out, drawn with `seed`.
+        max_eval_samples (`int`, *optional*):
+            Evaluate on the first so many held-out rows only.
+        prompt_template (`str`, *optional*):
+            Prompt made of the columns of a row, as in `"Question: {question}\nAnswer: "`. Needs `completion_column`. Rows
+            with an empty completion are dropped. Without it the rows are used as they are.
+        completion_column (`str`, *optional*):
+            Column with the text to learn.
+        partition_method (`str`, *optional*, defaults to `"natural"`):
+            How the training split becomes clients: `"natural"`, `"dirichlet"`, `"pathological"`, `"iid"` or
+            `"quantity_skew"`, see `fed_trainer.partition`.
+        partition_column (`str`, *optional*):
+            Column that `"natural"`, `"dirichlet"` and `"pathological"` split by.
+        num_clients (`int`, *optional*, defaults to `10`):
+            Number of clients, except for `"natural"`.
+        alpha (`float`, *optional*, defaults to `0.5`):
+            Concentration of `"dirichlet"` and `"quantity_skew"`: the smaller, the more uneven.
+        classes_per_client (`int`, *optional*, defaults to `2`):
+            For `"pathological"`.
+        min_examples (`int`, *optional*, defaults to `32`):
+            Least number of examples per client for `"dirichlet"` and `"quantity_skew"`.
+        peft_config (`dict`):
+            Fields of any PEFT config, with `peft_type`: `{peft_type: SCL, r: 16}`.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Base model, a Hub id or a folder."})
+    dataset_name: str = field(metadata={"help": "Data, a Hub id or a folder with Parquet, JSON or CSV files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split that is spread over the clients."})
+    dataset_test_split: str = field(default="test", metadata={"help": "Held-out split, if the dataset has one."})
+    test_size: float = field(default=0.05, metadata={"help": "Fraction held out of the training split otherwise."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many held-out rows only."})
+    prompt_template: str | None = field(default=None, metadata={"help": "Prompt made of the columns of a row."})
+    completion_column: str | None = field(default=None, metadata={"help": "Column with the text to learn."})
+    partition_method: str = field(
+        default="natural",
+        metadata={
+            "help": "How the training split becomes clients.",
+            "choices": ["natural", "dirichlet", "pathological", "iid", "quantity_skew"],
+        },
+    )
+    partition_column: str | None = field(default=None, metadata={"help": "Column to split by."})
+    num_clients: int = field(default=10, metadata={"help": "Number of clients, except for natural."})
+    alpha: float = field(default=0.5, metadata={"help": "Concentration of dirichlet and quantity_skew."})
+    classes_per_client: int = field(default=2, metadata={"help": "Classes per client for pathological."})
+    min_examples: int = field(default=32, metadata={"help": "Least number of examples per client."})
+    peft_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of any PEFT config with `peft_type`, a mapping or JSON."}
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.peft_config, str):
+            self.peft_config = json.loads(self.peft_config)
+        if (self.prompt_template is None) != (self.completion_column is None):
+            raise ValueError(
+                f"`prompt_template` is {self.prompt_template!r} and `completion_column` is {self.completion_column!r}: give both "
+                "to make prompts and completions from columns, or neither to use the rows as they are."
+            )
+        if self.partition_method in ("natural", "dirichlet", "pathological") and self.partition_column is None:
+            raise ValueError(
+                f"`partition_method={self.partition_method!r}` splits by a column, but `partition_column` is not given."
+            )
+
+
+def load_data(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """The training and the held-out rows."""
+    data = load_dataset(recipe.dataset_name, recipe.dataset_config)
+    if not isinstance(data, DatasetDict) or recipe.dataset_train_split not in data:
+        raise ValueError(f"{recipe.dataset_name!r} has no split {recipe.dataset_train_split!r}: it has {list(data)}.")
+    train = data[recipe.dataset_train_split]
+    if recipe.dataset_test_split in data:
+        return train, data[recipe.dataset_test_split]
+    parts = train.train_test_split(test_size=recipe.test_size, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def to_prompt_completion(rows: Dataset, recipe: RecipeArguments) -> Dataset:
+    """Rows with `prompt` and `completion`, and the column to split by."""
+    if recipe.prompt_template is None or recipe.completion_column is None:
+        return rows
+    template, completion = recipe.prompt_template, recipe.completion_column
+    if completion not in rows.column_names:
+        raise ValueError(
+            f"`completion_column` is {completion!r}, but the columns of {recipe.dataset_name!r} are {rows.column_names}."
+        )
+    rows = rows.filter(lambda row: bool(row[completion] and row[completion].strip()))
+    try:
+        template.format(**rows[0])
+    except KeyError as error:
+        raise ValueError(
+            f"`prompt_template` names the column {error}, but the columns of {recipe.dataset_name!r} are {rows.column_names}."
+        ) from None
+    dropped = [name for name in rows.column_names if name != recipe.partition_column]
+    return rows.map(
+        lambda row: {"prompt": template.format(**row), "completion": row[completion]}, remove_columns=dropped
+    )
+
+
+def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[dict[str, Dataset], str]:
+    """The clients, and the split in words."""
+    column = recipe.partition_column or ""
+    match recipe.partition_method:
+        case "natural":
+            return natural_partition(rows, column), f"natural, by {column}"
+        case "dirichlet":
+            clients = dirichlet_partition(rows, recipe.num_clients, recipe.alpha, column, seed, recipe.min_examples)
+            return clients, f"dirichlet(alpha={recipe.alpha}) over {column}"
+        case "pathological":
+            clients = pathological_partition(rows, recipe.num_clients, recipe.classes_per_client, column, seed)
+            return clients, f"pathological({recipe.classes_per_client} classes per client) over {column}"
+        case "quantity_skew":
+            clients = quantity_skew_partition(rows, recipe.num_clients, recipe.alpha, seed, recipe.min_examples)
+            return clients, f"quantity_skew(alpha={recipe.alpha})"
+        case _:
+            return iid_partition(rows, recipe.num_clients, seed), "iid"
+
+
+def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
+    """The PEFT config named in the recipe; `None` leaves it to `initial_adapter`."""
+    if recipe.peft_config is None:
+        return None
+    return get_peft_config({"task_type": "CAUSAL_LM", **recipe.peft_config})
+
+
+def main() -> None:
+    parser = TrlParser((RecipeArguments, FederatedConfig))
+    recipe, args = parser.parse_args_and_config()
+
+    train, test = load_data(recipe, args.seed)
+    clients, args.partition = split(to_prompt_completion(train, recipe), recipe, args.seed)
+    args.label_column = args.label_column or recipe.partition_column
+    test = to_prompt_completion(test, recipe)
+    if recipe.max_eval_samples is not None:
+        test = test.select(range(min(recipe.max_eval_samples, len(test))))
+
+    trainer = FederatedTrainer(
+        model=recipe.model_name_or_path,
+        args=args,
+        train_dataset=clients,
+        eval_dataset=test,
+        peft_config=make_peft_config(recipe),
+    )
+    if trainer.is_world_process_zero():
+        print(partition_summary(clients, recipe.partition_column))
+        trainer.model.print_trainable_parameters()
+    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    if trainer.is_world_process_zero() and is_matplotlib_available():
+        for path in write_report(args.output_dir):
+            print(f"wrote {path}")
+
+
+def _resume(value: str | None) -> str | bool | None:
+    # the command line gives a string
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
+if __name__ == "__main__":
+    main()
