@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from torch import nn
 
@@ -126,7 +126,7 @@ def base_digest(model: PeftModel) -> str | None:
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
         return None
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(model.peft_config[model.active_adapters[0]].peft_type)
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(model.peft_config[model.active_adapters[0]].peft_type))
     digest = hashlib.sha256()
     for name, parameter in sorted(_base_parameters(base, prefix).items()):
         sample = parameter.detach().flatten()

@@ -71,7 +71,7 @@ def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str |
                 "`trainer.train()`."
             )
         return Path(last)
-    folder = Path(resume_from_checkpoint)
+    folder = Path(str(resume_from_checkpoint))
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(
             f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {ADAPTER_WEIGHTS}. Pass a `checkpoint-<round>` "

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from dataclasses import dataclass, field
 
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -131,7 +131,7 @@ class FederatedConfig(SFTConfig):
             )
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                f"`hub_strategy={str(self.hub_strategy.value)!r}` would push checkpoint folders. Use 'every_save' (one commit per "
+                f"`hub_strategy={HubStrategy(self.hub_strategy).value!r}` would push checkpoint folders. Use 'every_save' (one commit per "
                 "saved round) or 'end'."
             )
         self._refuse_local_evaluation_and_saving()
@@ -139,7 +139,7 @@ class FederatedConfig(SFTConfig):
     def _refuse_local_evaluation_and_saving(self) -> None:
         if self.eval_strategy != "no":
             raise ValueError(
-                f"`eval_strategy={str(self.eval_strategy.value)!r}` would evaluate in the middle of a client's local steps. "
+                f"`eval_strategy={IntervalStrategy(self.eval_strategy).value!r}` would evaluate in the middle of a client's local steps. "
                 "Leave it at 'no' and set `eval_rounds`."
             )
         if self.load_best_model_at_end:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from concurrent.futures import Future
 from pathlib import Path
@@ -60,16 +61,17 @@ def publish(
     blocking: bool = True,
 ) -> CommitInfo | Future[CommitInfo]:
     """Upload the safetensors, JSON and Markdown files of `folder` (not of folders in it) as one commit."""
-    return HfApi().upload_folder(
+    api = HfApi(token=token)
+    upload = functools.partial(
+        api.upload_folder,
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message,
-        token=token,
         revision=revision,
         allow_patterns=PUBLISHED_FILES,
         ignore_patterns=["*/*"],
-        run_as_future=not blocking,
     )
+    return upload() if blocking else api.run_as_future(upload)
 
 
 def model_card(

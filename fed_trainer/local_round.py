@@ -28,6 +28,7 @@ class LocalRoundMixin(Trainer):
     building a new trainer and costs a small part of it.
     """
 
+    optimizer: torch.optim.Optimizer
     _live_adapter: LiveAdapter
     _initial_optimizer_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftConfig, PeftType
 
 
-__all__ = ["RECORD_NAME", "composition", "read_record", "write_json"]
+__all__ = ["RECORD_NAME", "composition", "peft_type_name", "read_record", "write_json"]
 
 
 RECORD_NAME = "federation.json"
@@ -23,6 +24,11 @@ def composition(dataset: Dataset, label_column: str) -> dict[str, int]:
     """How often each value of `label_column` occurs, values as strings, in sorted order."""
     counts = Counter(str(value) for value in dataset[label_column])
     return dict(sorted(counts.items()))
+
+
+def peft_type_name(peft_config: PeftConfig) -> str:
+    """The name of the PEFT method, as in `"LORA"`."""
+    return PeftType(peft_config.peft_type).value
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:

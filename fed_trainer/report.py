@@ -40,6 +40,7 @@ MAX_NAMES = 60
 MAX_NAME_LENGTH = 32
 # A legend with more entries stands below the axes, where it hides no curve.
 MAX_INNER_LEGEND = 4
+MAX_LARGE_POINTS = 40
 DPI = 150
 
 
@@ -102,19 +103,23 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.add_subplot()
+    # Points that touch would hide the dashes. They stay visible, since a loss measured once is a point without a line.
+    marker_size = 4 if len(rounds) <= MAX_LARGE_POINTS else 2
     if rounds:
         axes.plot(
             [entry["round"] for entry in rounds],
             [entry["train_loss"] for entry in rounds],
             color="black",
             marker="o",
-            markersize=4,
+            markersize=marker_size,
             label="train loss",
         )
     loss_keys = _loss_keys(evaluations)
     for key in loss_keys:
         points = [(number, losses[key]) for number, losses in evaluations.items() if key in losses]
-        axes.plot(*zip(*points, strict=True), marker="s", markersize=4, linestyle="--", label=_loss_name(key))
+        axes.plot(
+            *zip(*points, strict=True), marker="s", markersize=marker_size, linestyle="--", label=_loss_name(key)
+        )
 
     axes.set_title(f"{federation['peft_type']}, {federation['aggregation']}, {len(federation['clients'])} clients")
     axes.set_xlabel("round")
@@ -134,9 +139,9 @@ def plot_split(federation: dict[str, Any], path: str | Path) -> None:
     """
     Draws how the labels are spread over the clients: a heat map of clients by labels.
 
-    The colour is the share of a label in the rows of the client, so that clients of different size can be compared.
-    The numbers are counts of rows; they are left out where there are more than 200 cells. Clients stand in the order of
-    the run, labels in the order of their total, the largest first.
+    The colour is the share of a label in the rows of the client, so that clients of different size can be compared; the
+    scale ends at the largest share. The numbers are counts of rows; they are left out where there are more than 200
+    cells. Clients stand in the order of the run, labels in the order of their total, the largest first.
 
     Args:
         federation (`dict[str, Any]`):
@@ -161,14 +166,16 @@ def plot_split(federation: dict[str, Any], path: str | Path) -> None:
     counts = [[composition.get(label, 0) for label in labels] for composition in compositions.values()]
     shares = [[count / max(sum(row), 1) for count in row] for row in counts]
 
-    figure = _new_figure(min(4.0 + 0.55 * len(labels), 24.0), min(2.2 + 0.36 * len(counts), 24.0))
+    # Inches: room for the names and the colour bar, and a cell wide enough for a count of four digits.
+    figure = _new_figure(min(max(4.0 + 0.55 * len(labels), 6.5), 18.0), min(max(2.2 + 0.36 * len(counts), 3.8), 14.0))
     axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
+    largest_share = max(map(max, shares))
+    image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=largest_share, aspect="auto", interpolation="nearest")
     if len(counts) * len(labels) <= MAX_ANNOTATED_CELLS:
         for row, (row_counts, row_shares) in enumerate(zip(counts, shares, strict=True)):
             for position, (count, share) in enumerate(zip(row_counts, row_shares, strict=True)):
                 # Dark text on pale cells, pale text on dark ones; an empty cell is quiet.
-                color = "white" if share > 0.5 else "black" if count else "silver"
+                color = "white" if share > 0.6 * largest_share else "black" if count else "silver"
                 axes.text(position, row, str(count), ha="center", va="center", color=color, fontsize=8)
 
     # Names come from the data: a `$` in them is a dollar, not mathematics.
@@ -185,8 +192,8 @@ def plot_split(federation: dict[str, Any], path: str | Path) -> None:
         rotation_mode="anchor",
     )
     axes.set_xlabel(federation["label_column"] or "label", parse_math=False)
-    axes.set_title("examples of each client by label")
-    figure.colorbar(image, ax=axes, label="share of the client's examples")
+    figure.suptitle("examples of each client by label")
+    figure.colorbar(image, ax=axes, label="share of the client's examples", fraction=0.04, pad=0.02, aspect=30)
     figure.savefig(path, format="png", dpi=DPI)
 
 

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -32,7 +30,7 @@ from .config import FederatedConfig
 from .hub import fetch_adapter, model_card, publish
 from .local_round import LocalRoundMixin
 from .progress import RoundProgress
-from .record import RECORD_NAME, composition, read_record, write_json
+from .record import RECORD_NAME, composition, peft_type_name, read_record, write_json
 from .report import round_table
 
 
@@ -52,6 +50,8 @@ class FederatedMixin(LocalRoundMixin):
     """
 
     args: FederatedConfig
+    model: PeftModel
+    hub_model_id: Any  # `None` until the repository exists
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class FederatedMixin(LocalRoundMixin):
 
         adapter_folder = None
         if args.initial_adapter is not None:
-            if peft_config is not None or is_peft_model(model):
+            if peft_config is not None or isinstance(model, PeftModel):
                 raise ValueError(
                     f"`initial_adapter` is {args.initial_adapter!r}, which brings its own PEFT config, but a "
                     f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
@@ -78,16 +78,17 @@ class FederatedMixin(LocalRoundMixin):
             adapter_folder = fetch_adapter(args.initial_adapter, args.initial_adapter_revision, args.hub_token)
             peft_config = PeftConfig.from_pretrained(str(adapter_folder))
             peft_config.inference_mode = False
-        if peft_config is None and not is_peft_model(model):
+        if peft_config is None and not isinstance(model, PeftModel):
             raise ValueError(
                 "A federation sends adapters around, but neither a `peft_config` nor a `PeftModel` was given. Pass for "
                 "instance `peft_config=SclConfig(r=16, task_type='CAUSAL_LM')`."
             )
 
+        self._folder = Path(args.output_dir or "")
         self._clients = dict(sorted(train_dataset.items()))
         first = next(iter(self._clients))
-        super().__init__(
-            model=model,
+        super().__init__(  # type: ignore[call-arg]
+            model=model,  # type: ignore[arg-type]
             args=args,
             train_dataset=self._clients[first],
             eval_dataset=eval_dataset,
@@ -227,12 +228,12 @@ class FederatedMixin(LocalRoundMixin):
         logs |= {f"seconds_{phase}": value for phase, value in seconds.items()}
         logs |= {f"clients/{client}/loss": metrics["train_loss"] for client, metrics in clients.items()}
         self.log(logs)
-        self._write_record(self.args.output_dir)
+        self._write_record(self._folder)
 
     def _save_round(self, round: int) -> None:
         if self.is_world_process_zero():
-            folder = write_checkpoint(self.args.output_dir, round, self._write_checkpoint_files)
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit)
+            folder = write_checkpoint(self._folder, round, self._write_checkpoint_files)
+            rotate_checkpoints(self._folder, self.args.save_total_limit)
             if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and round < self.args.num_rounds:
                 self._publish_round(folder, round)
         self.accelerator.wait_for_everyone()
@@ -251,16 +252,16 @@ class FederatedMixin(LocalRoundMixin):
     # Beginning and end
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
-        refuse_another_run(self.args.output_dir)
+        refuse_another_run(self._folder)
         self._record = self._new_record()
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
             self._record["start"]["eval"] = self.evaluate(ignore_keys=ignore_keys_for_eval)
-        self._write_record(self.args.output_dir)
+        self._write_record(self._folder)
         return 0
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
-        folder = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        folder = find_checkpoint(self._folder, resume_from_checkpoint)
         record = read_record(folder)
         self._refuse_another_run(record, folder)
         state = load_adapter(folder)
@@ -282,7 +283,7 @@ class FederatedMixin(LocalRoundMixin):
         rounds = self._record["rounds"]
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
-            self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+            self.state.save_to_json(str(self._folder / TRAINER_STATE_NAME))
         if self._shows_progress:
             print(round_table(self._record))
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
@@ -309,24 +310,24 @@ class FederatedMixin(LocalRoundMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""
-        folder = output_dir if output_dir is not None else self.args.output_dir
+        folder = Path(output_dir) if output_dir is not None else self._folder
         if not self.args.should_save:
             return
-        os.makedirs(folder, exist_ok=True)
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(str(folder), state_dict=state_dict)
         if self.processing_class is not None:
             # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
-            self.processing_class.save_pretrained(folder, save_jinja_files=False)
+            self.processing_class.save_pretrained(str(folder), save_jinja_files=False)
         self._write_record(folder)
-        self._card().save(os.path.join(folder, "README.md"))
+        self._card().save(folder / "README.md")
 
-    def create_model_card(
+    def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write the model card of the federation to `output_dir`; the arguments are those of TRL's trainers."""
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            self._card(model_name, dataset_name, tags).save(os.path.join(self.args.output_dir, "README.md"))
+            self._card(model_name, dataset_name, tags).save(self._folder / "README.md")
 
     def push_to_hub(
         self,
@@ -362,7 +363,7 @@ class FederatedMixin(LocalRoundMixin):
             return None
         self.create_model_card(**kwargs)
         revision = revision if revision is not None else self.args.hub_revision
-        return publish(self.args.output_dir, self.hub_model_id, commit_message, token, revision, blocking)
+        return publish(self._folder, self.hub_model_id, commit_message, token, revision, blocking)
 
     def _card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
@@ -370,10 +371,10 @@ class FederatedMixin(LocalRoundMixin):
         task_type = self._peft_config.task_type
         return model_card(self._record, task_type, self.hub_model_id, model_name, dataset_name, tags)
 
-    def _write_record(self, folder: str | os.PathLike) -> None:
+    def _write_record(self, folder: Path) -> None:
         if self.is_world_process_zero():
-            os.makedirs(folder, exist_ok=True)
-            write_json(Path(folder) / RECORD_NAME, self._record)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / RECORD_NAME, self._record)
 
     def _new_record(self) -> dict[str, Any]:
         column = self.args.label_column
@@ -381,7 +382,7 @@ class FederatedMixin(LocalRoundMixin):
             "format": 1,
             "base_model": get_config_model_id(self.model.config),
             "base_digest": base_digest(self.model),
-            "peft_type": str(self._peft_config.peft_type.value),
+            "peft_type": peft_type_name(self._peft_config),
             "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
             "aggregation": self.args.aggregation,
             "seed": self.args.seed,
@@ -404,8 +405,7 @@ class FederatedMixin(LocalRoundMixin):
 
     @property
     def _peft_config(self) -> PeftConfig:
-        model: PeftModel = self.model
-        return model.peft_config[model.active_adapters[0]]
+        return self.model.peft_config[self.model.active_adapters[0]]
 
     @property
     def _shows_progress(self) -> bool:
@@ -517,7 +517,12 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         return self._prepare_dataset(
-            dataset, self.processing_class, self.args, self.args.packing, self._formatting_func, f"client {client}"
+            dataset,
+            self.processing_class,  # type: ignore[arg-type]
+            self.args,
+            self.args.packing,
+            self._formatting_func,
+            f"client {client}",
         )
 
 

@@ -12,9 +12,13 @@ overridden on the command line. `--resume_from_checkpoint True` continues a run 
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
+from peft import PeftConfig, get_peft_config
+from transformers.utils.import_utils import is_matplotlib_available
+from trl import TrlParser
+
+import peft_scl  # noqa: F401  (registers the PEFT type SCL)
 from fed_trainer import (
     FederatedConfig,
     FederatedTrainer,
@@ -26,11 +30,6 @@ from fed_trainer import (
     quantity_skew_partition,
 )
 from fed_trainer.report import write_report
-from peft import PeftConfig, get_peft_config
-from transformers.utils.import_utils import is_matplotlib_available
-from trl import TrlParser
-
-import peft_scl  # noqa: F401  (registers the PEFT type SCL)
 
 
 @dataclass
@@ -96,7 +95,7 @@ class RecipeArguments:
     alpha: float = field(default=0.5, metadata={"help": "Concentration of dirichlet and quantity_skew."})
     classes_per_client: int = field(default=2, metadata={"help": "Classes per client for pathological."})
     min_examples: int = field(default=32, metadata={"help": "Least number of examples per client."})
-    peft_config: dict[str, Any] | str | None = field(
+    peft_config: dict | str | None = field(
         default=None, metadata={"help": "Fields of any PEFT config with `peft_type`, a mapping or JSON."}
     )
 
@@ -169,13 +168,13 @@ def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[dict[str, 
 
 def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     """The PEFT config named in the recipe; `None` leaves it to `initial_adapter`."""
-    if recipe.peft_config is None:
+    if not isinstance(recipe.peft_config, dict):
         return None
     return get_peft_config({"task_type": "CAUSAL_LM", **recipe.peft_config})
 
 
 def main() -> None:
-    parser = TrlParser((RecipeArguments, FederatedConfig))
+    parser = TrlParser([RecipeArguments, FederatedConfig])  # type: ignore[list-item]
     recipe, args = parser.parse_args_and_config()
 
     train, test = load_data(recipe, args.seed)

@@ -1,0 +1,361 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer.clients import client_seed
+from peft_scl import SclConfig
+
+
+LOCAL = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "max_length": 32,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+SCL = {"r": 4, "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def make_trainer(tiny_model_dir, make_clients, tmp_path):
+    def make(output="out", clients=None, eval_dataset=True, peft_config=None, model=None, callbacks=None, **settings):
+        clients = clients or make_clients(num_clients=3)
+        if "initial_adapter" not in settings and peft_config is None and not isinstance(model, PeftModel):
+            peft_config = SclConfig(**SCL)
+        args = FederatedConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
+        held_out = clients[next(iter(clients))].select(range(8)) if eval_dataset else None
+        return FederatedTrainer(
+            model=model if model is not None else str(tiny_model_dir),
+            args=args,
+            train_dataset=clients,
+            eval_dataset=held_out,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@pytest.mark.parametrize("peft_config", [SclConfig(**SCL), LoraConfig(r=4, lora_dropout=0.1, task_type="CAUSAL_LM")])
+def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(
+    make_trainer, make_clients, tiny_model_dir, tmp_path, peft_config
+):
+    """The kept model and optimiser against a new model and `SFTTrainer` per client and round, averaged densely."""
+    clients = make_clients(num_clients=3)
+    clients["client_1"] = clients["client_1"].select(range(6))  # unequal weights
+    trainer = make_trainer(clients=clients, peft_config=peft_config, num_rounds=2, round_lr_scheduler_type="linear")
+    state = {key: tensor.clone() for key, tensor in trainer._global_state.items()}
+    trainer.train()
+
+    for round in (1, 2):
+        mean = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in state.items()}
+        total = sum(len(rows) for rows in clients.values())
+        for name, rows in clients.items():
+            model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), peft_config)
+            config = {**LOCAL, "learning_rate": 1e-2 * (1 if round == 1 else 0.5), "lr_scheduler_type": "constant"}
+            local = SFTTrainer(
+                model=model,
+                args=SFTConfig(
+                    output_dir=str(tmp_path / "local"), bf16=False, save_strategy="no", logging_strategy="no", **config
+                ),
+                train_dataset=rows,
+            )
+            set_peft_model_state_dict(local.model, {key: tensor.clone() for key, tensor in state.items()})
+            set_seed(client_seed(42, round, name))
+            local.train()
+            for key, tensor in get_peft_model_state_dict(local.model).items():
+                mean[key] += len(rows) / total * tensor.double()
+        state = {key: tensor.float() for key, tensor in mean.items()}
+        saved = adapter(tmp_path / "out" / f"checkpoint-{round}")
+        for key, tensor in state.items():
+            torch.testing.assert_close(saved[key], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_one_client_with_one_round_is_plain_fine_tuning(make_trainer, make_clients, tmp_path):
+    trainer = make_trainer(clients=make_clients(num_clients=1), num_rounds=1)
+    before = trainer._global_state
+    trainer.train()
+    after = adapter(tmp_path / "out")
+    assert not same(before, after)
+    assert trainer._record["rounds"][0]["clients"]["client_0"]["num_steps"] == LOCAL["max_steps"]
+
+
+def test_same_seed_gives_the_same_adapter_and_another_seed_another(make_trainer, tmp_path):
+    make_trainer("a", clients_per_round=2, peft_config=SclConfig(**SCL, scl_dropout=0.1)).train()
+    make_trainer("b", clients_per_round=2, peft_config=SclConfig(**SCL, scl_dropout=0.1)).train()
+    make_trainer("c", clients_per_round=2, peft_config=SclConfig(**SCL, scl_dropout=0.1), seed=1).train()
+    assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
+    assert not same(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
+
+
+def test_data_seed_changes_the_order_and_every_round_has_another(make_trainer, make_clients):
+    batches = []
+
+    def run(output, **settings):
+        trainer = make_trainer(output, clients=make_clients(num_clients=1), eval_dataset=False, **settings)
+        compute_loss = trainer.compute_loss
+        trainer.compute_loss = lambda model, inputs, **kwargs: (
+            batches.append(inputs["input_ids"].flatten().tolist()) or compute_loss(model, inputs, **kwargs)
+        )
+        trainer.train()
+
+    run("a", data_seed=1)
+    first = batches[:6]
+    batches.clear()
+    run("b", data_seed=2)
+    assert first != batches
+    assert first[:3] != first[3:], "the two rounds saw the same batches"
+
+
+def test_a_run_that_died_resumes_to_the_same_adapter_and_record(make_trainer, tmp_path):
+    class Dies(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    whole = make_trainer("whole", num_rounds=4, clients_per_round=2, round_lr_scheduler_type="cosine")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(
+            "died", num_rounds=4, clients_per_round=2, round_lr_scheduler_type="cosine", callbacks=[Dies()]
+        ).train()
+    assert not (tmp_path / "died" / "adapter_model.safetensors").exists()
+    again = make_trainer("died", num_rounds=4, clients_per_round=2, round_lr_scheduler_type="cosine")
+    again.train(resume_from_checkpoint=True)
+
+    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
+    assert [entry["step"] for entry in again.state.log_history] == [entry["step"] for entry in whole.state.log_history]
+    losses = [[entry["train_loss"] for entry in t._record["rounds"]] for t in (whole, again)]
+    assert losses[0] == losses[1]
+    assert [entry["eval"]["eval_loss"] for entry in whole._record["rounds"]] == [
+        entry["eval"]["eval_loss"] for entry in again._record["rounds"]
+    ]
+
+
+def test_resuming_refuses_another_run_and_leaves_it_alone(make_trainer, tmp_path):
+    make_trainer(num_rounds=1).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"belongs to another run \(seed: 42 there, 7 here\)"):
+        make_trainer(num_rounds=2, seed=7).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="does not fit|belongs to another run"):
+        make_trainer(num_rounds=2, peft_config=LoraConfig(r=2, task_type="CAUSAL_LM")).train(
+            resume_from_checkpoint=True
+        )
+    with pytest.raises(FileExistsError, match=r"already holds a run \(checkpoint-1\)"):
+        make_trainer(num_rounds=1).train()
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+def test_more_rounds_can_be_added_to_a_finished_run(make_trainer, tmp_path):
+    make_trainer(num_rounds=1).train()
+    make_trainer(num_rounds=2).train(resume_from_checkpoint=True)
+    make_trainer("whole", num_rounds=2).train()
+    assert same(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
+
+
+def test_the_live_model_is_the_global_adapter_when_it_is_evaluated_and_afterwards(
+    make_trainer, tmp_path, tiny_model_dir
+):
+    trainer = make_trainer(num_rounds=1)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    assert loss == trainer._record["rounds"][0]["eval"]["eval_loss"]
+
+    fresh = make_trainer("fresh", initial_adapter=str(tmp_path / "out"), model=str(tiny_model_dir))
+    assert fresh.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-6)
+    assert same(fresh._global_state, adapter(tmp_path / "out"))
+
+
+def test_bad_updates_name_the_client_and_keep_the_global_adapter(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(num_rounds=2)
+    original = trainer.local_round
+    calls = []
+
+    def sometimes_broken(*args):
+        state, metrics = original(*args)
+        calls.append(1)
+        if len(calls) == 5:  # the second client of the second round
+            state[next(iter(state))].view(-1)[0] = float("nan")
+        return state, metrics
+
+    monkeypatch.setattr(trainer, "local_round", sometimes_broken)
+    with pytest.raises(ValueError, match="The update of client 'client_1' has values that are not finite"):
+        trainer.train()
+    assert same(trainer._live_adapter.read(), adapter(tmp_path / "out" / "checkpoint-1"))
+
+
+def test_a_client_does_not_evaluate_save_or_report(make_trainer, tmp_path):
+    class Events(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.seen.append("train_begin")
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.seen.append(f"evaluate {state.global_step}")
+
+        def on_save(self, args, state, control, **kwargs):
+            self.seen.append(f"save {state.global_step}")
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.seen.append(f"log {state.global_step} {'loss' if 'loss' in logs else 'eval'}")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen.append("step")
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.seen.append("train_end")
+
+    events = Events()
+    make_trainer(callbacks=[events], eval_rounds=2, save_strategy="steps", save_steps=1, logging_steps=1).train()
+    steps = ["step"] * 9
+    assert events.seen == [
+        "train_begin",
+        "log 0 eval",
+        "evaluate 0",
+        *steps,
+        "log 1 loss",
+        "save 1",
+        *steps,
+        "log 2 eval",
+        "evaluate 2",
+        "log 2 loss",
+        "save 2",
+        "train_end",
+    ]
+    assert not list((tmp_path / "out").rglob("training_args.bin"))
+
+
+def test_early_stopping_ends_the_federation(make_trainer):
+    class Stops(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 1
+
+    trainer = make_trainer(num_rounds=3, callbacks=[Stops()])
+    assert trainer.train().global_step == 1
+
+
+def test_record_log_history_and_table(make_trainer, tmp_path, capsys):
+    trainer = make_trainer(
+        clients_per_round=2, label_column="topic", partition="by hand", disable_tqdm=False, save_total_limit=1
+    )
+    output = trainer.train()
+    record = json.loads((tmp_path / "out" / "federation.json").read_text())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in trainer._global_state.values())
+    assert record["num_trainable_parameters"] * 4 == size
+    for entry in record["rounds"]:
+        assert list(entry["clients"]) == trainer.sampler.sample(entry["round"])
+        assert entry["bytes_up"] == entry["bytes_down"] == 2 * size
+        weights = {name: client["num_examples"] for name, client in entry["clients"].items()}
+        mean = sum(weights[n] * entry["clients"][n]["train_loss"] for n in weights) / sum(weights.values())
+        assert entry["train_loss"] == pytest.approx(mean)
+        assert {"prepare", "local", "aggregate", "evaluate", "checkpoint"} <= entry["seconds"].keys() | {"checkpoint"}
+    assert record["clients"]["client_0"]["composition"] is not None
+    assert record["partition"] == "by hand"
+    assert output.metrics["bytes_up"] == 4 * size
+    logged = [entry for entry in trainer.state.log_history if "bytes_up" in entry]
+    assert [entry["step"] for entry in logged] == [1, 2]
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    shown = capsys.readouterr()
+    assert "round 1/2" in shown.out + shown.err
+    assert "train loss" in shown.out
+
+
+def test_engine_and_model_are_built_once(make_trainer, monkeypatch):
+    trainer = make_trainer(num_rounds=3)
+    created = []
+    original = trainer.create_optimizer
+    monkeypatch.setattr(trainer, "create_optimizer", lambda *a: created.append(1) or original(*a))
+    trainer.train()
+    assert len(created) == 1
+    assert len(trainer.accelerator._models) <= 1
+    assert len(trainer.accelerator._dataloaders) <= 3
+
+
+def test_modules_to_save_travel_with_the_adapter(make_trainer, tmp_path):
+    config = SclConfig(**SCL, modules_to_save=["norm"])
+    trainer = make_trainer(peft_config=config, num_rounds=1)
+    start = {key: tensor for key, tensor in trainer._global_state.items() if "norm" in key}
+    assert start
+    trainer.train()
+    saved = adapter(tmp_path / "out")
+    assert all(not torch.equal(saved[key], tensor) for key, tensor in start.items())
+
+
+def test_a_peft_model_is_taken_as_it_is(make_trainer, tiny_model_dir, tmp_path):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(r=2, task_type="CAUSAL_LM")
+    )
+    make_trainer(model=model, num_rounds=1).train()
+    assert json.loads((tmp_path / "out" / "federation.json").read_text())["peft_type"] == "LORA"
+
+
+def test_refusals_before_training(make_trainer, make_clients, tiny_model_dir, tmp_path):
+    clients = make_clients(num_clients=2)
+    with pytest.raises(ValueError, match="Client 'client_1' has no examples"):
+        make_trainer(clients={**clients, "client_1": clients["client_1"].select([])})
+    with pytest.raises(ValueError, match="has 3 examples, fewer than one local batch of 4"):
+        make_trainer(clients={**clients, "client_1": clients["client_1"].select(range(3))})
+    with pytest.raises(ValueError, match="`clients_per_round` is 5.*only 2 clients"):
+        make_trainer(clients=clients, clients_per_round=5)
+    with pytest.raises(ValueError, match=r"has the columns \['answer', 'prompt', 'topic'\], none of the formats"):
+        make_trainer(clients={name: rows.rename_column("completion", "answer") for name, rows in clients.items()})
+    with pytest.raises(ValueError, match="`label_column` is 'colour'"):
+        make_trainer(clients=clients, label_column="colour")
+    with pytest.raises(ValueError, match="neither a `peft_config` nor a `PeftModel`"):
+        FederatedTrainer(
+            model=str(tiny_model_dir),
+            args=FederatedConfig(output_dir=str(tmp_path / "x"), **LOCAL),
+            train_dataset=clients,
+        )
+
+
+def test_parameters_outside_the_adapter_may_not_be_trained(make_trainer, tiny_model_dir):
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(r=2, task_type="CAUSAL_LM")
+    )
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="trainable but not part of the adapter"):
+        make_trainer(model=model)
+
+
+def test_an_adapter_of_another_base_is_refused(make_trainer, tiny_model_dir, tmp_path):
+    make_trainer(num_rounds=1).train()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="was trained on another base model"):
+        make_trainer("b", model=other, initial_adapter=str(tmp_path / "out"))
+    other.config.intermediate_size = 48
+    narrow = AutoModelForCausalLM.from_config(other.config)
+    with pytest.raises(ValueError, match="has the shape .* It belongs to another base model"):
+        make_trainer("c", model=narrow, initial_adapter=str(tmp_path / "out"))
+
+
+def test_an_initial_adapter_brings_its_own_config(make_trainer, tmp_path):
+    make_trainer(num_rounds=1).train()
+    with pytest.raises(ValueError, match="brings its own PEFT config"):
+        make_trainer("b", initial_adapter=str(tmp_path / "out"), peft_config=SclConfig(**SCL))
