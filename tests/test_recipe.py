@@ -1,0 +1,111 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The recipe as a user runs it: a process of its own, data in a folder, a YAML and overrides."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def workspace(tmp_path, make_clients):
+    """A data folder with the columns of MedQuAD."""
+    (tmp_path / "data").mkdir()
+    for split, rows in (("train", 24), ("test", 6)):
+        with open(tmp_path / "data" / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            for client, dataset in make_clients(num_clients=3, rows=rows).items():
+                for row in dataset:
+                    entry = {"question": row["prompt"], "answer": row["completion"], "collection": client}
+                    file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"question": "?", "answer": "", "collection": "client_0"}) + "\n")
+    return tmp_path
+
+
+def run(workspace, tiny_model_dir, *arguments, launcher=(sys.executable,), check=True):
+    command = [
+        *launcher,
+        str(ROOT / "recipes/federated_sft.py"),
+        *("--config", str(ROOT / "recipes/configs/medquad_scl.yaml")),
+        *("--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(workspace / "data")),
+        *("--num_rounds", "2", "--max_steps", "2", "--max_length", "48", "--output_dir", str(workspace / "out")),
+        *arguments,
+    ]
+    environment = {**os.environ, "HF_HOME": str(workspace / "hf"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=workspace, env=environment, check=check)
+
+
+def test_recipe_trains_reports_and_reloads_in_a_fresh_process(workspace, tiny_model_dir, make_clients):
+    output = run(workspace, tiny_model_dir).stdout
+    assert "client_2" in output and "train loss" in output
+    out = workspace / "out"
+    record = json.loads((out / "federation.json").read_text())
+    # rows with an empty answer were dropped
+    expected = {
+        name: sum(bool(answer.strip()) for answer in rows["completion"])
+        for name, rows in make_clients(num_clients=3, rows=24).items()
+    }
+    assert {name: client["num_examples"] for name, client in record["clients"].items()} == expected
+    assert record["partition"] == "natural, by collection"
+    assert (out / "learning_curves.png").stat().st_size > 1000
+    assert (out / "split.png").stat().st_size > 1000
+
+    code = (
+        "import sys, torch, peft_scl\n"
+        "from peft import AutoPeftModelForCausalLM\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(sys.argv[1]).eval()\n"
+        "torch.save(model(torch.arange(10)[None]).logits.detach(), sys.argv[2])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(out), str(workspace / "logits.pt")], check=True)
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    untouched = base(torch.arange(10)[None]).logits.detach()
+    here = PeftModel.from_pretrained(base, str(out)).eval()(torch.arange(10)[None]).logits
+    there = torch.load(workspace / "logits.pt", weights_only=True)
+    assert torch.equal(here, there)
+    assert not torch.equal(untouched, there)
+
+
+def test_recipe_resumes_and_overrides_any_adapter_and_split(workspace, tiny_model_dir):
+    lora = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]})
+    arguments = ("--peft_config", lora, "--partition_method", "iid", "--num_clients", "2", "--clients_per_round", "1")
+    run(workspace, tiny_model_dir, *arguments, "--num_rounds", "1")
+    run(workspace, tiny_model_dir, *arguments, "--num_rounds", "2", "--resume_from_checkpoint", "True")
+    record = json.loads((workspace / "out" / "federation.json").read_text())
+    assert record["peft_type"] == "LORA"
+    assert [len(entry["clients"]) for entry in record["rounds"]] == [1, 1]
+    assert sorted(record["clients"]) == ["client_0", "client_1"]
+    assert all("q_proj" in key for key in load_file(workspace / "out" / "adapter_model.safetensors"))
+
+
+def test_recipe_runs_under_accelerate_launch(workspace, tiny_model_dir):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    run(workspace, tiny_model_dir, "--num_rounds", "1", launcher=launcher)
+    assert (workspace / "out" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--completion_column", "reply"), "`completion_column` is 'reply', but the columns of"),
+        (("--prompt_template", "{title}"), "`prompt_template` names the column 'title'"),
+        (("--partition_column", "hospital"), "hospital"),
+        (("--clients_per_round", "9"), "`clients_per_round` is 9.0, but there are only 3 clients"),
+    ],
+)
+def test_recipe_refuses_in_a_sentence(workspace, tiny_model_dir, arguments, message):
+    result = run(workspace, tiny_model_dir, *arguments, check=False)
+    assert result.returncode != 0
+    assert message in result.stderr
+    assert not (workspace / "out" / "checkpoint-1").exists()
