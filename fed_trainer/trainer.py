@@ -31,7 +31,6 @@ from .hub import fetch_adapter, model_card, publish
 from .local_round import LocalRoundMixin
 from .progress import RoundProgress
 from .record import RECORD_NAME, composition, peft_type_name, read_record, write_json
-from .report import round_table
 
 
 __all__ = ["FederatedMixin", "FederatedTrainer"]
@@ -285,6 +284,8 @@ class FederatedMixin(LocalRoundMixin):
         if self.is_world_process_zero():
             self.state.save_to_json(str(self._folder / TRAINER_STATE_NAME))
         if self._shows_progress:
+            from .report import round_table  # at module level `python -m fed_trainer.report` would import itself twice
+
             print(round_table(self._record))
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.args.push_to_hub:

@@ -69,6 +69,8 @@ def test_recipe_trains_reports_and_reloads_in_a_fresh_process(workspace, tiny_mo
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    import peft_scl  # noqa: F401
+
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     untouched = base(torch.arange(10)[None]).logits.detach()
     here = PeftModel.from_pretrained(base, str(out)).eval()(torch.arange(10)[None]).logits
