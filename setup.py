@@ -30,18 +30,18 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["peft_scl", "peft_scl.*", "fed_trainer", "fed_trainer.*"]),
     package_data={"peft_scl": ["py.typed"], "fed_trainer": ["py.typed"]},
-    # Lower bounds are the oldest versions whose sources were read for the APIs used here. The upper bounds of peft, trl
-    # and transformers stand because a tuner and a trainer subclass rely on their internals (see docs/federation.md).
+    # Lower bounds are the versions this was developed and tested with; nothing is known about older ones. The upper bounds
+    # of peft, transformers and trl stand because a tuner and a trainer rely on their internals (docs/federation.md).
     install_requires=[
-        "accelerate>=1.12",
-        "datasets>=4.0",
-        "huggingface-hub>=1.0,<3",
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "huggingface-hub>=2.4,<3",
         "numpy>=1.26",
-        "peft>=0.21,<0.23",
-        "safetensors>=0.5",
-        "torch>=2.6",
-        "tqdm>=4.66",
-        "transformers>=5.20,<6",
+        "peft>=0.21.2,<0.23",
+        "safetensors>=0.8",
+        "torch>=2.13",
+        "tqdm>=4.67",
+        "transformers>=5.23,<6",
         "trl>=1.16,<2",
     ],
     extras_require=extras,

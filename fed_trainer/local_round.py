@@ -66,10 +66,14 @@ class LocalRoundMixin(Trainer):
         federation = self.state, self.control, self.callback_handler
         self.control = TrainerControl()
         self.callback_handler = _LocalCallbackHandler(federation[2])
+        checkpointing = self.args.activation_checkpointing
+        if self._initial_optimizer_state is not None:
+            self.args.activation_checkpointing = False  # it is on already, and every switching on adds a hook
         try:
             output = super().train()
         finally:
             self.state, self.control, self.callback_handler = federation
+            self.args.activation_checkpointing = checkpointing
         metrics = {
             "train_loss": output.training_loss,
             "num_steps": output.global_step,

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -139,9 +140,11 @@ class SclConfig(PeftConfig):
         _check_choice("variant", self.variant, ("bottleneck", "compress"))
         _check_choice("train_down_proj", self.train_down_proj, ("none", "low_rank", "full"))
         if self.activation not in ACT2FN:
-            raise ValueError(f"`activation` should be one of {sorted(ACT2FN)} but the value passed is {self.activation!r}")
-        if not self.scaling > 0:
-            raise ValueError(f"`scaling` should be positive but the value passed is {self.scaling!r}")
+            raise ValueError(
+                f"`activation` should be one of {sorted(ACT2FN)} but the value passed is {self.activation!r}"
+            )
+        if not 0 < self.scaling < math.inf:
+            raise ValueError(f"`scaling` should be positive and finite but the value passed is {self.scaling!r}")
         if not 0 <= self.scl_dropout < 1:
             raise ValueError(f"`scl_dropout` should be in [0, 1) but the value passed is {self.scl_dropout!r}")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -37,11 +37,12 @@ class SclLayer(BaseTunerLayer):
         self.activation_fn: dict[str, nn.Module] = {}
         self.scaling: dict[str, float] = {}
         self.scl_dropout = nn.ModuleDict({})
-        self.scl_A = nn.ModuleDict({})
-        self.scl_B = nn.ModuleDict({})
-        self.scl_delta = nn.ModuleDict({})
-        self.scl_delta_A = nn.ModuleDict({})
-        self.scl_delta_B = nn.ModuleDict({})
+        # adapter name -> nn.Linear; `Any` because the values of a ModuleDict have no closer type than nn.Module
+        self.scl_A: Any = nn.ModuleDict({})
+        self.scl_B: Any = nn.ModuleDict({})
+        self.scl_delta: Any = nn.ModuleDict({})
+        self.scl_delta_A: Any = nn.ModuleDict({})
+        self.scl_delta_B: Any = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         # Base weight and bias as they were before the first merge: (I + B A) is a factor, not a summand, so taking it
@@ -50,7 +51,9 @@ class SclLayer(BaseTunerLayer):
         self.kwargs = kwargs
 
         layer = self.get_base_layer()
-        self.in_features, self.out_features = _get_in_out_features(layer)
+        self.in_features: int
+        self.out_features: int
+        self.in_features, self.out_features = _get_in_out_features(layer)  # type: ignore[assignment]
         self.fan_in_fan_out = isinstance(layer, Conv1D)  # Conv1D stores its weight as (in, out)
         self.quantization_backend = resolve_quantization_backend(
             layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
@@ -115,7 +118,7 @@ class SclLayer(BaseTunerLayer):
     def _start_from_svd(self, adapter_name: str) -> None:
         """`scaling B A` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
         down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
-        base_weight = getattr(self.get_base_layer(), "weight", None)
+        base_weight: Any = getattr(self.get_base_layer(), "weight", None)
         if down.is_meta or (base_weight is not None and base_weight.is_meta):
             return  # an empty shell, to be filled from a checkpoint
         with gather_params_ctx(base_weight, modifier_rank=None), torch.no_grad():
@@ -133,6 +136,27 @@ class SclLayer(BaseTunerLayer):
                 "singular vectors cannot be read. Use `variant='bottleneck'`, which does not read the weight."
             )
         return weight.T if self.fan_in_fan_out else weight
+
+    def check_mergeable(self, names: list[str]) -> None:
+        """Raise if one of the adapters `names` cannot be folded into this layer."""
+        names = [name for name in names if name in self.scl_A]
+        for name in names:
+            if self.activation[name] != "linear":
+                raise ValueError(
+                    f"The SCL adapter {name!r} has the activation {self.activation[name]!r}: a non-linear map cannot be "
+                    "folded into a weight matrix. Keep the adapter separate (`PeftModel.from_pretrained`), or train with "
+                    "`activation='linear'`."
+                )
+            if self.scl_A[name].bias is not None and self.bias is None:
+                raise ValueError(
+                    f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be merged "
+                    "into has none. Keep the adapter separate, or train with `scl_bias=False`."
+                )
+        if names and self.quantization_backend is not None:
+            raise NotImplementedError(
+                f"Merging SCL into a quantised layer ({self.quantization_backend.backend_name}) is not supported. Load the "
+                "base model without quantisation to merge, or keep the adapter separate."
+            )
 
 
 class Linear(nn.Module, SclLayer):
@@ -209,47 +233,30 @@ class Linear(nn.Module, SclLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scl_A]
         if not names:
             return
-        base_layer = self.get_base_layer()
-        self._check_mergeable(names)
+        base_layer: Any = self.get_base_layer()
+        self.check_mergeable(names)
 
-        if self._unmerged_parameters is None:
-            # cloned: an in-place change of the live weight must not reach the stash
-            bias = None if base_layer.bias is None else base_layer.bias.data.clone()
-            self._unmerged_parameters = (base_layer.weight.data.clone(), bias)
+        original = self._unmerged_parameters
+        if original is None:
+            original = (base_layer.weight.data, None if base_layer.bias is None else base_layer.bias.data)
         with torch.no_grad():
-            weight, bias = self._merged_parameters(self.merged_adapters + names)
+            weight, bias = self._merged_parameters(original, self.merged_adapters + names)
         if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            if not self.merged:
-                self._unmerged_parameters = None
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        self._unmerged_parameters = original
         base_layer.weight.data = weight
         if bias is not None:
             base_layer.bias.data = bias
         self.merged_adapters.extend(names)
 
-    def _check_mergeable(self, names: list[str]) -> None:
-        for name in names:
-            if self.activation[name] != "linear":
-                raise ValueError(
-                    f"The SCL adapter {name!r} has the activation {self.activation[name]!r}: a non-linear map cannot be "
-                    "folded into a weight matrix. Keep the adapter separate (`PeftModel.from_pretrained`), or train with "
-                    "`activation='linear'`."
-                )
-            if self.scl_A[name].bias is not None and self.bias is None:
-                raise ValueError(
-                    f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be merged "
-                    "into has none. Keep the adapter separate, or train with `scl_bias=False`."
-                )
-        if self.quantization_backend is not None:
-            raise NotImplementedError(
-                f"Merging SCL into a quantised layer ({self.quantization_backend.backend_name}) is not supported. Load the "
-                "base model without quantisation to merge, or keep the adapter separate."
-            )
-
-    def _merged_parameters(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Base weight and bias with `names` folded in: `W' = (W + sum_k delta_k) (I + sum_k s_k B_k A_k)`."""
-        assert self._unmerged_parameters is not None
-        base_weight, base_bias = self._unmerged_parameters
+    def _merged_parameters(
+        self, original: tuple[torch.Tensor, torch.Tensor | None], names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`, where
+        the change is the delta of a bottleneck and `s_k B_k A_k - W` of a compression.
+        """
+        base_weight, base_bias = original
         device = self.scl_A[names[0]].weight.device
         dtype = torch.promote_types(base_weight.dtype, torch.float32)
         weight = base_weight.to(device, dtype)
@@ -257,30 +264,32 @@ class Linear(nn.Module, SclLayer):
         bias = None if base_bias is None else base_bias.to(device, dtype)
 
         merged = weight.clone()
-        factor = torch.eye(self.in_features, device=device, dtype=dtype)
         shift = torch.zeros(self.in_features, device=device, dtype=dtype)  # of the bottlenecks, in front of the weight
+        bottlenecks: list[tuple[torch.Tensor, torch.Tensor]] = []
         for name in names:
-            down, up, scale = self.scl_A[name], self.scl_B[name], self.scaling[name]
-            product = scale * (up.weight.to(dtype) @ down.weight.to(dtype))
+            down, up = self.scl_A[name], self.scl_B[name]
+            down_weight, up_weight = down.weight.to(dtype), self.scaling[name] * up.weight.to(dtype)
             if name in self.scl_delta:
                 merged += self.scl_delta[name].weight.to(dtype)
             elif name in self.scl_delta_A:
                 merged += self.scl_delta_B[name].weight.to(dtype) @ self.scl_delta_A[name].weight.to(dtype)
             offset = None
             if down.bias is not None:
-                offset = scale * (up.weight.to(dtype) @ down.bias.to(dtype) + up.bias.to(dtype))
+                offset = up_weight @ down.bias.to(dtype) + self.scaling[name] * up.bias.to(dtype)
             if self.variant[name] == "bottleneck":
-                factor += product
+                bottlenecks.append((up_weight, down_weight))
                 shift = shift if offset is None else shift + offset
             else:
-                merged += product - weight
+                merged += up_weight @ down_weight - weight
                 bias = bias if offset is None or bias is None else bias + offset
         if bias is not None:
             bias = bias + merged @ shift
-        merged = merged @ factor
+        # never form the (m, m) product `B A`: m is the FFN width
+        merged = merged + sum((merged @ up_weight) @ down_weight for up_weight, down_weight in bottlenecks)
         merged = merged.T.contiguous() if self.fan_in_fan_out else merged
-        target = base_weight.device
-        return merged.to(target, base_weight.dtype), None if bias is None else bias.to(target, base_weight.dtype)
+        # as the base layer is now: the model may have been cast or moved since the first merge
+        base_layer: Any = self.get_base_layer()
+        return merged.to(base_layer.weight), None if bias is None else bias.to(base_layer.bias)
 
     def unmerge(self) -> None:
         """Put the base weight and bias back, bit for bit."""
@@ -288,11 +297,11 @@ class Linear(nn.Module, SclLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._unmerged_parameters is not None
-        base_layer = self.get_base_layer()
+        base_layer: Any = self.get_base_layer()
         weight, bias = self._unmerged_parameters
-        base_layer.weight.data = weight.to(base_layer.weight.device)
+        base_layer.weight.data = weight.to(base_layer.weight)
         if bias is not None:
-            base_layer.bias.data = bias.to(base_layer.bias.device)
+            base_layer.bias.data = bias.to(base_layer.bias)
         self._unmerged_parameters = None
         self.merged_adapters.clear()
 

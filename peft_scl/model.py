@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SclConfig
 from .layer import Linear, SclLayer
-from .targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections
+from .targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections, find_fused_experts
 
 
 __all__ = ["SclModel"]
@@ -54,18 +57,60 @@ class SclModel(BaseTuner):
     tuner_layer_cls = SclLayer
     target_module_mapping = DOWN_PROJECTIONS
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: SclConfig, model_config: dict[str, Any]) -> SclConfig:  # type: ignore[override]
+        experts = find_fused_experts(self.model)
+        if experts and peft_config.target_modules is None:
+            raise NotImplementedError(
+                f"{len(experts)} modules of this model (the first: {experts[0]}) hold several experts in one parameter, "
+                "which SCL cannot wrap yet, so there are no default `target_modules`. To adapt the other feed-forward "
+                "blocks only (shared experts, dense layers), name their down projections in `target_modules`."
+            )
+        if experts:
+            warnings.warn(
+                f"{len(experts)} modules of this model (the first: {experts[0]}) hold several experts in one parameter, "
+                "which SCL cannot wrap yet: these experts stay frozen and without an adapter.",
+                UserWarning,
+                stacklevel=2,
+            )
         if peft_config.target_modules is None:
             model_type = model_config.get("model_type")
             if model_type in DOWN_PROJECTIONS:
-                peft_config.target_modules = set(DOWN_PROJECTIONS[model_type])
-                if peft_config.exclude_modules is None and model_type in EXCLUDED_MODULES:
-                    peft_config.exclude_modules = set(EXCLUDED_MODULES[model_type])
+                targets, excluded = DOWN_PROJECTIONS[model_type], EXCLUDED_MODULES.get(model_type, [])
             else:
-                peft_config.target_modules = set(find_down_projections(self.model))
+                targets, excluded = find_down_projections(self.model)
+            peft_config.target_modules = set(targets)  # type: ignore[assignment]
+            peft_config.exclude_modules = _also_excluding(peft_config.exclude_modules, excluded)  # type: ignore[assignment]
         return peft_config
 
-    def _create_and_replace(
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        if (getattr(model, "_tp_size", None) or 1) > 1:
+            raise NotImplementedError(
+                "SCL does not support tensor parallelism: the input of the down projection is sharded there, and every "
+                "rank would train a compression layer of its own. Load the model without `tp_plan`."
+            )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_layers_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_layers_mergeable(adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_layers_mergeable(self, adapter_names: list[str] | None) -> None:
+        """Refuse before the first layer is changed, not half way through the model."""
+        for module in self.model.modules():
+            if isinstance(module, SclLayer):
+                module.check_mergeable(module.active_adapters if adapter_names is None else adapter_names)
+
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: SclConfig,
         adapter_name: str,
@@ -118,3 +163,13 @@ class SclModel(BaseTuner):
                 "`Trainer.save_model`, or pass the gathered `state_dict`."
             )
         return selected
+
+
+def _also_excluding(given: Iterable[str] | str | None, names: list[str]) -> set[str] | str | None:
+    """`exclude_modules` as the user gave it, with `names` added to it."""
+    if isinstance(given, str) and names:
+        suffixes = "|".join(re.escape(name) for name in names)
+        return rf"(?:{given})|(?:.*\.)?(?:{suffixes})"
+    if isinstance(given, str):
+        return given
+    return set(given or ()) | set(names) or None

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the second linear map of the FFN is: by architecture, or else by the sizes in the model's config."""
 
+import re
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -11,46 +12,39 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-__all__ = ["DOWN_PROJECTIONS", "EXCLUDED_MODULES", "find_down_projections"]
+__all__ = ["DOWN_PROJECTIONS", "EXCLUDED_MODULES", "find_down_projections", "find_fused_experts"]
 
 
-_DOWN_PROJ = ["mlp.down_proj"]
-_BERT = ["output.dense"]
-_FC2 = ["fc2"]
+_BERT_LIKE = ("bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "xlm-roberta")
+_LLAMA_LIKE = (
+    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "olmo2", "phi3",
+    "qwen2", "qwen3", "smollm3", "stablelm",
+)  # fmt: skip
+_VISION = (
+    "clip", "clip_text_model", "clip_vision_model", "dinov2", "siglip", "siglip_text_model", "siglip_vision_model", "vit",
+)  # fmt: skip
 
 # Suffixes, as lists: a regular expression would disable `layers_to_transform`.
 DOWN_PROJECTIONS: dict[str, list[str]] = {
-    **dict.fromkeys(
-        (
-            "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "olmo2", "phi3",
-            "qwen2", "qwen3", "smollm3", "stablelm",
-        ),
-        _DOWN_PROJ,
-    ),
-    **dict.fromkeys(
-        ("bert", "camembert", "deberta", "deberta-v2", "electra", "mpnet", "roberta", "xlm-roberta"), _BERT
-    ),
-    **dict.fromkeys(("bart", "mbart", "opt"), _FC2),
-    # vision towers: `mlp.fc2` of the encoder layers, not of a pooling head in front of them
-    **dict.fromkeys(("clip", "clip_text_model", "clip_vision_model", "dinov2", "phi", "vit"), ["mlp.fc2"]),
-    **dict.fromkeys(("siglip", "siglip_text_model", "siglip_vision_model"), ["mlp.fc2"]),
-    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), ["mlp.dense_4h_to_h"]),
-    **dict.fromkeys(("gpt2", "gpt_neo", "starcoder2"), ["mlp.c_proj"]),
+    **{model_type: ["mlp.down_proj"] for model_type in _LLAMA_LIKE},
+    **{model_type: ["output.dense"] for model_type in (*_BERT_LIKE, "mpnet")},
+    **{model_type: ["mlp.fc2"] for model_type in (*_VISION, "phi")},
+    **{model_type: ["fc2"] for model_type in ("bart", "mbart", "opt")},
+    **{model_type: ["mlp.dense_4h_to_h"] for model_type in ("bloom", "falcon", "gpt_neox")},
+    **{model_type: ["mlp.c_proj"] for model_type in ("gpt2", "gpt_neo", "starcoder2")},
     "albert": ["ffn_output"],
     "distilbert": ["ffn.lin2"],
     "gemma3": ["mlp.down_proj"],  # the language model; name `mlp.fc2` too for the vision tower
     "gptj": ["mlp.fc_out"],
     "mt5": ["DenseReluDense.wo"],
     "t5": ["DenseReluDense.wo"],
-}  # fmt: skip
+}
 
 # Modules that a suffix above matches although they are something else.
 EXCLUDED_MODULES: dict[str, list[str]] = {
-    **dict.fromkeys(
-        ("bert", "camembert", "deberta", "deberta-v2", "electra", "mpnet", "roberta", "xlm-roberta"),
-        ["attention.output.dense"],
-    ),
-    **dict.fromkeys(("siglip", "siglip_vision_model"), ["head.mlp.fc2"]),
+    **{model_type: ["attention.output.dense", "crossattention.output.dense"] for model_type in _BERT_LIKE},
+    # the pooling head of the vision tower
+    **{model_type: ["head.mlp.fc2"] for model_type in ("siglip", "siglip_vision_model")},
 }
 
 _FFN_SIZES = (
@@ -58,11 +52,13 @@ _FFN_SIZES = (
     "ffn_hidden_size", "dim_feedforward",
 )  # fmt: skip
 _HIDDEN_SIZES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
+_LAYER_INDEX = re.compile(r"(?:^|\.)\d+\.")
+_ATTENTION = re.compile(r"attn|attention")  # its output projection can have the sizes of a down projection
 
 
-def find_down_projections(model: nn.Module) -> list[str]:
+def find_down_projections(model: nn.Module) -> tuple[list[str], list[str]]:
     """
-    Names of the modules that map the FFN width of the model's config to its hidden size, inside a list of layers.
+    The modules that map the FFN width of the model's config to its hidden size, inside a list of layers.
 
     Used for architectures that [`DOWN_PROJECTIONS`] does not know; what was picked is reported with a warning.
 
@@ -71,22 +67,27 @@ def find_down_projections(model: nn.Module) -> list[str]:
             A model with a transformers config.
 
     Returns:
-        `list[str]`: Full module names, in model order.
+        `tuple[list[str], list[str]]`: Suffixes of these modules' names, and the names of other modules that end in one
+        of them. Suffixes, because full names would disable `layers_to_transform`.
 
     Raises:
         ValueError: If no module has these sizes.
     """
     config = getattr(model, "config", None)
     sizes = {pair for part in _with_sub_configs(config) for pair in _ffn_shapes(part)}
-    names = []
-    for name, module in model.named_modules():
-        in_repeated_layer = any(part.isdigit() for part in name.split("."))
-        is_part_of_adapter = ".base_layer" in name or ".scl_" in name
-        if in_repeated_layer and not is_part_of_adapter and _shape(module) in sizes:
-            names.append(name)
+    modules = {
+        name: module for name, module in model.named_modules() if ".base_layer" not in name and ".scl_" not in name
+    }
+    names = [
+        name
+        for name, module in modules.items()
+        if _shape(module) in sizes and _LAYER_INDEX.search(name) and not _ATTENTION.search(name)
+    ]
     if not names:
         kind = getattr(config, "model_type", None) or type(model).__name__
-        expected = f"no linear layer maps {sorted(sizes)} (FFN width, hidden size)" if sizes else "no FFN width is given"
+        expected = (
+            f"no linear layer maps {sorted(sizes)} (FFN width, hidden size)" if sizes else "no FFN width is given"
+        )
         raise ValueError(
             f"Please specify `target_modules` in `peft_config`: the feed-forward blocks of {kind!r} are not known to SCL, "
             f"and {expected} in its config. Name the second linear map of each feed-forward block, for instance "
@@ -98,12 +99,32 @@ def find_down_projections(model: nn.Module) -> list[str]:
         UserWarning,
         stacklevel=2,
     )
-    return names
+    suffixes = list(dict.fromkeys(_within_layer(name) for name in names))
+    endings = tuple(f".{suffix}" for suffix in suffixes)
+    others = [name for name in modules if name.endswith(endings) and name not in names]
+    # by suffix where that says the same for every layer: "attention.output.dense" next to "output.dense"
+    excluded = dict.fromkeys(name if _within_layer(name) in suffixes else _within_layer(name) for name in others)
+    return suffixes, list(excluded)
+
+
+def find_fused_experts(model: nn.Module) -> list[str]:
+    """Names of the modules that hold the weights of several experts as one parameter, which SCL cannot wrap."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if "expert" in f"{name} {type(module).__name__}".lower()
+        and any(parameter.dim() >= 3 for parameter in module.parameters(recurse=False))
+    ]
+
+
+def _within_layer(name: str) -> str:
+    """The part of a module name behind its last layer index."""
+    return _LAYER_INDEX.split(name)[-1]
 
 
 def _shape(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a linear layer, wrapped by a tuner or not; None for anything else."""
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf
     # quantised layers do not all derive from nn.Linear, but carry its sizes
@@ -123,6 +144,8 @@ def _with_sub_configs(config: Any) -> Iterable[Any]:
 def _ffn_shapes(config: Any) -> Iterable[tuple[int, int]]:
     hidden = [getattr(config, name, None) for name in _HIDDEN_SIZES]
     ffn = [getattr(config, name, None) for name in _FFN_SIZES]
+    if getattr(config, "n_inner", 0) is None:  # the GPT-2 family's way to say
+        ffn.append(4 * config.n_embd)
     for width in (value for value in ffn if isinstance(value, int)):
         for size in (value for value in hidden if isinstance(value, int)):
             if width != size:

@@ -359,3 +359,26 @@ def test_an_initial_adapter_brings_its_own_config(make_trainer, tmp_path):
     make_trainer(num_rounds=1).train()
     with pytest.raises(ValueError, match="brings its own PEFT config"):
         make_trainer("b", initial_adapter=str(tmp_path / "out"), peft_config=SclConfig(**SCL))
+
+
+def test_gradient_checkpointing_changes_nothing_and_hooks_do_not_pile_up(make_trainer, tmp_path):
+    def hooks(trainer):
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in trainer.model.modules())
+
+    make_trainer("plain", num_rounds=1).train()
+    trainer = make_trainer("checkpointed", num_rounds=1, gradient_checkpointing=True)
+    trainer.train()
+    after_one = hooks(trainer)
+    for key, tensor in adapter(tmp_path / "plain").items():
+        torch.testing.assert_close(adapter(tmp_path / "checkpointed")[key], tensor, rtol=1e-4, atol=1e-6)
+    longer = make_trainer("longer", num_rounds=4, gradient_checkpointing=True)
+    longer.train()
+    assert hooks(longer) == after_one
+
+
+def test_a_client_without_a_trainable_token_is_refused(make_trainer, make_clients):
+    clients = make_clients(num_clients=3)
+    long = clients["client_2"].map(lambda row: {"prompt": row["prompt"] * 20})
+    trainer = make_trainer(clients={**clients, "client_2": long})
+    with pytest.raises(ValueError, match="Client 'client_2' has 16 examples, but none is left after preparation"):
+        trainer.train()

@@ -40,7 +40,8 @@ def answer(adapter_dir: str, prompt: str) -> None:
 
     def generate() -> str:
         tokens = model.generate(**inputs, max_new_tokens=40, do_sample=False, repetition_penalty=1.1)
-        return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        answer = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(answer).strip()
 
     with model.disable_adapter():
         before = generate()
@@ -48,7 +49,7 @@ def answer(adapter_dir: str, prompt: str) -> None:
 
 
 def train(config_path: Path, arguments: list[str], fresh: bool) -> None:
-    parser = TrlParser([FederatedConfig])
+    parser = TrlParser([FederatedConfig])  # type: ignore[list-item]
     (args,) = parser.parse_args_and_config(["--config", str(config_path), *arguments])
     if fresh:
         shutil.rmtree(args.output_dir, ignore_errors=True)

@@ -1,0 +1,134 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a run puts into a folder and onto the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel
+from transformers import Trainer
+from trl.trainer.utils import get_config_model_id
+
+from .adapter_state import AdapterState, base_digest
+from .clients import ClientSampler
+from .config import FederatedConfig
+from .hub import model_card, publish
+from .record import RECORD_NAME, composition, peft_type_name, write_json
+
+
+__all__ = ["RunFilesMixin"]
+
+
+class RunFilesMixin(Trainer):
+    """Saving, model card, record and publishing of a federation; files are safetensors, JSON and Markdown only."""
+
+    args: FederatedConfig
+    model: PeftModel
+    sampler: ClientSampler
+    hub_model_id: Any  # `None` until the repository exists
+    _folder: Path
+    _clients: dict[str, Dataset]
+    _global_state: AdapterState
+    _record: dict[str, Any]
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""
+        folder = Path(output_dir) if output_dir is not None else self._folder
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(str(folder), state_dict=state_dict)
+        if self.processing_class is not None:
+            # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
+            self.processing_class.save_pretrained(str(folder), save_jinja_files=False)
+        self._write_record(folder)
+        self._card().save(folder / "README.md")
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card of the federation to `output_dir`; the arguments are those of TRL's trainers."""
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            self._card(model_name, dataset_name, tags).save(self._folder / "README.md")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Publish the global adapter: safetensors, JSON and Markdown only.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait for the upload. If not, a future is returned.
+            token (`str`, *optional*):
+                Hub token; `args.hub_token` if not given.
+            revision (`str`, *optional*):
+                Branch to commit to; `args.hub_revision` if not given.
+            private (`bool`, *optional*):
+                Whether a new repository is private; `args.hub_private_repo` if not given.
+            kwargs (`dict[str, Any]`, *optional*):
+                Passed to [`~FederatedMixin.create_model_card`].
+        """
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        revision = revision if revision is not None else self.args.hub_revision
+        return publish(self._folder, self.hub_model_id, commit_message, token, revision, blocking)
+
+    def _card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
+    ) -> ModelCard:
+        task_type = self._peft_config.task_type
+        return model_card(self._record, task_type, self.hub_model_id, model_name, dataset_name, tags)
+
+    def _write_record(self, folder: Path) -> None:
+        if self.is_world_process_zero():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / RECORD_NAME, self._record)
+
+    def _new_record(self) -> dict[str, Any]:
+        column = self.args.label_column
+        return {
+            "format": 1,
+            "base_model": get_config_model_id(self.model.config),
+            "base_digest": base_digest(self.model),
+            "peft_type": peft_type_name(self._peft_config),
+            "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
+            "aggregation": self.args.aggregation,
+            "seed": self.args.seed,
+            "num_rounds": self.args.num_rounds,
+            "num_sampled": self.sampler.num_sampled,
+            "partition": self.args.partition,
+            "label_column": column,
+            "clients": {
+                name: {
+                    "num_examples": len(dataset),
+                    "composition": None if column is None else composition(dataset, column),
+                }
+                for name, dataset in self._clients.items()
+            },
+            "start": {"eval": None},
+            "rounds": [],
+        }
+
+    @property
+    def _peft_config(self) -> PeftConfig:
+        return self.model.peft_config[self.model.active_adapters[0]]

@@ -1,0 +1,48 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Held-out loss over rounds of several runs as a Markdown table: mean and standard deviation over the seeds of each method.
+
+    python recipes/compare_runs.py SCL=out/scl-0,out/scl-1,out/scl-2 LoRA=out/lora-0,out/lora-1,out/lora-2
+"""
+
+import argparse
+import statistics
+from typing import Any
+
+from fed_trainer.record import read_record
+
+
+def losses(record: dict[str, Any]) -> dict[int, float]:
+    """Held-out loss by round, round 0 being the start."""
+    evaluated = [(0, record["start"]["eval"]), *((entry["round"], entry["eval"]) for entry in record["rounds"])]
+    return {round: metrics["eval_loss"] for round, metrics in evaluated if metrics is not None}
+
+
+def cell(values: list[float]) -> str:
+    return f"{statistics.mean(values):.3f}" + (f" ({statistics.stdev(values):.3f})" if len(values) > 1 else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="+", metavar="NAME=FOLDER,FOLDER,...")
+    columns: dict[str, list[dict[str, Any]]] = {}
+    for method in parser.parse_args().methods:
+        name, _, folders = method.partition("=")
+        columns[name] = [read_record(folder) for folder in folders.split(",")]
+        if not all(columns[name]):
+            parser.error(f"not every folder of {name} holds a federation.json: {folders}")
+
+    curves = {name: [losses(record) for record in records] for name, records in columns.items()}
+    rounds = sorted(set.intersection(*(set(curve) for runs in curves.values() for curve in runs)))
+    print("| round | " + " | ".join(columns) + " |")
+    print("|---" * (len(columns) + 1) + "|")
+    for round in rounds:
+        print(f"| {round} | " + " | ".join(cell([curve[round] for curve in runs]) for runs in curves.values()) + " |")
+    parameters = [f"{records[0]['num_trainable_parameters']:,}" for records in columns.values()]
+    print("| trainable parameters | " + " | ".join(parameters) + " |")
+    print("| seeds | " + " | ".join(str(len(records)) for records in columns.values()) + " |")
+
+
+if __name__ == "__main__":
+    main()

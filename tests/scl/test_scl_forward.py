@@ -1,0 +1,261 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The forward pass of every variant against its formula, its start, and what it must not compute."""
+
+import itertools
+
+import pytest
+import torch
+from peft import get_peft_model
+from scl_models import ARCHITECTURES
+from scl_reference import (
+    BASES,
+    Block,
+    D,
+    M,
+    config_id,
+    dense_base,
+    dense_maps,
+    reference_forward,
+    scl_layers,
+    wrapped_block,
+)
+from torch import nn
+
+from peft_scl import SclConfig
+from peft_scl.linalg import truncated_svd
+
+
+BOTTLENECKS = [{"r": 4, "train_down_proj": delta} for delta in ("none", "low_rank", "full")]
+VARIANTS = [*BOTTLENECKS, {"r": 4, "variant": "compress"}]
+SETTINGS = [
+    {**variant, **details}
+    for variant in VARIANTS
+    for details in (
+        {},
+        {"activation": "gelu"},
+        {"scl_bias": True},
+        {"activation": "relu", "scl_bias": True, "scaling": 0.3},
+        {"scaling": 2.5},
+    )
+]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("config", SETTINGS, ids=config_id)
+def test_forward_is_the_formula(config, base):
+    model = wrapped_block(config, base=base)
+    (layer,) = scl_layers(model)
+    for shape in ((3, M), (2, 5, M)):
+        h = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(layer(h), reference_forward(layer, {"x": config}, h), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "configs",
+    [
+        *itertools.combinations_with_replacement(VARIANTS, 2),
+        ({"r": 3, "activation": "gelu", "scl_bias": True}, {"r": 5, "variant": "compress", "activation": "relu"}),
+        (VARIANTS[2], VARIANTS[3], {"r": 2, "variant": "compress", "scl_bias": True}),
+    ],
+    ids=config_id,
+)
+def test_several_active_adapters_add_up(configs, base):
+    model = wrapped_block(*configs, base=base)
+    (layer,) = scl_layers(model)
+    h = torch.randn(3, M, dtype=torch.float64)
+    expected = reference_forward(layer, dict(zip("xyz", configs, strict=False)), h)
+    torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
+    # the order in which they were activated does not matter
+    model.base_model.set_adapter(layer.active_adapters[::-1])
+    torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_low_rank_delta_has_its_own_rank():
+    (layer,) = scl_layers(wrapped_block({"r": 4, "down_proj_r": 2}))
+    assert layer.scl_delta_A["x"].weight.shape == (2, M)
+    assert layer.scl_delta_B["x"].weight.shape == (D, 2)
+
+
+@pytest.mark.parametrize("variant", ["bottleneck", "compress"])
+def test_dropout_acts_on_the_input_of_the_first_map_and_in_training_only(variant):
+    config = {"r": 4, "variant": variant, "scl_dropout": 0.5, "train_down_proj": "none"}
+    (layer,) = scl_layers(wrapped_block(config))
+    h = torch.randn(64, M, dtype=torch.float64)
+    torch.testing.assert_close(layer(h), reference_forward(layer, {"x": config}, h))
+
+    layer.train()
+    torch.manual_seed(1)
+    output = layer(h)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(h, 0.5)
+    weight, bias = dense_base(layer)
+    maps = dense_maps(layer, "x")
+    branch = dropped @ maps["A"].T @ maps["B"].T
+    torch.testing.assert_close(output, (branch if variant == "compress" else (h + branch) @ weight.T) + bias)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("config", BOTTLENECKS, ids=config_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bottleneck_starts_at_the_base_model(config, base, dtype):
+    torch.manual_seed(0)
+    model = Block(base, dtype)
+    x = torch.randn(5, D, dtype=dtype)
+    expected = model(x)
+    for activation in ("linear", "gelu"):
+        wrapped = get_peft_model(
+            model, SclConfig(target_modules=["down"], activation=activation, scl_bias=True, **config)
+        )
+        assert torch.equal(wrapped(x), expected)
+        model = wrapped.unload()
+
+
+def test_a_bfloat16_model_keeps_its_dtype_and_gets_float32_adapters():
+    torch.manual_seed(0)
+    model = get_peft_model(Block(dtype=torch.bfloat16), SclConfig(r=4, target_modules=["down"], init_weights=False))
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert model(torch.randn(5, D, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_init_weights_false_is_random_everywhere():
+    for config in SETTINGS:
+        torch.manual_seed(0)
+        model = get_peft_model(Block(), SclConfig(target_modules=["down"], init_weights=False, **config))
+        weights = [p for n, p in model.named_parameters() if ".scl_" in n and n.endswith("weight")]
+        assert all(weight.abs().min() > 0 for weight in weights)
+
+
+@pytest.mark.parametrize("scaling", [1.0, 4.0])
+@pytest.mark.parametrize("base", BASES)
+def test_compress_starts_at_the_best_rank_r_approximation(base, scaling):
+    for r in (1, 4, min(M, D)):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            Block(base), SclConfig(r=r, variant="compress", scaling=scaling, target_modules=["down"])
+        )
+        (layer,) = scl_layers(model)
+        weight, bias = dense_base(layer)
+        maps = dense_maps(layer, "default")
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        best = (left[:, :r] * values[:r]) @ right[:r]
+        # the maps are created in float32
+        torch.testing.assert_close(scaling * maps["B"] @ maps["A"], best, rtol=1e-5, atol=1e-6)
+        # singular values shared evenly, largest entry of each left vector positive
+        root = (values[:r] / scaling).sqrt()
+        torch.testing.assert_close(maps["A"].norm(dim=1), root, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(maps["B"].norm(dim=0), root, rtol=1e-5, atol=1e-6)
+        assert (maps["B"].gather(0, maps["B"].abs().argmax(dim=0, keepdim=True)) > 0).all()
+        if r == min(M, D):
+            h = torch.randn(5, M, dtype=torch.float64)
+            torch.testing.assert_close(layer(h), h @ weight.T + bias, rtol=1e-5, atol=1e-6)
+
+
+def test_compress_does_not_compute_the_projection_it_replaces():
+    model = wrapped_block({"r": 4, "variant": "compress"}, base="linear_no_bias")
+    (layer,) = scl_layers(model)
+    layer.get_base_layer().weight.data.fill_(float("nan"))
+    assert layer(torch.randn(3, M, dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(9, 31), (31, 9), (16, 16), (1, 5), (5, 1)], ids=str)
+def test_truncated_svd_against_lapack(shape):
+    torch.manual_seed(0)
+    matrix = torch.randn(shape, dtype=torch.float64)
+    reference_left, reference_values, reference_right = torch.linalg.svd(matrix, full_matrices=False)
+    for r in {1, min(2, *shape), min(shape)}:
+        left, values, right = truncated_svd(matrix, r)
+        torch.testing.assert_close(values, reference_values[:r])
+        best = (reference_left[:, :r] * reference_values[:r]) @ reference_right[:r]
+        torch.testing.assert_close((left * values) @ right, best)
+        torch.testing.assert_close(left.T @ left, torch.eye(r, dtype=torch.float64))
+        torch.testing.assert_close(right @ right.T, torch.eye(r, dtype=torch.float64))
+        assert (left.gather(0, left.abs().argmax(dim=0, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("shape", [(9, 31), (31, 9)], ids=str)
+def test_truncated_svd_of_a_rank_deficient_matrix(shape):
+    torch.manual_seed(0)
+    n, m = shape
+    matrix = torch.randn(n, 3, dtype=torch.float64) @ torch.randn(3, m, dtype=torch.float64)
+    for r in (3, 5, 9):
+        left, values, right = truncated_svd(matrix, r)
+        assert all(part.isfinite().all() for part in (left, values, right))
+        assert (values[3:] < 1e-6 * values[0]).all()
+        torch.testing.assert_close((left * values) @ right, matrix, rtol=1e-9, atol=1e-9)
+    zero = truncated_svd(torch.zeros(shape), 2)
+    assert all(part.isfinite().all() for part in zero)
+    assert not ((zero[0] * zero[1]) @ zero[2]).any()
+
+
+def test_truncated_svd_is_repeatable_and_fixes_signs_and_dtypes():
+    torch.manual_seed(0)
+    matrix = torch.randn(20, 30)
+    first, again = truncated_svd(matrix, 5), truncated_svd(matrix.clone(), 5)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert {part.dtype for part in first} == {torch.float32}
+    assert {part.dtype for part in truncated_svd(matrix.bfloat16(), 5)} == {torch.float32}
+    assert {part.dtype for part in truncated_svd(matrix.double(), 5)} == {torch.float64}
+    # the sign goes into the right vectors
+    torch.testing.assert_close(truncated_svd(-matrix, 5)[0], first[0])
+
+
+def test_parameter_counts():
+    r, delta_r = 4, 3
+    bottleneck = 2 * r * M
+    expected = {
+        ("bottleneck", "none"): bottleneck,
+        ("bottleneck", "low_rank"): bottleneck + delta_r * (M + D),
+        ("bottleneck", "full"): bottleneck + M * D,
+        ("compress", "none"): r * (M + D),
+        ("compress", "low_rank"): r * (M + D),
+        ("compress", "full"): r * (M + D),
+    }
+    for (variant, delta), count in expected.items():
+        for scl_bias in (False, True):
+            config = SclConfig(
+                r=r, variant=variant, train_down_proj=delta, down_proj_r=delta_r, scl_bias=scl_bias,
+                target_modules=["down"],
+            )  # fmt: skip
+            model = get_peft_model(Block(), config)
+            biases = (r + (M if variant == "bottleneck" else D)) * scl_bias
+            assert model.get_nb_trainable_parameters()[0] == count + biases
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"variant": "compress"}, {"activation": "gelu", "scl_bias": True}], ids=config_id
+)
+def test_compiles_without_graph_breaks(config):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Block(dtype=torch.float32), SclConfig(r=4, target_modules=["down"], init_weights=False, **config)
+    )
+    x = torch.randn(5, D)
+    expected = model(x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    output = compiled(x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("config", [{}, {"variant": "compress"}], ids=["bottleneck", "compress"])
+def test_gradient_checkpointing_gives_the_same_gradients(config, use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(ARCHITECTURES["llama"].build(), SclConfig(r=4, init_weights=False, **config))
+        model.train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        tokens = torch.arange(1, 13).view(2, 6)
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        assert torch.equal(gradient, gradients[1][name]), name
