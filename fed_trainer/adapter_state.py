@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
@@ -39,11 +41,17 @@ class LiveAdapter:
             raise ValueError(
                 f"The adapters {active} are active, but a federation trains one adapter. Call `set_adapter` with one name."
             )
+        if model.peft_config[active[0]].is_prompt_learning:
+            raise ValueError(
+                f"The adapter is of type {PeftType(model.peft_config[active[0]].peft_type).value}, which PEFT saves as computed "
+                "prompts rather than as its parameters, so it cannot be averaged and loaded back. Use an adapter inside the "
+                "model, such as SCL or LoRA."
+            )
         owners = {tensor.data_ptr(): tensor for tensor in [*model.buffers(), *model.parameters()]}
         saved = get_peft_model_state_dict(model, adapter_name=active[0])
         self._tensors: dict[str, torch.Tensor] = {}
         for key, tensor in sorted(saved.items()):
-            if tensor.numel() == 0 or tensor.data_ptr() not in owners:
+            if tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() not in owners:
                 raise ValueError(
                     f"The adapter tensor {key} is empty or not held by this process, as in a partitioned (ZeRO-3, FSDP) or "
                     "meta-device model, so it cannot be federated. Load the model unpartitioned."
@@ -126,9 +134,8 @@ def base_digest(model: PeftModel) -> str | None:
     base = model.get_base_model()
     if getattr(base, "is_quantized", False):
         return None
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(model.peft_config[model.active_adapters[0]].peft_type))
     digest = hashlib.sha256()
-    for name, parameter in sorted(_base_parameters(base, prefix).items()):
+    for name, parameter in sorted(_base_parameters(base).items()):
         sample = parameter.detach().flatten()
         if sample.numel() > 64:
             sample = sample[torch.linspace(0, sample.numel() - 1, 64, device=sample.device).long()]
@@ -137,10 +144,17 @@ def base_digest(model: PeftModel) -> str | None:
     return digest.hexdigest()
 
 
-def _base_parameters(base: nn.Module, prefix: str | None) -> dict[str, nn.Parameter]:
-    parameters = {}
-    for name, parameter in base.named_parameters():
-        if ".modules_to_save." in name or (prefix is not None and any(p.startswith(prefix) for p in name.split("."))):
-            continue
-        parameters[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
-    return parameters
+def _base_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the pretrained model under the names they have without adapters."""
+    added: set[int] = set()
+    pretrained: set[int] = set()
+    for module in base.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for name, child in module.named_children():
+                ids = {id(parameter) for parameter in child.parameters()}
+                (pretrained if name in ("base_layer", "original_module") else added).update(ids)
+    return {
+        re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name): parameter
+        for name, parameter in base.named_parameters()
+        if id(parameter) not in added - pretrained
+    }

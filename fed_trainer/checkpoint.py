@@ -15,7 +15,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from .adapter_state import AdapterState
 
 
-__all__ = ["find_checkpoint", "load_adapter", "refuse_another_run", "rotate_checkpoints", "write_checkpoint"]
+__all__ = [
+    "find_checkpoint",
+    "load_adapter",
+    "refuse_another_run",
+    "refuse_later_rounds",
+    "rotate_checkpoints",
+    "write_checkpoint",
+]
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -37,13 +44,15 @@ def write_checkpoint(output_dir: str | os.PathLike, round: int, write: Callable[
         `Path`: The checkpoint.
     """
     final = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{round}"
-    beside = final.with_name(f".{final.name}.tmp")
-    for leftover in (beside, final):  # of a run that died here before, or that is being continued from further back
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    beside, aside = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
+    for leftover in (beside, aside):  # of a run that died here before
+        shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     write(beside)
+    if final.exists():
+        os.replace(final, aside)
     os.replace(beside, final)
+    shutil.rmtree(aside, ignore_errors=True)
     return final
 
 
@@ -110,6 +119,22 @@ def refuse_another_run(output_dir: str | os.PathLike) -> None:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1].name}), which starting afresh would mix with "
             "this one. Continue it with `train(resume_from_checkpoint=True)`, choose another `output_dir`, or delete it."
+        )
+
+
+def refuse_later_rounds(output_dir: str | os.PathLike, round: int) -> None:
+    """
+    Raise if `output_dir` holds checkpoints of rounds after `round`.
+
+    Raises:
+        ValueError: Naming them.
+    """
+    later = [path.name for path in sorted(_checkpoints(output_dir), key=_round_of) if _round_of(path) > round]
+    if later:
+        raise ValueError(
+            f"The run is to be resumed after round {round}, but {str(output_dir)!r} holds later rounds too "
+            f"({', '.join(later)}), which would be mixed with the new ones. Delete them, or start a run in another "
+            "`output_dir` with this checkpoint as `initial_adapter`."
         )
 
 

@@ -75,6 +75,11 @@ def check_clients(clients: Any, args: FederatedConfig) -> None:
         )
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     for name, dataset in clients.items():
+        if not isinstance(name, str):
+            raise ValueError(
+                f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they stand in "
+                f"files. Use {str(name)!r}."
+            )
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "

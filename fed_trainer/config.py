@@ -1,5 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
+import math
 from dataclasses import dataclass, field
 
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
@@ -47,7 +48,7 @@ class FederatedConfig(SFTConfig):
         > Parameters that control evaluation and saving
 
         eval_rounds (`int`, *optional*, defaults to `1`):
-            Evaluate the global adapter on `eval_dataset` every so many rounds, and always after the last.
+            Evaluate the global adapter on `eval_dataset` every so many rounds, and always after round `num_rounds`.
         save_rounds (`int`, *optional*, defaults to `1`):
             Write a checkpoint (`checkpoint-<round>`) every so many rounds, and always after the last.
 
@@ -116,7 +117,7 @@ class FederatedConfig(SFTConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1 but the value passed is {getattr(self, name)!r}")
         count = self.clients_per_round
-        if count is not None and (count <= 0 or (count > 1 and count != int(count))):
+        if count is not None and not (0 < count < 1 or (1 <= count < math.inf and count == int(count))):
             raise ValueError(
                 "`clients_per_round` should be a number of clients (1, 2, ...) or a fraction of them between 0 and 1, but "
                 f"the value passed is {count!r}"

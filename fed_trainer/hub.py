@@ -78,6 +78,7 @@ def model_card(
     record: dict[str, Any],
     task_type: str | None,
     repo_id: str | None,
+    base_model_id: str | None = None,
     model_name: str | None = None,
     dataset_name: str | None = None,
     tags: list[str] | None = None,
@@ -92,6 +93,8 @@ def model_card(
             PEFT task type, which decides the class in the example.
         repo_id (`str`, *optional*):
             Where the adapter will live; shown in the example.
+        base_model_id (`str`, *optional*):
+            Hub id of the base model, for the metadata; none for a local folder.
         model_name (`str`, *optional*):
             Title of the card; the last part of `repo_id` if not given.
         dataset_name (`str`, *optional*):
@@ -100,9 +103,14 @@ def model_card(
             Further tags.
     """
     scl = record["peft_type"] == "SCL"
-    base = record["base_model"]
-    tags = ["federated-learning", "fed_trainer", record["peft_type"].lower(), *(["peft_scl"] if scl else [])]
-    data = ModelCardData(base_model=base if base and not os.path.isdir(base) else None, library_name="peft", tags=tags)
+    own_tags = ["federated-learning", "fed_trainer", record["peft_type"].lower(), *(["peft_scl"] if scl else [])]
+    data = ModelCardData(
+        base_model=base_model_id,
+        library_name="peft",
+        datasets=dataset_name,
+        tags=own_tags + [tag for tag in tags or [] if tag not in own_tags],
+    )
+    base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
     loader = _TASK_CLASSES.get(task_type or "", "AutoPeftModel")
     rounds = record["rounds"]
     paper = (
@@ -113,11 +121,11 @@ def model_card(
     lines = [
         f"# {model_name or (repo_id or 'Federated adapter').split('/')[-1]}",
         "",
-        f"A {record['peft_type']} adapter for {_name(base)}, fine-tuned by federated learning with `fed_trainer`.",
+        f"A {record['peft_type']} adapter for {base}, fine-tuned by federated learning with `fed_trainer`.",
         "",
         "| | |",
         "|---|---|",
-        f"| base model | {_name(base)} |",
+        f"| base model | {base} |",
         f"| method | {paper if scl else record['peft_type']} |",
         f"| aggregation | `{record['aggregation']}` |",
         f"| rounds | {len(rounds)} of {record['num_rounds']} |",
@@ -142,11 +150,6 @@ def model_card(
         lines += ["## Held-out loss of the global adapter", "", "| round | eval_loss |", "|---|---|", *curve, ""]
     lines += ["The whole record of the run is in `federation.json`.", ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
-
-
-def _name(base: str | None) -> str:
-    # a local folder is nobody else's business
-    return f"`{os.path.basename(os.path.normpath(base))}`" if base else "an unnamed base model"
 
 
 def _megabytes(rounds: list[dict[str, Any]]) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,16 @@ class RunFilesMixin(Trainer):
     def _card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
     ) -> ModelCard:
-        task_type = self._peft_config.task_type
-        return model_card(self._record, task_type, self.hub_model_id, model_name, dataset_name, tags)
+        base = get_config_model_id(self.model.config)
+        return model_card(
+            self._record,
+            self._peft_config.task_type,
+            self.hub_model_id,
+            base if base and not os.path.isdir(base) else None,
+            model_name,
+            dataset_name,
+            tags,
+        )
 
     def _write_record(self, folder: Path) -> None:
         if self.is_world_process_zero():
@@ -105,10 +114,11 @@ class RunFilesMixin(Trainer):
             write_json(folder / RECORD_NAME, self._record)
 
     def _new_record(self) -> dict[str, Any]:
-        column = self.args.label_column
+        column, base = self.args.label_column, get_config_model_id(self.model.config)
         return {
             "format": 1,
-            "base_model": get_config_model_id(self.model.config),
+            # of a local folder only the name: where it lies is nobody else's business
+            "base_model": os.path.basename(os.path.normpath(base)) if os.path.isdir(base) else base,
             "base_digest": base_digest(self.model),
             "peft_type": peft_type_name(self._peft_config),
             "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),

@@ -24,7 +24,14 @@ import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be o
 
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes, subtract
 from .aggregation import AGGREGATIONS, ClientUpdate
-from .checkpoint import find_checkpoint, load_adapter, refuse_another_run, rotate_checkpoints, write_checkpoint
+from .checkpoint import (
+    find_checkpoint,
+    load_adapter,
+    refuse_another_run,
+    refuse_later_rounds,
+    rotate_checkpoints,
+    write_checkpoint,
+)
 from .clients import ClientSampler, check_clients, check_sft_columns, client_seed
 from .config import FederatedConfig
 from .hub import fetch_adapter, publish
@@ -162,7 +169,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                     with _timed(seconds, "evaluate"):
                         evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
                 self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
-                if self._is_due(round, self.args.save_rounds):
+                if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
                     with _timed(seconds, "checkpoint"):
                         self._save_round(round)
                 progress.round(self._record["rounds"][-1]["train_loss"], evaluation)
@@ -235,7 +242,8 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         if self.is_world_process_zero():
             folder = write_checkpoint(self._folder, round, self._write_checkpoint_files)
             rotate_checkpoints(self._folder, self.args.save_total_limit)
-            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and round < self.args.num_rounds:
+            is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
+            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and not is_last:
                 self._publish_round(folder, round)
         self.accelerator.wait_for_everyone()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -265,13 +273,15 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         folder = find_checkpoint(self._folder, resume_from_checkpoint)
         record = read_record(folder)
         self._refuse_another_run(record, folder)
+        done = record["rounds"][-1]["round"]
+        refuse_later_rounds(self._folder, done)
         state = load_adapter(folder)
         check_same_layout(state, self._global_state, f"The adapter in {str(folder)!r}")
         self._live_adapter.write(state)
         self._global_state = self._live_adapter.read()
         self._record = {**self._new_record(), "start": record["start"], "rounds": record["rounds"]}
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
-        return record["rounds"][-1]["round"]
+        return done
 
     def _begin(self, state: TrainerState) -> None:
         self.state = state

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import hub_fixture
 import huggingface_hub
 import pytest
 import torch
@@ -21,8 +20,6 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, Repositor
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-
-hub = hub_fixture.hub  # the fixture; assigned, not imported, so that the arguments of that name do not redefine it
 
 REPO = "user/adapter"
 FILES = {

@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -378,7 +385,39 @@ def test_gradient_checkpointing_changes_nothing_and_hooks_do_not_pile_up(make_tr
 
 def test_a_client_without_a_trainable_token_is_refused(make_trainer, make_clients):
     clients = make_clients(num_clients=3)
-    long = clients["client_2"].map(lambda row: {"prompt": row["prompt"] * 20})
-    trainer = make_trainer(clients={**clients, "client_2": long})
+    long = {name: rows.map(lambda row: {"prompt": row["prompt"] * 20}) for name, rows in clients.items()}
+    with pytest.raises(ValueError, match="Client 'client_0' has 16 examples, but none is left after preparation"):
+        make_trainer(clients={**clients, "client_0": long["client_0"]}, eval_dataset=False)
+    trainer = make_trainer(clients={**clients, "client_2": long["client_2"]})
     with pytest.raises(ValueError, match="Client 'client_2' has 16 examples, but none is left after preparation"):
         trainer.train()
+
+
+def test_resuming_from_further_back_does_not_mix_with_later_rounds(make_trainer, tmp_path):
+    make_trainer(num_rounds=3).train()
+    with pytest.raises(ValueError, match=r"holds later rounds too \(checkpoint-2, checkpoint-3\)"):
+        make_trainer(num_rounds=3).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    make_trainer("other", num_rounds=3).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert same(adapter(tmp_path / "other"), adapter(tmp_path / "out"))
+
+
+def test_a_stopped_run_leaves_its_last_round(make_trainer, tmp_path):
+    class Stops(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 1
+
+    make_trainer(num_rounds=4, save_rounds=3, callbacks=[Stops()]).train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_prompt_learning_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="of type PROMPT_TUNING, which PEFT saves as computed prompts"):
+        make_trainer(peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+
+
+def test_no_local_path_is_written_into_the_record_or_the_card(make_trainer, tmp_path, tiny_model_dir):
+    make_trainer(num_rounds=1).train()
+    for name in ("federation.json", "README.md"):
+        text = (tmp_path / "out" / name).read_text()
+        assert tiny_model_dir.name in text
+        assert str(tiny_model_dir.parent) not in text

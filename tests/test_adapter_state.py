@@ -1,0 +1,345 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from fed_trainer.adapter_state import (
+    AdapterState,
+    LiveAdapter,
+    base_digest,
+    check_same_layout,
+    state_bytes,
+    subtract,
+)
+from peft_scl import SclConfig
+
+
+TOKENS = torch.arange(4, 20).unsqueeze(0)
+
+# made anew for every model: PEFT writes into the config it is given
+CONFIGS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "dora": lambda: LoraConfig(r=4, target_modules=["q_proj"], use_dora=True),
+    "lora_modules_to_save": lambda: LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    "scl": lambda: SclConfig(r=4),
+    "lora_tokens": lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+    "scl_full": lambda: SclConfig(r=4, train_down_proj="full"),
+    "scl_compress": lambda: SclConfig(r=4, variant="compress"),
+    "scl_modules_to_save": lambda: SclConfig(r=4, modules_to_save=["lm_head"]),
+    "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+}
+all_configs = pytest.mark.parametrize("config", list(CONFIGS))
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def make_model(folder: Path, config: str, dtype: torch.dtype = torch.float32) -> PeftModel:
+    """A new adapter on the tiny model, adapter and base in `dtype`."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
+    return get_peft_model(base, CONFIGS[config](), autocast_adapter_dtype=False).eval()
+
+
+@torch.no_grad()
+def move(model: PeftModel, seed: int = 1) -> None:
+    """What training does to the trainable parameters, roughly; starts of zero or one would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+
+
+def random_like(state: AdapterState, seed: int = 2) -> AdapterState:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.randn(t.shape, generator=generator).to(t.dtype) for key, t in state.items()}
+
+
+def bits(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    """Comparable with `==`, unlike tensors, and exact: 0.0 and -0.0 differ, NaN equals NaN."""
+    return {
+        key: (t.dtype, tuple(t.shape), t.contiguous().view(torch.uint8).numpy().tobytes())
+        for key, t in tensors.items()
+    }
+
+
+# Reading and writing
+
+
+@all_configs
+@dtypes
+def test_read_is_what_peft_saves(tiny_model_dir: Path, tmp_path: Path, config: str, dtype: torch.dtype) -> None:
+    model = make_model(tiny_model_dir, config, dtype)
+    move(model)
+    state = LiveAdapter(model).read()
+    model.save_pretrained(tmp_path)
+    assert bits(state) == bits(load_file(tmp_path / "adapter_model.safetensors"))
+    assert list(state) == sorted(state)
+    assert {(tensor.device.type, tensor.dtype) for tensor in state.values()} == {("cpu", dtype)}
+    assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
+
+
+@all_configs
+def test_read_is_a_copy(tiny_model_dir: Path, config: str) -> None:
+    model = make_model(tiny_model_dir, config)
+    before = bits(model.state_dict())
+    live = LiveAdapter(model)
+    for tensor in live.read().values():
+        tensor.fill_(7)
+    assert bits(model.state_dict()) == before
+
+    read = live.read()
+    kept = bits(read)
+    move(model)
+    assert bits(read) == kept != bits(live.read())
+
+
+@all_configs
+@dtypes
+def test_write_of_read_changes_no_bit(tiny_model_dir: Path, config: str, dtype: torch.dtype) -> None:
+    model = make_model(tiny_model_dir, config, dtype)
+    move(model)
+    live = LiveAdapter(model)
+    before = bits(model.state_dict())
+    live.write(live.read())
+    assert bits(model.state_dict()) == before
+
+    state = random_like(live.read())
+    kept = bits(state)
+    live.write(state)
+    assert bits(live.read()) == bits(state) == kept
+
+
+@all_configs
+def test_write_changes_the_adapter_only(tiny_model_dir: Path, config: str) -> None:
+    model = make_model(tiny_model_dir, config)
+    live = LiveAdapter(model)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before, objects = bits(model.state_dict()), {name: id(p) for name, p in model.named_parameters()}
+    live.write(random_like(live.read()))
+    after = bits(model.state_dict())
+    assert {name for name in after if after[name] != before[name]} == trainable
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == objects
+    assert live.tensor_ids == {objects[name] for name in trainable}
+
+
+@all_configs
+@torch.no_grad()
+def test_write_is_what_the_model_computes_with(tiny_model_dir: Path, tmp_path: Path, config: str) -> None:
+    model = make_model(tiny_model_dir, config)
+    live = LiveAdapter(model)
+    at_start = model(TOKENS).logits
+    start = live.read()
+    move(model)
+    state, expected = live.read(), model(TOKENS).logits
+
+    live.write(start)
+    assert torch.equal(model(TOKENS).logits, at_start)
+    assert not torch.equal(at_start, expected)
+    other = make_model(tiny_model_dir, config)
+    LiveAdapter(other).write(state)
+    assert torch.equal(other(TOKENS).logits, expected)
+
+    other.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_model_dir), tmp_path).eval()
+    assert torch.equal(loaded(TOKENS).logits, expected)
+
+
+@all_configs
+def test_optimiser_made_before_write_still_trains(tiny_model_dir: Path, config: str) -> None:
+    model = make_model(tiny_model_dir, config)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    live = LiveAdapter(model)
+    move(model)
+    state = live.read()
+    move(model, seed=3)
+    live.write(state)
+
+    model(TOKENS, labels=TOKENS).loss.backward()
+    gradients = get_peft_model_state_dict(
+        model, state_dict={name: parameter.grad for name, parameter in model.named_parameters()}
+    )
+    optimizer.step()
+    trained = live.read()
+    assert gradients.keys() == state.keys()
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+    for key, tensor in trained.items():
+        torch.testing.assert_close(tensor, state[key] - 0.5 * gradients[key])
+
+
+def test_adapter_that_is_not_active_is_left_alone(tiny_model_dir: Path) -> None:
+    model = make_model(tiny_model_dir, "scl")
+    model.add_adapter("other", SclConfig(r=2))
+    model.set_adapter("other")
+    other = LiveAdapter(model).read()
+    model.set_adapter("default")
+    live = LiveAdapter(model)
+    assert {key: tensor.shape for key, tensor in live.read().items()} != {key: t.shape for key, t in other.items()}
+    live.write(random_like(live.read()))
+    model.set_adapter("other")
+    assert bits(LiveAdapter(model).read()) == bits(other)
+
+
+def test_several_active_adapters_are_refused(tiny_model_dir: Path) -> None:
+    model = make_model(tiny_model_dir, "lora")
+    model.add_adapter("other", CONFIGS["lora"]())
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(
+        ValueError, match=r"The adapters \['default', 'other'\] are active, but a federation trains one"
+    ):
+        LiveAdapter(model)
+
+
+def test_partitioned_adapter_is_refused(tiny_model_dir: Path) -> None:
+    model = make_model(tiny_model_dir, "lora")
+    weight = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj.lora_B.default").weight
+    weight.data = torch.empty(0)  # as under ZeRO-3
+    with (
+        pytest.warns(UserWarning, match="invalid shape"),
+        pytest.raises(
+            ValueError, match=r"layers\.1\.mlp\.down_proj\.lora_B\.weight is empty or not held by this process"
+        ),
+    ):
+        LiveAdapter(model)
+
+
+def test_meta_adapter_is_refused(tiny_model_dir: Path) -> None:
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LlamaForCausalLM.config_class.from_pretrained(tiny_model_dir))
+    model = get_peft_model(base, CONFIGS["lora"](), low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="is empty or not held by this process"):
+        LiveAdapter(model)
+
+
+# Differences, sizes, layouts
+
+
+def test_subtract_is_exact_for_equal_states_and_keeps_the_dtype() -> None:
+    start = {"a": torch.randn(3, 5, dtype=torch.bfloat16), "b": torch.randn(4)}
+    local = {key: tensor + 1 for key, tensor in start.items()}
+    delta = subtract(local, start)
+    assert {key: tensor.dtype for key, tensor in delta.items()} == {"a": torch.bfloat16, "b": torch.float32}
+    assert all(torch.equal(delta[key], local[key] - start[key]) for key in start)
+    assert all(tensor.count_nonzero() == 0 for tensor in subtract(start, start).values())
+
+
+def test_state_bytes() -> None:
+    state = {"a": torch.zeros(3, 5), "b": torch.zeros(7, dtype=torch.bfloat16), "c": torch.zeros((), dtype=torch.int8)}
+    assert state_bytes(state) == 3 * 5 * 4 + 7 * 2 + 1
+    assert state_bytes({}) == 0
+
+
+REFERENCE = {"a": torch.zeros(2, 3), "b": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"a": None},
+            r"The update does not fit: 1 tensors are missing \(the first: \['a'\]\) and 0 are unexpected \(the first: \[\]\)",
+        ),
+        (
+            {"d": torch.zeros(1), "c": torch.zeros(1)},
+            r"The update does not fit: 0 tensors are missing \(the first: \[\]\) and 2 are unexpected \(the first: \['c'\]\)",
+        ),
+        ({"b": None, "c": torch.zeros(4)}, r"1 tensors are missing \(the first: \['b'\]\) and 1 are unexpected"),
+        (
+            {"a": torch.zeros(3, 2)},
+            r"The update does not fit: a has the shape \(3, 2\) instead of \(2, 3\)\. It belongs",
+        ),
+        ({"b": torch.zeros(4, 1)}, r"b has the shape \(4, 1\) instead of \(4,\)"),
+        ({"b": torch.tensor([0, 0, 0, float("nan")])}, "The update has values that are not finite in b. Lower"),
+        ({"a": torch.full((2, 3), float("inf"))}, "The update has values that are not finite in a"),
+        ({"a": torch.full((2, 3), float("-inf"), dtype=torch.bfloat16)}, "values that are not finite in a"),
+    ],
+)
+def test_layout_that_does_not_fit(changes: dict[str, torch.Tensor | None], message: str) -> None:
+    state = {key: tensor for key, tensor in (REFERENCE | changes).items() if tensor is not None}
+    with pytest.raises(ValueError, match=message):
+        check_same_layout(state, REFERENCE, "The update")
+
+
+def test_layout_that_fits() -> None:
+    check_same_layout({"b": torch.ones(4, dtype=torch.bfloat16), "a": torch.randn(2, 3)}, REFERENCE, "The update")
+
+
+# The digest of the base model
+
+
+@pytest.fixture(scope="module")
+def digest(tiny_model_dir: Path) -> str:
+    digest = base_digest(make_model(tiny_model_dir, "lora"))
+    assert digest is not None and len(digest) == 64
+    return digest
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@dtypes
+def test_digest_is_that_of_the_base(tiny_model_dir: Path, digest: str, config: str, dtype: torch.dtype) -> None:
+    model = make_model(tiny_model_dir, config, dtype)
+    assert base_digest(model) == digest
+    move(model)
+    assert base_digest(model) == digest
+    with model.disable_adapter():
+        assert base_digest(model) == digest
+
+
+def test_digest_with_a_second_adapter(tiny_model_dir: Path, digest: str) -> None:
+    model = make_model(tiny_model_dir, "scl")
+    model.add_adapter("other", SclConfig(r=2, modules_to_save=["lm_head"]))
+    model.set_adapter("other")
+    move(model)
+    assert base_digest(model) == digest
+
+
+def test_digest_with_a_prompt(tiny_model_dir: Path, digest: str) -> None:
+    base = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    assert base_digest(get_peft_model(base, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))) == digest
+
+
+@pytest.mark.parametrize("config", ["lora", "scl_modules_to_save"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens",
+        "model.layers.0.mlp.down_proj",  # wrapped, by both
+        "model.layers.1.self_attn.o_proj",
+        "model.layers.1.post_attention_layernorm",
+        "lm_head",  # in `modules_to_save` of one
+    ],
+)
+def test_digest_of_another_base(tiny_model_dir: Path, tmp_path: Path, digest: str, config: str, name: str) -> None:
+    other = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        other.get_submodule(name).weight.mul_(1.5)
+    other.save_pretrained(tmp_path)
+    assert base_digest(make_model(tmp_path, config)) != digest
+
+
+def test_digest_of_other_shapes_with_the_same_values(tiny_model_dir: Path, digest: str) -> None:
+    model = make_model(tiny_model_dir, "lora")
+    weight = model.get_base_model().lm_head.weight
+    weight.data = weight.data.reshape(weight.shape[0] // 2, -1)
+    assert base_digest(model) != digest
+
+
+def test_quantised_base_has_no_digest(tiny_model_dir: Path) -> None:
+    model = make_model(tiny_model_dir, "lora")
+    model.get_base_model().is_quantized = True
+    assert base_digest(model) is None
