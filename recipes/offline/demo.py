@@ -18,6 +18,8 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parent
+# matrices this small gain nothing from a second thread, and lose much when that core is busy
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
