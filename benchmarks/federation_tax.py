@@ -43,6 +43,7 @@ from peft_scl import SclConfig  # noqa: E402
 State = dict[str, torch.Tensor]
 Batches = list[dict[str, torch.Tensor]]
 LEARNING_RATE = 1e-3
+MODEL_KWARGS = {"attention_dropout": 0.0}  # random numbers would keep the two sides from arriving at the same adapter
 
 
 def parse() -> argparse.Namespace:
@@ -124,6 +125,7 @@ def make_trainer(args: argparse.Namespace, output_dir: str, callbacks: list[Any]
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
+        model_init_kwargs=MODEL_KWARGS,
         save_total_limit=1,
         seed=0,
     )
@@ -213,7 +215,7 @@ def run_floor(args: argparse.Namespace) -> None:
         index, name = key.split(".", 1)
         batches[int(index)][name] = tensor
     set_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model), SclConfig(r=16, task_type="CAUSAL_LM"))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(args.model, **MODEL_KWARGS), SclConfig(r=16, task_type="CAUSAL_LM"))
     steps = args.max_steps
     clients = [(batches[k * steps : (k + 1) * steps], 1) for k in range(args.num_clients)]
     state = named_state(model)
