@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .adapter_state import AdapterState
+from .record import RECORD_NAME, read_record
 
 
 __all__ = [
@@ -112,13 +113,18 @@ def refuse_another_run(output_dir: str | os.PathLike) -> None:
     Raises:
         FileExistsError: Naming what was found.
     """
-    found = sorted(_checkpoints(output_dir), key=_round_of)
-    if not found and (Path(output_dir) / ADAPTER_WEIGHTS).is_file():
-        found = [Path(output_dir) / ADAPTER_WEIGHTS]
+    found = [path.name for path in sorted(_checkpoints(output_dir), key=_round_of)]
+    way_on = "Continue it with `train(resume_from_checkpoint=True)`, choose"
+    if not found:  # a run that ended before its first checkpoint, or an adapter saved without one
+        way_on = "Choose"
+        if (Path(output_dir) / ADAPTER_WEIGHTS).is_file():
+            found = [ADAPTER_WEIGHTS]
+        elif read_record(output_dir).get("rounds"):
+            found = [RECORD_NAME]
     if found:
         raise FileExistsError(
-            f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1].name}), which starting afresh would mix with "
-            "this one. Continue it with `train(resume_from_checkpoint=True)`, choose another `output_dir`, or delete it."
+            f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "
+            f"one. {way_on} another `output_dir`, or delete it."
         )
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from .config import FederatedConfig
 
 
-__all__ = ["ClientSampler", "check_clients", "check_sft_columns", "client_seed"]
+__all__ = ["ClientSampler", "check_clients", "check_sft_columns", "client_seed", "local_batch"]
 
 
 class ClientSampler:
@@ -59,6 +59,11 @@ def client_seed(seed: int, round: int, client: str) -> int:
     return int(np.random.SeedSequence([seed, round, zlib.crc32(client.encode())]).generate_state(1)[0])
 
 
+def local_batch(args: FederatedConfig) -> int:
+    """Examples of one optimiser step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 def check_clients(clients: Any, args: FederatedConfig) -> None:
     """
     Refuse clients that no local round could train.
@@ -67,13 +72,18 @@ def check_clients(clients: Any, args: FederatedConfig) -> None:
         ValueError: Naming the client, if it is empty, smaller than one local batch, of unknown size or without
             `args.label_column`.
     """
+    if isinstance(clients, DatasetDict):
+        raise ValueError(
+            f"`train_dataset` is a `DatasetDict` with the splits {list(clients)}, which would each become a client. Make clients "
+            "of one split with a function of `fed_trainer.partition`, or pass `dict(...)` if its entries are clients."
+        )
     if not isinstance(clients, dict) or not clients:
         raise ValueError(
             f"`train_dataset` should be a dictionary from client names to datasets but is a {type(clients).__name__}"
             f"{' without entries' if isinstance(clients, dict) else ''}. The functions of `fed_trainer.partition` make one "
             "from a single dataset."
         )
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = local_batch(args)
     for name, dataset in clients.items():
         if not isinstance(name, str):
             raise ValueError(
@@ -103,7 +113,7 @@ def check_clients(clients: Any, args: FederatedConfig) -> None:
             )
 
 
-def check_sft_columns(clients: dict[str, Dataset], text_field: str) -> None:
+def check_sft_columns(clients: dict[str, Dataset], text_field: str, kind: str = "Client") -> None:
     """
     Refuse clients whose columns are none of the formats of [`~trl.SFTTrainer`], or differ from client to client.
 
@@ -116,7 +126,7 @@ def check_sft_columns(clients: dict[str, Dataset], text_field: str) -> None:
         columns = set(dataset.column_names)
         if not any(needed <= columns for needed in formats):
             raise ValueError(
-                f"Client {name!r} has the columns {sorted(columns)}, none of the formats of `SFTTrainer`: 'prompt' and "
+                f"{kind} {name!r} has the columns {sorted(columns)}, none of the formats of `SFTTrainer`: 'prompt' and "
                 f"'completion', 'messages', or the text column {text_field!r}. Rename its columns, or set "
                 "`dataset_text_field`."
             )

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+import torch
+from transformers import get_scheduler
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
@@ -10,7 +12,7 @@ from trl import SFTConfig
 from .aggregation import AGGREGATIONS
 
 
-__all__ = ["FederatedConfig"]
+__all__ = ["FederatedConfig", "round_lr_factors"]
 
 
 @dataclass
@@ -153,3 +155,28 @@ class FederatedConfig(SFTConfig):
                 "`auto_find_batch_size=True` would give clients different local batches. Set "
                 "`per_device_train_batch_size` and `gradient_accumulation_steps`."
             )
+
+
+def round_lr_factors(args: FederatedConfig) -> list[float]:
+    """
+    Factor on `learning_rate` in each round, by `round_lr_scheduler_type`.
+
+    Raises:
+        ValueError: If that is no schedule, or one that needs arguments of its own.
+    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    try:
+        scheduler = get_scheduler(
+            args.round_lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=args.num_rounds
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`round_lr_scheduler_type` is {args.round_lr_scheduler_type!r}, which is no schedule over rounds ({error}). Use "
+            "'constant', 'linear', 'cosine' or another one that needs no further arguments."
+        ) from error
+    factors = []
+    for _ in range(args.num_rounds):
+        factors.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return factors

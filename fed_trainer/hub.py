@@ -16,9 +16,13 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapsho
 __all__ = ["PUBLISHED_FILES", "fetch_adapter", "model_card", "publish"]
 
 
-PUBLISHED_FILES = ["*.safetensors", "*.json", "*.md"]
+# what a run writes, by name: `output_dir` may hold files of the user's too
+PUBLISHED_FILES = [
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "federation.json", "trainer_state.json",
+    "added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+]  # fmt: skip
 
-_SCL_LINE = "import peft_scl  # registers the PEFT type SCL; pip install peft-scl\n"
+_SCL_LINE = "import peft_scl  # registers the PEFT type SCL\n"
 _TASK_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -42,6 +46,10 @@ def fetch_adapter(source: str, revision: str | None = None, token: str | None = 
     Raises:
         ValueError: If a revision is asked of a local folder.
     """
+    if not os.path.isdir(source) and (source.count("/") > 1 or source.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"The adapter {source!r} is neither a folder here nor a Hub id (`user/name`). Check the path."
+        )
     if os.path.isdir(source):
         if revision is not None:
             raise ValueError(

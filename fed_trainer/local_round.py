@@ -31,6 +31,7 @@ class LocalRoundMixin(Trainer):
     optimizer: torch.optim.Optimizer
     _live_adapter: LiveAdapter
     _initial_optimizer_state: dict[str, Any] | None = None
+    _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0
 
     def local_round(
@@ -87,10 +88,13 @@ class LocalRoundMixin(Trainer):
         if self._initial_optimizer_state is None:
             _, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+            self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
             self.accelerator.free_memory = self._free_local_round
         else:
             self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer_state))
+            if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
+                self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
             self.callback_handler.optimizer = self.optimizer
             self.callback_handler.train_dataloader = train_dataloader
         for group, initial in zip(
@@ -145,4 +149,6 @@ class _LocalCallbackHandler(CallbackHandler):
     ) -> TrainerControl:
         if event not in self.STEP_EVENTS:
             return control
-        return super().call_event(event, args, state, control, **kwargs)
+        control = super().call_event(event, args, state, control, **kwargs)
+        control.should_save = control.should_evaluate = control.should_log = False  # not a client's business
+        return control

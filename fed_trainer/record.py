@@ -12,12 +12,27 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftType
+from transformers import TrainingArguments
 
 
-__all__ = ["RECORD_NAME", "composition", "peft_type_name", "read_record", "write_json"]
+__all__ = [
+    "RECORD_NAME",
+    "composition",
+    "local_settings",
+    "peft_fields",
+    "peft_type_name",
+    "read_record",
+    "write_json",
+]
 
 
 RECORD_NAME = "federation.json"
+
+_LOCAL_SETTINGS = (
+    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
+    "learning_rate", "lr_scheduler_type", "round_lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "data_seed", "max_length", "packing", "completion_only_loss", "bf16", "fp16",
+)  # fmt: skip
 
 
 def composition(dataset: Dataset, label_column: str) -> dict[str, int]:
@@ -29,6 +44,20 @@ def composition(dataset: Dataset, label_column: str) -> dict[str, int]:
 def peft_type_name(peft_config: PeftConfig) -> str:
     """The name of the PEFT method, as in `"LORA"`."""
     return PeftType(peft_config.peft_type).value
+
+
+def peft_fields(peft_config: PeftConfig) -> dict[str, Any]:
+    """The fields of a PEFT config as JSON keeps them, without where it was used."""
+    skipped = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+    fields = {key: value for key, value in peft_config.to_dict().items() if key not in skipped}
+    return json.loads(
+        json.dumps(fields, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
+
+
+def local_settings(args: TrainingArguments) -> dict[str, Any]:
+    """What decides about the result of a local round, apart from data, model and adapter."""
+    return {name: json.loads(json.dumps(getattr(args, name, None), default=str)) for name in _LOCAL_SETTINGS}
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:

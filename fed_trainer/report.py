@@ -320,7 +320,7 @@ def _new_figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            'The plots need matplotlib, which is not installed: run `pip install "peft-scl[report]"`.'
+            "The plots need matplotlib, which is not installed: run `pip install matplotlib`."
         ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

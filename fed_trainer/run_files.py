@@ -19,7 +19,7 @@ from .adapter_state import AdapterState, base_digest
 from .clients import ClientSampler
 from .config import FederatedConfig
 from .hub import model_card, publish
-from .record import RECORD_NAME, composition, peft_type_name, write_json
+from .record import RECORD_NAME, composition, local_settings, peft_fields, peft_type_name, write_json
 
 
 __all__ = ["RunFilesMixin"]
@@ -117,12 +117,14 @@ class RunFilesMixin(Trainer):
         column, base = self.args.label_column, get_config_model_id(self.model.config)
         return {
             "format": 1,
-            # of a local folder only the name: where it lies is nobody else's business
+            # of a local folder only the name
             "base_model": os.path.basename(os.path.normpath(base)) if os.path.isdir(base) else base,
             "base_digest": base_digest(self.model),
             "peft_type": peft_type_name(self._peft_config),
             "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
             "aggregation": self.args.aggregation,
+            "peft_config": peft_fields(self._peft_config),
+            "settings": local_settings(self.args),
             "seed": self.args.seed,
             "num_rounds": self.args.num_rounds,
             "num_sampled": self.sampler.num_sampled,

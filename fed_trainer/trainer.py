@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import get_scheduler
+from transformers import EarlyStoppingCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
@@ -32,12 +31,12 @@ from .checkpoint import (
     rotate_checkpoints,
     write_checkpoint,
 )
-from .clients import ClientSampler, check_clients, check_sft_columns, client_seed
-from .config import FederatedConfig
+from .clients import ClientSampler, check_clients, check_sft_columns, client_seed, local_batch
+from .config import FederatedConfig, round_lr_factors
 from .hub import fetch_adapter, publish
 from .local_round import LocalRoundMixin
 from .progress import RoundProgress
-from .record import read_record
+from .record import RECORD_NAME, read_record
 from .run_files import RunFilesMixin
 
 
@@ -67,9 +66,20 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(args, FederatedConfig):
+            raise TypeError(
+                f"`args` should be a `FederatedConfig` but is a {type(args).__name__}. It takes every field of `SFTConfig`, plus "
+                "`num_rounds` and the like."
+            )
+        if any(isinstance(callback, EarlyStoppingCallback) for callback in kwargs.get("callbacks") or []):
+            raise ValueError(
+                "`EarlyStoppingCallback` follows evaluations within a training run, and a client makes none. Use a callback "
+                "that sets `control.should_training_stop` in `on_evaluate`, which is called once per evaluated round."
+            )
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
+        self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
-        self._check_clients(train_dataset, **kwargs)
+        self._check_clients(train_dataset, eval_dataset, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
         self.aggregator = AGGREGATIONS[args.aggregation]()
 
@@ -144,7 +154,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
-        lr_factors = self._round_lr_factors()
+        lr_factors = self._lr_factors
         last = self.args.num_rounds
 
         with RoundProgress(last, done, self._shows_progress) as progress, self._keeping_the_global_adapter():
@@ -172,8 +182,10 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                 if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
                     with _timed(seconds, "checkpoint"):
                         self._save_round(round)
+                    self.log({"seconds_checkpoint": seconds["checkpoint"]})  # known only now
+                    self._write_record(self._folder)
                 progress.round(self._record["rounds"][-1]["train_loss"], evaluation)
-                if self.control.should_training_stop:  # a callback, such as early stopping
+                if self.control.should_training_stop:  # a callback
                     break
         return self._end()
 
@@ -186,7 +198,11 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         seed = client_seed(self.args.seed, round, client)
         with _timed(seconds, "local"):
             local, metrics = self.local_round(self._global_state, dataset, seed, data_seed, lr_factor)
-        return ClientUpdate(client, len(self._clients[client]), subtract(local, self._global_state), metrics)
+        return ClientUpdate(client, self._num_examples(client), subtract(local, self._global_state), metrics)
+
+    def _num_examples(self, client: str) -> int:
+        """Examples that are trained on; preparation drops those without a label, and packing joins them."""
+        return len(self._clients[client] if self.args.packing else self._prepared_client(client))
 
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept."""
@@ -200,9 +216,15 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                 f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: every "
                 "label is masked. Raise `max_length` (prompts may fill it), or leave the client out."
             )
+        if len(dataset) < local_batch(self.args) and not self.args.packing:
+            raise ValueError(
+                f"Client {client!r} has {len(self._clients[client])} examples, but only {len(dataset)} are left after "
+                f"preparation (the others have no label), fewer than one local batch of {local_batch(self.args)}. Raise "
+                "`max_length` (prompts may fill it), lower the batch size, or leave the client out."
+            )
         self._prepared_clients[client] = dataset
 
-    def _check_clients(self, clients: dict[str, Dataset], **kwargs: Any) -> None:
+    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
@@ -328,21 +350,14 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
     def _is_due(self, round: int, every: int) -> bool:
         return round % every == 0 or round == self.args.num_rounds
 
-    def _round_lr_factors(self) -> list[float]:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        scheduler = get_scheduler(
-            self.args.round_lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=self.args.num_rounds
-        )
-        factors = []
-        for _ in range(self.args.num_rounds):
-            factors.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        return factors
-
     # Refusals
 
     def _refuse_untracked_parameters(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError(
+                "Nothing is trainable in the `PeftModel` that was given. `PeftModel.from_pretrained` freezes the adapter: pass "
+                "`is_trainable=True` to it, or leave the loading to `initial_adapter`."
+            )
         tracked = self._live_adapter.tensor_ids
         stray = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in tracked]
         if stray:
@@ -365,19 +380,15 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         self._live_adapter.write(state)
 
     def _refuse_another_run(self, record: dict[str, Any], folder: Path) -> None:
-        ours = self._new_record()
-        keys = (
-            "base_digest",
-            "peft_type",
-            "num_trainable_parameters",
-            "aggregation",
-            "seed",
-            "num_sampled",
-            "clients",
-        )
-        differing = [key for key in keys if record.get(key) != ours[key]]
+        if not record.get("rounds"):
+            raise ValueError(
+                f"{str(folder)!r} has no {RECORD_NAME} with a finished round, so it is not a checkpoint of a federation. Pass "
+                "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
+            )
+        there, here = _comparable(record), _comparable(self._new_record())
+        differing = [key for key in here if there.get(key) != here[key]]
         if differing:
-            shown = "; ".join(f"{key}: {_short(record.get(key))} there, {_short(ours[key])} here" for key in differing)
+            shown = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(here[key])} here" for key in differing)
             raise ValueError(
                 f"The checkpoint {str(folder)!r} belongs to another run ({shown}). Resume with the settings it was started "
                 "with, or choose another `output_dir`."
@@ -425,9 +436,14 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
     ```
     """
 
-    def _check_clients(self, clients: dict[str, Dataset], **kwargs: Any) -> None:
-        if kwargs.get("formatting_func") is None:
-            check_sft_columns(clients, self.args.dataset_text_field)
+    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, **kwargs: Any) -> None:
+        if kwargs.get("formatting_func") is not None:
+            return
+        check_sft_columns(clients, self.args.dataset_text_field)
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in held_out.items():
+            if dataset is not None:
+                check_sft_columns({name: dataset}, self.args.dataset_text_field, kind="Held-out set")
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         return self._prepare_dataset(
@@ -452,6 +468,12 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """What has to agree for a run to be continued, one level deep, so that a difference can be named."""
+    keys = ("base_digest", "peft_type", "aggregation", "seed", "num_sampled", "clients")
+    return {key: record.get(key) for key in keys} | record.get("peft_config", {}) | record.get("settings", {})
 
 
 def _short(value: Any) -> str:

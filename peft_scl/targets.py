@@ -143,7 +143,9 @@ def _with_sub_configs(config: Any) -> Iterable[Any]:
 
 def _ffn_shapes(config: Any) -> Iterable[tuple[int, int]]:
     hidden = [getattr(config, name, None) for name in _HIDDEN_SIZES]
-    ffn = [getattr(config, name, None) for name in _FFN_SIZES]
+    ffn: list[Any] = []
+    for value in (getattr(config, name, None) for name in _FFN_SIZES):
+        ffn.extend(value if isinstance(value, (list, tuple)) else [value])  # some name a width per layer
     if getattr(config, "n_inner", 0) is None:  # the GPT-2 family's way to say
         ffn.append(4 * config.n_embd)
     for width in (value for value in ffn if isinstance(value, int)):

@@ -125,7 +125,7 @@ def load_data(recipe: RecipeArguments, seed: int) -> tuple[Dataset, Dataset]:
     return parts["train"], parts["test"]
 
 
-def to_prompt_completion(rows: Dataset, recipe: RecipeArguments) -> Dataset:
+def to_prompt_completion(rows: Dataset, recipe: RecipeArguments, label_column: str | None) -> Dataset:
     """Rows with `prompt` and `completion`, and the column to split by."""
     if recipe.prompt_template is None or recipe.completion_column is None:
         return rows
@@ -141,10 +141,15 @@ def to_prompt_completion(rows: Dataset, recipe: RecipeArguments) -> Dataset:
         raise ValueError(
             f"`prompt_template` names the column {error}, but the columns of {recipe.dataset_name!r} are {rows.column_names}."
         ) from None
-    dropped = [name for name in rows.column_names if name != recipe.partition_column]
-    return rows.map(
-        lambda row: {"prompt": template.format(**row), "completion": row[completion]}, remove_columns=dropped
-    )
+
+    def to_pair(row: dict[str, str]) -> dict[str, str]:
+        prompt = template.format(**row)
+        # Tokenizers attach white space to the word behind it, so it goes to the completion: the prompt stays a prefix.
+        space = prompt[len(prompt.rstrip()) :]
+        return {"prompt": prompt.rstrip(), "completion": space + row[completion]}
+
+    kept = {recipe.partition_column, label_column}
+    return rows.map(to_pair, remove_columns=[name for name in rows.column_names if name not in kept])
 
 
 def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[dict[str, Dataset], str]:
@@ -178,9 +183,9 @@ def main() -> None:
     recipe, args = parser.parse_args_and_config()
 
     train, test = load_data(recipe, args.seed)
-    clients, args.partition = split(to_prompt_completion(train, recipe), recipe, args.seed)
     args.label_column = args.label_column or recipe.partition_column
-    test = to_prompt_completion(test, recipe)
+    clients, args.partition = split(to_prompt_completion(train, recipe, args.label_column), recipe, args.seed)
+    test = to_prompt_completion(test, recipe, args.label_column)
     if recipe.max_eval_samples is not None:
         test = test.select(range(min(recipe.max_eval_samples, len(test))))
 

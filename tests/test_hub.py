@@ -209,8 +209,10 @@ def test_failed_upload_at_the_end_is_an_error_with_all_on_disk(hub: HubServer, m
 
 
 def test_publish_sends_three_kinds_of_files_and_no_folders(hub: HubServer, tmp_path: Path) -> None:
-    kept = {"a.safetensors", "b.json", "README.md"}
+    kept = {"adapter_model.safetensors", "federation.json", "README.md"}
     others = {
+        "credentials.json",
+        "notes.md",
         "training_args.bin",
         "optimizer.pt",
         "loss.png",

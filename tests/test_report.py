@@ -288,7 +288,7 @@ class TestWriteReport:
 
     def test_missing_matplotlib(self, federation, no_matplotlib, tmp_path):
         write(federation, tmp_path)
-        with pytest.raises(ImportError, match=r'matplotlib, .* run `pip install "peft-scl\[report\]"`'):
+        with pytest.raises(ImportError, match=r"matplotlib, .* run `pip install matplotlib`"):
             write_report(tmp_path)
         assert len(round_table(federation).splitlines()) == 6
 

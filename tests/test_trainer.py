@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import DatasetDict
 from peft import (
     LoraConfig,
     PeftModel,
@@ -14,7 +15,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTrainer
@@ -151,7 +152,10 @@ def test_a_run_that_died_resumes_to_the_same_adapter_and_record(make_trainer, tm
     again.train(resume_from_checkpoint=True)
 
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
-    assert [entry["step"] for entry in again.state.log_history] == [entry["step"] for entry in whole.state.log_history]
+    steps = [
+        [entry["step"] for entry in t.state.log_history if "seconds_checkpoint" not in entry] for t in (whole, again)
+    ]
+    assert steps[0] == steps[1]
     losses = [[entry["train_loss"] for entry in t._record["rounds"]] for t in (whole, again)]
     assert losses[0] == losses[1]
     assert [entry["eval"]["eval_loss"] for entry in whole._record["rounds"]] == [
@@ -226,7 +230,8 @@ def test_a_client_does_not_evaluate_save_or_report(make_trainer, tmp_path):
             self.seen.append(f"save {state.global_step}")
 
         def on_log(self, args, state, control, logs, **kwargs):
-            self.seen.append(f"log {state.global_step} {'loss' if 'loss' in logs else 'eval'}")
+            kind = next(key for key in ("loss", "eval_loss", "seconds_checkpoint") if key in logs)
+            self.seen.append(f"log {state.global_step} {kind}")
 
         def on_step_end(self, args, state, control, **kwargs):
             self.seen.append("step")
@@ -239,16 +244,18 @@ def test_a_client_does_not_evaluate_save_or_report(make_trainer, tmp_path):
     steps = ["step"] * 9
     assert events.seen == [
         "train_begin",
-        "log 0 eval",
+        "log 0 eval_loss",
         "evaluate 0",
         *steps,
         "log 1 loss",
         "save 1",
+        "log 1 seconds_checkpoint",
         *steps,
-        "log 2 eval",
+        "log 2 eval_loss",
         "evaluate 2",
         "log 2 loss",
         "save 2",
+        "log 2 seconds_checkpoint",
         "train_end",
     ]
     assert not list((tmp_path / "out").rglob("training_args.bin"))
@@ -421,3 +428,69 @@ def test_no_local_path_is_written_into_the_record_or_the_card(make_trainer, tmp_
         text = (tmp_path / "out" / name).read_text()
         assert tiny_model_dir.name in text
         assert str(tiny_model_dir.parent) not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"peft_config": SclConfig(**SCL, activation="gelu")}, "activation: 'linear' there, 'gelu' here"),
+        ({"learning_rate": 1e-5}, "learning_rate: 0.01 there, 1e-05 here"),
+        ({"max_steps": 1}, "max_steps: 3 there, 1 here"),
+    ],
+)
+def test_resuming_with_another_adapter_or_budget_is_refused(make_trainer, change, difference):
+    make_trainer(num_rounds=1).train()
+    with pytest.raises(ValueError, match=difference):
+        make_trainer(num_rounds=2, **change).train(resume_from_checkpoint=True)
+
+
+def test_weights_count_the_examples_that_were_trained_on(make_trainer, make_clients):
+    clients = make_clients(num_clients=2, rows=12)
+    rows = clients["client_1"].to_list()
+    rows[:4] = [{**row, "prompt": row["prompt"] * 20} for row in rows[:4]]  # no room for the completion
+    trainer = make_trainer(clients={**clients, "client_1": type(clients["client_1"]).from_list(rows)}, num_rounds=1)
+    trainer.train()
+    counts = {name: client["num_examples"] for name, client in trainer._record["rounds"][0]["clients"].items()}
+    assert counts == {"client_0": 12, "client_1": 8}
+
+
+def test_a_callback_cannot_make_a_client_save(make_trainer, tmp_path):
+    class Saves(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_save = control.should_log = control.should_evaluate = True
+
+    make_trainer(num_rounds=1, callbacks=[Saves()]).train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not list((tmp_path / "out").rglob("*.pt"))
+
+
+def test_more_refusals(make_trainer, make_clients, tiny_model_dir, tmp_path):
+    frozen = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir), SclConfig(**SCL, inference_mode=True)
+    )
+    with pytest.raises(ValueError, match="Nothing is trainable in the `PeftModel`"):
+        make_trainer(model=frozen)
+    with pytest.raises(ValueError, match="is a `DatasetDict` with the splits"):
+        make_trainer(clients=DatasetDict(make_clients(num_clients=2)))
+    with pytest.raises(ValueError, match="`EarlyStoppingCallback` follows evaluations"):
+        make_trainer(callbacks=[EarlyStoppingCallback()])
+    with pytest.raises(ValueError, match="`round_lr_scheduler_type` is 'cosin', which is no schedule"):
+        make_trainer(round_lr_scheduler_type="cosin")
+    with pytest.raises(ValueError, match="neither a folder here nor a Hub id"):
+        make_trainer(initial_adapter=str(tmp_path / "nowhere"))
+    with pytest.raises(TypeError, match="should be a `FederatedConfig` but is a SFTConfig"):
+        FederatedTrainer(
+            str(tiny_model_dir), SFTConfig(use_cpu=True, bf16=False), make_clients(), None, SclConfig(**SCL)
+        )
+
+
+def test_an_unfinished_run_without_a_checkpoint_is_not_overwritten(make_trainer, tmp_path):
+    class Dies(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(num_rounds=4, save_rounds=3, callbacks=[Dies()]).train()
+    with pytest.raises(FileExistsError, match=r"already holds a run \(federation.json\).* Choose another"):
+        make_trainer(num_rounds=4, save_rounds=3).train()
