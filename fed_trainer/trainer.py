@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -446,19 +447,32 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
                 check_sft_columns({name: dataset}, self.args.dataset_text_field, kind="Held-out set")
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
-        return self._prepare_dataset(
-            dataset,
-            self.processing_class,  # type: ignore[arg-type]
-            self.args,
-            self.args.packing,
-            self._formatting_func,
-            f"client {client}",
-        )
+        with _without_dataset_bars():
+            return self._prepare_dataset(
+                dataset,
+                self.processing_class,  # type: ignore[arg-type]
+                self.args,
+                self.args.packing,
+                self._formatting_func,
+                f"client {client}",
+            )
 
 
 def _step(state: AdapterState, delta: AdapterState) -> AdapterState:
     """`state + delta`, summed in float32 and kept in the dtypes of `state`."""
     return {key: (tensor + delta[key]).to(tensor.dtype) for key, tensor in state.items()}
+
+
+@contextmanager
+def _without_dataset_bars() -> Iterator[None]:
+    """Four bars per client would bury the bar over rounds."""
+    were_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()
 
 
 @contextmanager
