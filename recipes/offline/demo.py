@@ -27,6 +27,7 @@ from client_data import build_clients  # noqa: E402
 from trl import TrlParser  # noqa: E402
 
 from fed_trainer import FederatedConfig, FederatedTrainer, partition_summary  # noqa: E402
+from fed_trainer.record import RECORD_NAME  # noqa: E402
 from fed_trainer.report import write_report  # noqa: E402
 from peft_scl import SclConfig  # noqa: E402
 
@@ -53,8 +54,8 @@ def answer(adapter_dir: str, prompt: str) -> None:
 def train(config_path: Path, arguments: list[str], fresh: bool) -> None:
     parser = TrlParser([FederatedConfig])  # type: ignore[list-item]
     (args,) = parser.parse_args_and_config(["--config", str(config_path), *arguments])
-    if fresh:
-        shutil.rmtree(args.output_dir, ignore_errors=True)
+    if fresh and (Path(args.output_dir) / RECORD_NAME).is_file():  # an earlier demo; a folder of anything else stays
+        shutil.rmtree(args.output_dir)
 
     clients, held_out = build_clients()
     print(partition_summary(clients, args.label_column), end="\n\n")
