@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
 
+from .record import held_out_losses
+
 
 __all__ = ["PUBLISHED_FILES", "fetch_adapter", "model_card", "publish"]
 
@@ -168,7 +170,8 @@ def _megabytes(rounds: list[dict[str, Any]]) -> str:
 
 
 def _curve(record: dict[str, Any]) -> list[str]:
-    evaluated = [(0, record["start"]["eval"]), *((entry["round"], entry["eval"]) for entry in record["rounds"])]
     return [
-        f"| {round} | {metrics['eval_loss']:.4f} |" for round, metrics in evaluated if "eval_loss" in (metrics or {})
+        f"| {round} | {losses['eval_loss']:.4f} |"
+        for round, losses in held_out_losses(record).items()
+        if "eval_loss" in losses
     ]

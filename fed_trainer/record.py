@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 __all__ = [
     "RECORD_NAME",
     "composition",
+    "held_out_losses",
     "local_settings",
     "peft_fields",
     "peft_type_name",
@@ -58,6 +59,17 @@ def peft_fields(peft_config: PeftConfig) -> dict[str, Any]:
 def local_settings(args: TrainingArguments) -> dict[str, Any]:
     """What decides about the result of a local round, apart from data, model and adapter."""
     return {name: json.loads(json.dumps(getattr(args, name, None), default=str)) for name in _LOCAL_SETTINGS}
+
+
+def held_out_losses(record: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """The held-out losses by round, 0 before training, of the rounds that were evaluated."""
+    evaluations = {0: record["start"]["eval"]}
+    evaluations.update({entry["round"]: entry["eval"] for entry in record["rounds"]})
+    return {
+        number: {key: value for key, value in metrics.items() if key.endswith("loss")}
+        for number, metrics in evaluations.items()
+        if metrics is not None
+    }
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:

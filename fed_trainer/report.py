@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .partition import format_table
-from .record import RECORD_NAME
+from .record import RECORD_NAME, held_out_losses
 
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def round_table(federation: dict[str, Any]) -> str:
         by all clients (up) and to all clients (down) in MB (10^6 bytes), and the seconds the round took. A value that
         was not measured is `-`.
     """
-    evaluations = _evaluations(federation)
+    evaluations = held_out_losses(federation)
     # Without an evaluation the column stays, so that the table of every run has one.
     loss_keys = _loss_keys(evaluations) or ["eval_loss"]
     header = ["round", "clients", "train loss", *map(_loss_name, loss_keys), "MB up", "MB down", "seconds"]
@@ -94,7 +94,7 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
         `ImportError`: If matplotlib is not installed.
         `ValueError`: If the run has neither a finished round nor an evaluation before training.
     """
-    evaluations = _evaluations(federation)
+    evaluations = held_out_losses(federation)
     rounds = federation["rounds"]
     if not rounds and not evaluations:
         raise ValueError("The run has no finished round and no evaluation, so there is no curve to draw: train first.")
@@ -273,17 +273,6 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
             "run, which writes it again."
         )
     return federation
-
-
-def _evaluations(federation: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """Returns the held-out losses by round, 0 before training, of the rounds that were evaluated."""
-    evaluations = {0: federation["start"]["eval"]}
-    evaluations.update({entry["round"]: entry["eval"] for entry in federation["rounds"]})
-    return {
-        number: {key: value for key, value in metrics.items() if key.endswith("loss")}
-        for number, metrics in evaluations.items()
-        if metrics is not None
-    }
 
 
 def _loss_keys(evaluations: dict[int, dict[str, float]]) -> list[str]:

@@ -295,14 +295,15 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
         folder = find_checkpoint(self._folder, resume_from_checkpoint)
         record = read_record(folder)
-        self._refuse_another_run(record, folder)
+        fresh = self._new_record()
+        _refuse_another_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
         state = load_adapter(folder)
         check_same_layout(state, self._global_state, f"The adapter in {str(folder)!r}")
         self._live_adapter.write(state)
         self._global_state = self._live_adapter.read()
-        self._record = {**self._new_record(), "start": record["start"], "rounds": record["rounds"]}
+        self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         return done
 
@@ -371,29 +372,15 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         state = load_adapter(folder)
         source = f"The adapter {self.args.initial_adapter!r}"
         check_same_layout(state, self._live_adapter.read(), source)
-        theirs, ours = read_record(folder).get("base_digest"), base_digest(self.model)
+        record = read_record(folder)
+        theirs, ours = record.get("base_digest"), base_digest(self.model)
         if theirs is not None and ours is not None and theirs != ours:
             raise ValueError(
-                f"{source} was trained on another base model ({read_record(folder)['base_model']!r}) than "
+                f"{source} was trained on another base model ({record['base_model']!r}) than "
                 f"{get_config_model_id(self.model.config)!r}: the shapes agree, the weights do not. Load that base model, or "
                 "start without `initial_adapter`."
             )
         self._live_adapter.write(state)
-
-    def _refuse_another_run(self, record: dict[str, Any], folder: Path) -> None:
-        if not record.get("rounds"):
-            raise ValueError(
-                f"{str(folder)!r} has no {RECORD_NAME} with a finished round, so it is not a checkpoint of a federation. Pass "
-                "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
-            )
-        there, here = _comparable(record), _comparable(self._new_record())
-        differing = [key for key in here if there.get(key) != here[key]]
-        if differing:
-            shown = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(here[key])} here" for key in differing)
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} belongs to another run ({shown}). Resume with the settings it was started "
-                "with, or choose another `output_dir`."
-            )
 
 
 class FederatedTrainer(FederatedMixin, SFTTrainer):
@@ -482,6 +469,22 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _refuse_another_run(record: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
+    if not record.get("rounds"):
+        raise ValueError(
+            f"{str(folder)!r} has no {RECORD_NAME} with a finished round, so it is not a checkpoint of a federation. Pass "
+            "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
+        )
+    there, here = _comparable(record), _comparable(ours)
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing:
+        shown = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(here[key])} here" for key in differing)
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} belongs to another run ({shown}). Resume with the settings it was started "
+            "with, or choose another `output_dir`."
+        )
 
 
 def _comparable(record: dict[str, Any]) -> dict[str, Any]:

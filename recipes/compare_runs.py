@@ -10,13 +10,7 @@ import argparse
 import statistics
 from typing import Any
 
-from fed_trainer.record import read_record
-
-
-def losses(record: dict[str, Any]) -> dict[int, float]:
-    """Held-out loss by round, round 0 being the start."""
-    evaluated = [(0, record["start"]["eval"]), *((entry["round"], entry["eval"]) for entry in record["rounds"])]
-    return {round: metrics["eval_loss"] for round, metrics in evaluated if metrics is not None}
+from fed_trainer.record import held_out_losses, read_record
 
 
 def cell(values: list[float]) -> str:
@@ -33,7 +27,10 @@ def main() -> None:
         if not all(columns[name]):
             parser.error(f"not every folder of {name} holds a federation.json: {folders}")
 
-    curves = {name: [losses(record) for record in records] for name, records in columns.items()}
+    curves = {
+        name: [{round: losses["eval_loss"] for round, losses in held_out_losses(record).items()} for record in records]
+        for name, records in columns.items()
+    }
     rounds = sorted(set.intersection(*(set(curve) for runs in curves.values() for curve in runs)))
     print("| round | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
