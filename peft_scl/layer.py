@@ -98,10 +98,14 @@ class SclLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _maps(self, adapter_name: str) -> list[nn.Linear]:
+        """All linear maps of an adapter."""
+        by_kind = (getattr(self, kind) for kind in self.adapter_layer_names)
+        return [entries[adapter_name] for entries in by_kind if adapter_name in entries]
+
     def reset_scl_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Start from the base model (`"bottleneck"`) or its best rank-`r` approximation (`"compress"`), or at random."""
-        maps = [getattr(self, name) for name in self.adapter_layer_names]
-        for module in (entries[adapter_name] for entries in maps if adapter_name in entries):
+        for module in self._maps(adapter_name):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -176,6 +180,8 @@ class Linear(nn.Module, SclLayer):
         active = [name for name in self.active_adapters if name in self.scl_A]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        if self._is_narrow(active, x):
+            return self._forward_narrow(active, x, *args, **kwargs)
 
         hidden = x
         for name in active:
@@ -199,21 +205,81 @@ class Linear(nn.Module, SclLayer):
 
         for name in active:
             if name in self.scl_delta:
-                delta = self.scl_delta[name]
-                result = result + delta(self._cast_input_dtype(hidden, delta.weight.dtype)).to(result.dtype)
+                result = result + _linear(self.scl_delta[name], hidden)
             elif name in self.scl_delta_A:
-                down, up = self.scl_delta_A[name], self.scl_delta_B[name]
-                result = result + up(down(self._cast_input_dtype(hidden, down.weight.dtype))).to(result.dtype)
+                result = result + _linear(self.scl_delta_B[name], _linear(self.scl_delta_A[name], hidden))
         return result
 
     def _branch(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """`scaling * B act(A x)`, in the dtype of `x`."""
-        down, up = self.scl_A[name], self.scl_B[name]
-        hidden = self.scl_dropout[name](self._cast_input_dtype(x, down.weight.dtype))
-        output = up(self.activation_fn[name](down(hidden)))
-        if self.scaling[name] != 1:
-            output = output * self.scaling[name]
-        return output.to(x.dtype)
+        code = self.activation_fn[name](_linear(self.scl_A[name], self.scl_dropout[name](x)))
+        output = _linear(self.scl_B[name], code)
+        return output if self.scaling[name] == 1 else output * self.scaling[name]
+
+    def _is_narrow(self, names: list[str], x: torch.Tensor) -> bool:
+        """Whether `_forward_narrow` applies to these adapters and pays for this input."""
+        if any(self.variant[name] != "bottleneck" for name in names):
+            return False
+        rank = sum(self.r[name] for name in names)
+        # the base layer takes `rank` rows more: too many for the one token of a step of generation
+        return (
+            x.numel() > rank * x.shape[-1]
+            and all(_is_at_hand(module.weight) for name in names for module in self._maps(name))
+            and (self.bias is None or (self.quantization_backend is None and _is_at_hand(self.weight)))
+        )
+
+    def _forward_narrow(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        The forward of bottlenecks without a tensor of the FFN width.
+
+        With the codes `z (..., R)` of all bottlenecks and their scaled `B` side by side as `P (m, R)`, the input of the
+        down projection is `h' = h + P z`. All that reads `h'` is linear, so it can read `h` and `z` instead:
+        `M h' = M h + (M P) z`. That costs a LoRA of rank `R`, and a pass of the `R` columns of `P` through the base layer.
+        """
+        deltas = [name for name in names if name in self.scl_delta_A]
+        readers = [*(self.scl_A[name] for name in names), *(self.scl_delta_A[name] for name in deltas)]
+        if any(isinstance(self.scl_dropout[name], nn.Dropout) for name in names):
+            inputs = [*(self.scl_dropout[name](x) for name in names), *(x for _ in deltas)]
+            reads = [_linear(reader, input_) for reader, input_ in zip(readers, inputs, strict=True)]
+        else:  # one pass over the wide `x` for all of them
+            weight = torch.cat([reader.weight for reader in readers]).to(x.dtype)
+            reads = list(nn.functional.linear(x, weight).split([reader.out_features for reader in readers], dim=-1))
+            reads = [
+                read if reader.bias is None else read + reader.bias.to(read.dtype)
+                for reader, read in zip(readers, reads, strict=True)
+            ]
+
+        codes, rows = [], []  # `z` and the rows of `P^T`
+        for name, read in zip(names, reads, strict=False):
+            up, scaling = self.scl_B[name], self.scaling[name]
+            codes.append(self.activation_fn[name](read))
+            rows.append(up.weight.T if scaling == 1 else scaling * up.weight.T)
+            if up.bias is not None:
+                codes.append(torch.ones_like(read[..., :1]))
+                rows.append(scaling * up.bias[None])
+        spread = torch.cat(rows).to(x.dtype)
+
+        result = self.base_layer(x, *args, **kwargs)
+        image = self._through_base(spread)  # `(M P)^T`
+        for name in names:
+            if name in self.scl_delta:
+                result = result + _linear(self.scl_delta[name], x)
+                image = image + _linear(self.scl_delta[name], spread)
+        images = [image]
+        for name, read in zip(deltas, reads[len(names) :], strict=True):
+            image = image + _linear(self.scl_delta_B[name], _linear(self.scl_delta_A[name], spread))
+            codes.append(read)
+            images.append(self.scl_delta_B[name].weight.T.to(image.dtype))
+        images[0] = image
+        return result + torch.cat(codes, dim=-1) @ torch.cat(images)
+
+    def _through_base(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows (n, m)` times the transposed base weight, without the bias: `(n, d)`."""
+        if self.bias is None:
+            return self.base_layer(rows)
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.weight.to(rows.dtype)
+        return rows @ weight if self.fan_in_fan_out else nn.functional.linear(rows, weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -310,3 +376,28 @@ class Linear(nn.Module, SclLayer):
 
     def __repr__(self) -> str:
         return "scl." + super().__repr__()
+
+
+def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """
+    `module(x)` in the dtype of `x`.
+
+    The weights of the adapter are often float32 beside a bfloat16 model. They are small, `x` is as wide as the FFN: they are
+    cast, as autocast does, and not `x`.
+    """
+    if module.weight.dtype == x.dtype:
+        return module(x)
+    if not _is_at_hand(module.weight):
+        return module(x.to(module.weight.dtype)).to(x.dtype)
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return nn.functional.linear(x, module.weight.to(x.dtype), bias)
+
+
+def _is_at_hand(weight: torch.Tensor) -> bool:
+    """Whether a weight can be read outside the forward of its module: not sharded, partitioned, offloaded or quantised."""
+    return (
+        type(weight) in (torch.Tensor, nn.Parameter)
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and not weight.is_meta
+    )

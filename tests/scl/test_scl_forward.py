@@ -21,6 +21,7 @@ from scl_reference import (
     wrapped_block,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_scl import SclConfig
 from peft_scl.linalg import truncated_svd
@@ -46,6 +47,7 @@ SETTINGS = [
 def test_forward_is_the_formula(config, base):
     model = wrapped_block(config, base=base)
     (layer,) = scl_layers(model)
+    # fewer and more rows than the codes of the bottleneck are wide: the forward differs, the result does not
     for shape in ((3, M), (2, 5, M)):
         h = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(layer(h), reference_forward(layer, {"x": config}, h), rtol=1e-11, atol=1e-12)
@@ -64,18 +66,58 @@ def test_forward_is_the_formula(config, base):
 def test_several_active_adapters_add_up(configs, base):
     model = wrapped_block(*configs, base=base)
     (layer,) = scl_layers(model)
-    h = torch.randn(3, M, dtype=torch.float64)
-    expected = reference_forward(layer, dict(zip("xyz", configs, strict=False)), h)
-    torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
-    # the order in which they were activated does not matter
-    model.base_model.set_adapter(layer.active_adapters[::-1])
-    torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
+    for shape in ((3, M), (4, 9, M)):
+        h = torch.randn(shape, dtype=torch.float64)
+        expected = reference_forward(layer, dict(zip("xyz", configs, strict=False)), h)
+        torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
+        # the order in which they were activated does not matter
+        model.base_model.set_adapter(layer.active_adapters[::-1])
+        torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_low_rank_delta_has_its_own_rank():
     (layer,) = scl_layers(wrapped_block({"r": 4, "down_proj_r": 2}))
     assert layer.scl_delta_A["x"].weight.shape == (2, M)
     assert layer.scl_delta_B["x"].weight.shape == (D, 2)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("config", [*BOTTLENECKS, {"r": 4, "activation": "gelu", "scl_bias": True}], ids=config_id)
+def test_gradients_do_not_depend_on_how_wide_the_input_is(config, base):
+    model = wrapped_block(config, base=base)
+    (layer,) = scl_layers(model)
+    h = torch.randn(40, M, dtype=torch.float64, requires_grad=True)
+    inputs = [h, *(parameter for name, parameter in model.named_parameters() if ".scl_" in name)]
+    together = torch.autograd.grad(layer(h).square().sum(), inputs)
+    one_by_one = torch.autograd.grad(sum(layer(row[None]).square().sum() for row in h), inputs)
+    for left, right in zip(together, one_by_one, strict=True):
+        assert left.any()
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+class WidestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that operations make."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", SETTINGS, ids=config_id)
+def test_the_forward_makes_no_tensor_as_wide_as_the_ffn(config, dtype):
+    # neither the sum `h + B A h` nor a copy of `h` in the dtype of the adapter
+    (layer,) = scl_layers(wrapped_block(config, dtype=dtype).train())
+    layer.scl_A.float(), layer.scl_B.float()
+    h = torch.randn(64, M, dtype=dtype)
+    with WidestResult() as widest:
+        output = layer(h)
+    assert output.dtype == dtype
+    assert widest.numel < h.numel()
 
 
 @pytest.mark.parametrize("variant", ["bottleneck", "compress"])
@@ -94,6 +136,19 @@ def test_dropout_acts_on_the_input_of_the_first_map_and_in_training_only(variant
     maps = dense_maps(layer, "x")
     branch = dropped @ maps["A"].T @ maps["B"].T
     torch.testing.assert_close(output, (branch if variant == "compress" else (h + branch) @ weight.T) + bias)
+
+
+def test_the_delta_behind_a_bottleneck_sees_its_input_without_dropout():
+    (layer,) = scl_layers(wrapped_block({"r": 4, "scl_dropout": 0.5}))
+    h = torch.randn(64, M, dtype=torch.float64)
+    layer.train()
+    torch.manual_seed(1)
+    output = layer(h)
+    torch.manual_seed(1)
+    weight, bias = dense_base(layer)
+    maps = dense_maps(layer, "x")
+    series = h + nn.functional.dropout(h, 0.5) @ maps["A"].T @ maps["B"].T
+    torch.testing.assert_close(output, series @ (weight + maps["delta"]).T + bias)
 
 
 @pytest.mark.parametrize("base", BASES)
