@@ -70,7 +70,8 @@ class Run:
     """Figures of one federated run."""
 
     trainable: int = 0
-    curve: dict[int, dict[str, float]] = field(default_factory=dict)  # round -> figures; round 0 is before training
+    curve: dict[int, dict[str, float]] = field(default_factory=dict)  # round -> test figures; 0 is before training
+    validation: dict[str, float] = field(default_factory=dict)  # after the last round
     cross_terms: list[float] = field(
         default_factory=list
     )  # per round, relative to the mean change; linear methods only
@@ -120,13 +121,13 @@ def banking77_task(model: str, data: str, alpha: float, seed: int) -> Task:
 
     splits = load_dataset(data)
     rows = splits["train"].shuffle(seed=0)
-    training = rows.select(range(500, len(rows)))
+    training = rows.select(range(300, len(rows)))
     clients = dirichlet_partition(training, num_clients=10, alpha=alpha, column="label", seed=seed, min_examples=32)
     return Task(
         name=f"banking77, Dirichlet {alpha}",
         clients={name: _examples(part, encode) for name, part in clients.items()},
-        validation=_examples(rows.select(range(500)), encode),
-        test=_examples(splits["test"].shuffle(seed=0).select(range(1000)), encode),
+        validation=_examples(rows.select(range(300)), encode),
+        test=_examples(splits["test"].shuffle(seed=0).select(range(600)), encode),
         build=partial(AutoModelForSequenceClassification.from_pretrained, model, num_labels=77),
         task_type="SEQ_CLS",
         pad_id=tokenizer.pad_token_id,
@@ -182,7 +183,6 @@ def federate(
     peft_config: PeftConfig,
     learning_rate: float,
     seed: int,
-    held_out: list[Example],
     eval_rounds: int,
     num_rounds: int | None = None,
 ) -> Run:
@@ -196,15 +196,16 @@ def federate(
     model = get_peft_model(task.build(), peft_config)
     live, run = LiveAdapter(model), Run(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
     num_rounds = num_rounds or task.num_rounds
-    run.curve[0] = evaluate(model, task, held_out)
+    run.curve[0] = evaluate(model, task, task.test)
     sampler = random.Random(seed)
     for index in range(1, num_rounds + 1):
         clients = sampler.sample(sorted(task.clients), task.clients_per_round)
         run.cross_terms += _round(model, live, task, clients, learning_rate, f"{seed}-{index}")
         if index % eval_rounds == 0 or index == num_rounds:
-            run.curve[index] = evaluate(model, task, held_out)
+            run.curve[index] = evaluate(model, task, task.test)
             if not math.isfinite(run.curve[index]["loss"]):
                 break
+    run.validation = evaluate(model, task, task.validation)
     return run
 
 

@@ -25,7 +25,15 @@ class SclLayer(BaseTunerLayer):
     """State of the SCL adapters on one down projection; see [`SclConfig`] for what each map computes."""
 
     # All names of layers that may contain (trainable) adapter weights
-    adapter_layer_names: tuple[str, ...] = ("scl_A", "scl_B", "scl_delta", "scl_delta_A", "scl_delta_B")
+    adapter_layer_names: tuple[str, ...] = (
+        "scl_A",
+        "scl_B",
+        "scl_start_A",
+        "scl_start_B",
+        "scl_delta",
+        "scl_delta_A",
+        "scl_delta_B",
+    )
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = ("r", "variant", "activation", "activation_fn", "scaling", "scl_dropout")
 
@@ -40,6 +48,8 @@ class SclLayer(BaseTunerLayer):
         # adapter name -> nn.Linear; `Any` because the values of a ModuleDict have no closer type than nn.Module
         self.scl_A: Any = nn.ModuleDict({})
         self.scl_B: Any = nn.ModuleDict({})
+        self.scl_start_A: Any = nn.ModuleDict({})
+        self.scl_start_B: Any = nn.ModuleDict({})
         self.scl_delta: Any = nn.ModuleDict({})
         self.scl_delta_A: Any = nn.ModuleDict({})
         self.scl_delta_B: Any = nn.ModuleDict({})
@@ -64,7 +74,7 @@ class SclLayer(BaseTunerLayer):
         compress = config.variant == "compress"
         if compress and config.r > min(self.in_features, self.out_features):
             raise ValueError(
-                f"`r` is {config.r}, but `variant='compress'` replaces a down projection of shape "
+                f"`r` is {config.r}, but `variant='compress'` starts from the singular vectors of a down projection of shape "
                 f"({self.out_features}, {self.in_features}), which has no more than "
                 f"{min(self.in_features, self.out_features)} singular directions. Choose `r` up to that, or use "
                 "`variant='bottleneck'`."
@@ -85,6 +95,14 @@ class SclLayer(BaseTunerLayer):
         self.scl_dropout[adapter_name] = nn.Dropout(config.scl_dropout) if config.scl_dropout > 0 else nn.Identity()
         self.scl_A[adapter_name] = nn.Linear(m, r, bias=config.scl_bias)
         self.scl_B[adapter_name] = nn.Linear(r, d if compress else m, bias=config.scl_bias)
+        if compress and config.keep_residual:
+            self.scl_start_A[adapter_name] = nn.Linear(m, r, bias=False)
+            self.scl_start_B[adapter_name] = nn.Linear(r, d, bias=False)
+            # PEFT keeps these frozen whenever it makes the adapter trainable; the dictionary is shared by the class
+            self.frozen_peft_weight_names = {
+                **self.frozen_peft_weight_names,
+                adapter_name: ("scl_start_A", "scl_start_B"),
+            }
         # The delta is a module with a `.weight` and no copy of the base weight: it works on quantised and partitioned
         # bases, adds up over adapters, and FSDP can wrap it.
         if not compress and config.train_down_proj == "full":
@@ -104,11 +122,13 @@ class SclLayer(BaseTunerLayer):
         return [entries[adapter_name] for entries in by_kind if adapter_name in entries]
 
     def reset_scl_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Start from the base model (`"bottleneck"`) or its best rank-`r` approximation (`"compress"`), or at random."""
+        """Start as `SclConfig` describes, or with every trained map at random."""
         for module in self._maps(adapter_name):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if adapter_name in self.scl_start_A:
+            self._principal_part(adapter_name, self.scl_start_A, self.scl_start_B)
         if not init_weights:
             return
         for entries in (self.scl_delta, self.scl_delta_B):
@@ -116,12 +136,16 @@ class SclLayer(BaseTunerLayer):
                 nn.init.zeros_(entries[adapter_name].weight)
         if self.variant[adapter_name] == "bottleneck":
             nn.init.zeros_(self.scl_B[adapter_name].weight)
+        elif adapter_name in self.scl_start_A:
+            with torch.no_grad():
+                self.scl_A[adapter_name].weight.copy_(self.scl_start_A[adapter_name].weight)
+                self.scl_B[adapter_name].weight.copy_(self.scl_start_B[adapter_name].weight)
         else:
-            self._start_from_svd(adapter_name)
+            self._principal_part(adapter_name, self.scl_A, self.scl_B)
 
-    def _start_from_svd(self, adapter_name: str) -> None:
+    def _principal_part(self, adapter_name: str, downs: Any, ups: Any) -> None:
         """`scaling B A` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
-        down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
+        down, up = downs[adapter_name].weight, ups[adapter_name].weight
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
         if down.is_meta or (base_weight is not None and base_weight.is_meta):
             return  # an empty shell, to be filled from a checkpoint
@@ -188,27 +212,63 @@ class Linear(nn.Module, SclLayer):
             if self.variant[name] == "bottleneck":
                 hidden = hidden + self._branch(name, x)
 
-        compress = [name for name in active if self.variant[name] == "compress"]
-        if len(compress) == 1:
+        replacing = [name for name in active if self._replaces(name)]
+        if len(replacing) == 1:
             # The replaced down projection is not computed at all, which is the point of this variant. Its bias comes
             # from its own forward, so that hooks (offloading, ZeRO-3) and quantised layers see the call they expect.
-            result = self._branch(compress[0], hidden)
+            result = self._branch(replacing[0], hidden)
             if self.bias is not None:
                 result = result + self.base_layer(hidden.new_zeros(1, self.in_features))
         else:
             result = self.base_layer(hidden, *args, **kwargs)
-            if compress:  # several replacements add up as the deltas `B A - W`, as merging them does
+            if replacing:  # several replacements add up as the changes `B A - W`, as merging them does
                 bias = 0 if self.bias is None else self.base_layer(hidden.new_zeros(1, self.in_features))
-                result = (1 - len(compress)) * result + len(compress) * bias
-                for name in compress:
+                result = (1 - len(replacing)) * result + len(replacing) * bias
+                for name in replacing:
                     result = result + self._branch(name, hidden)
 
         for name in active:
-            if name in self.scl_delta:
+            if name in self.scl_start_A:
+                result = result + self._change(name, hidden)
+            elif name in self.scl_delta:
                 result = result + _linear(self.scl_delta[name], hidden)
             elif name in self.scl_delta_A:
                 result = result + _linear(self.scl_delta_B[name], _linear(self.scl_delta_A[name], hidden))
         return result
+
+    def _replaces(self, name: str) -> bool:
+        """Whether an adapter stands in for the down projection instead of changing it."""
+        return self.variant[name] == "compress" and name not in self.scl_start_A
+
+    def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """
+        `scaling (B act(A x) - B0 act(A0 x))`: what a compression has become, less what it was at the start.
+
+        Computed as `(B - B0) act(A x) + B0 (act(A x) - act(A0 x))`, which is exactly zero at the start and loses nothing to
+        cancellation, or to the rounding of weights to bfloat16, as long as the change is small.
+        """
+        down, up, start_down, start_up = (
+            entries[name] for entries in (self.scl_A, self.scl_B, self.scl_start_A, self.scl_start_B)
+        )
+        activation_fn, scaling = self.activation_fn[name], self.scaling[name]
+        x = self.scl_dropout[name](x)
+        if not all(_is_at_hand(module.weight) for module in self._maps(name)):
+            change = _linear(up, activation_fn(_linear(down, x)))
+            return scaling * (change - _linear(start_up, activation_fn(_linear(start_down, x))))
+
+        # one pass over the wide `x` for both
+        weight = torch.cat([start_down.weight, down.weight - start_down.weight]).to(x.dtype)
+        start_code, moved = nn.functional.linear(x, weight).chunk(2, dim=-1)
+        if down.bias is not None:
+            moved = moved + down.bias.to(moved.dtype)
+        code = start_code + moved
+        if self.activation[name] != "linear":
+            code = activation_fn(code)
+            # laid out as `code` is, because the rounding of an activation depends on it
+            moved = code - activation_fn(start_code.contiguous())
+        spread = scaling * torch.cat([up.weight - start_up.weight, start_up.weight], dim=1)
+        bias = None if up.bias is None else (scaling * up.bias).to(x.dtype)
+        return nn.functional.linear(torch.cat([code, moved], dim=-1), spread.to(x.dtype), bias)
 
     def _branch(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """`scaling * B act(A x)`, in the dtype of `x`."""
@@ -320,7 +380,8 @@ class Linear(nn.Module, SclLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`, where
-        the change is the delta of a bottleneck and `s_k B_k A_k - W` of a compression.
+        the change is the delta of a bottleneck, and of a compression `s_k B_k A_k` less `W`, or less its principal part if the
+        residual is kept.
         """
         base_weight, base_bias = original
         device = self.scl_A[names[0]].weight.device
@@ -346,7 +407,11 @@ class Linear(nn.Module, SclLayer):
                 bottlenecks.append((up_weight, down_weight))
                 shift = shift if offset is None else shift + offset
             else:
-                merged += up_weight @ down_weight - weight
+                start = weight
+                if name in self.scl_start_A:
+                    start_up = self.scaling[name] * self.scl_start_B[name].weight.to(dtype)
+                    start = start_up @ self.scl_start_A[name].weight.to(dtype)
+                merged += up_weight @ down_weight - start
                 bias = bias if offset is None or bias is None else bias + offset
         if bias is not None:
             bias = bias + merged @ shift
