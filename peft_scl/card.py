@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -46,12 +46,15 @@ def update_model_card(folder: str | os.PathLike, config: SclConfig) -> None:
     path = Path(folder, "README.md")
     card = ModelCard.load(path) if path.exists() else _new_card(config)
     before = str(card)
-    tags = card.data.tags or []
-    if TAG not in tags:
-        card.data.tags = sorted([*tags, TAG])
+    data: Any = card.data
+    if TAG not in (data.tags or []):
+        data.tags = sorted([*(data.tags or []), TAG])
     if "import peft_scl" not in card.text:
         lines = card.text.splitlines()
         position = _first_section(lines)
+        if position > 0 and lines[position - 1]:
+            lines.insert(position, "")
+            position += 1
         card.text = "\n".join([*lines[:position], *_section(config), *lines[position:]])
     if not path.exists() or str(card) != before:
         card.save(path)

@@ -226,7 +226,7 @@ def _ratio(norm: float, distance: float) -> float:
     return distance / norm if norm > 0 else distance  # an untrained adapter changes nothing
 
 
-def _exact_targets(config: LoraConfig, targets: set[str], module_names: list[str]) -> set[str] | str:
+def _exact_targets(config: LoraConfig, targets: Any, module_names: list[str]) -> Any:
     """
     `target_modules` that match `targets` and no other module: their full names, or a regular expression where a full
     name is also the ending of another one (PEFT matches lists by suffix).

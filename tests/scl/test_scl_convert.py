@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 
+import huggingface_hub
 import pytest
 import torch
 from peft import (
@@ -102,12 +103,12 @@ def test_the_lora_is_the_change_of_the_dense_formula(config, base, scl_bias):
     plain.load_state_dict(model.unload().state_dict())
     lora = _with_lora(export, plain)
     torch.testing.assert_close(lora.base_model.model.down(h), expected, rtol=0, atol=1e-12)
-    assert (export.state_dict.keys() & {"base_model.model.down.lora_B.bias"} != set()) == scl_bias
+    assert ("base_model.model.down.lora_B.bias" in export.state_dict) == scl_bias
     if scl_bias:
         torch.testing.assert_close(export.state_dict["base_model.model.down.lora_B.bias"], shift, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("r", [1, 4, D])
+@pytest.mark.parametrize("r", [1, 4, 6])
 @pytest.mark.parametrize("base", ["linear", "conv1d"])
 @pytest.mark.parametrize("config", [*LOW_RANK[2:], *FULL_RANK], ids=config_id)
 def test_a_named_rank_gives_the_best_approximation_and_its_error(config, base, r):
@@ -115,15 +116,23 @@ def test_a_named_rank_gives_the_best_approximation_and_its_error(config, base, r
     (layer,) = scl_layers(model)
     change, _ = _dense_change(layer, config)
     values = torch.linalg.svdvals(change)
-    rank = min(r, 6 if config.get("down_proj_r") == 4 or config in LOW_RANK[2:3] else D)
-    optimal = (values[rank:].norm() / values.norm()).item()
+    optimal = (values[r:].norm() / values.norm()).item()
 
-    export = to_lora(model, "x", r=rank, dtype=torch.float64)
-    assert export.state_dict["base_model.model.down.lora_A.weight"].shape == (rank, M)
-    assert export.state_dict["base_model.model.down.lora_B.weight"].shape == (D, rank)
+    export = to_lora(model, "x", r=r, dtype=torch.float64)
+    assert export.state_dict["base_model.model.down.lora_A.weight"].shape == (r, M)
+    assert export.state_dict["base_model.model.down.lora_B.weight"].shape == (D, r)
     distance = ((_exported_change(export) - change).norm() / change.norm()).item()
     assert export.error == pytest.approx(distance, rel=1e-9, abs=1e-13)
     assert export.error == pytest.approx(optimal, rel=1e-9, abs=1e-13)
+
+
+@pytest.mark.parametrize("config", FULL_RANK, ids=config_id)
+def test_full_rank_changes_are_exact_at_full_rank(config):
+    model = wrapped_block(config)
+    (layer,) = scl_layers(model)
+    export = to_lora(model, "x", r=D, dtype=torch.float64)
+    torch.testing.assert_close(_exported_change(export), _dense_change(layer, config)[0], rtol=0, atol=1e-12)
+    assert export.error < 1e-13
 
 
 def test_the_error_counts_the_rounding_to_the_dtype_of_the_weights():
@@ -408,6 +417,15 @@ def test_the_command_reads_the_base_model_it_is_told_to(saved, tmp_path):
     main([str(saved / "llama"), str(tmp_path / "lora"), "--base_model", str(saved / "base" / "llama")])
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(saved / "base" / "llama")
+
+
+def test_the_command_reads_an_adapter_from_the_hub(saved, tmp_path, hub, capsys):
+    huggingface_hub.create_repo("user/scl")
+    huggingface_hub.upload_folder(repo_id="user/scl", folder_path=saved / "llama")
+    main(["user/scl", str(tmp_path / "lora")])
+    assert "LoRA of rank 8" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="user/nothing"):
+        main(["user/nothing", str(tmp_path / "other")])
 
 
 @pytest.mark.parametrize(
