@@ -375,29 +375,31 @@ _LOAD_WITHOUT_SCL = """
 
     sys.modules["peft_scl"] = None  # importing it raises
     import torch
-    from peft import {loader} as loader
+    from peft import AutoPeftModel, AutoPeftModelForCausalLM
 
-    model = loader.from_pretrained({adapter!r}).eval()
-    with torch.no_grad():
-        logits = model(torch.arange(1, 9)[None]).logits
-        torch.testing.assert_close(logits, torch.load({logits!r}), rtol=0, atol=5e-6)
-    print(type(model.base_model).__name__)
+    _, output, saved = sys.argv
+    for name, loader in (("llama", AutoPeftModelForCausalLM), ("gpt2", AutoPeftModel)):
+        model = loader.from_pretrained(f"{output}/{name}").eval()
+        with torch.no_grad():
+            logits = model(torch.arange(1, 9)[None]).logits
+        torch.testing.assert_close(logits, torch.load(f"{saved}/{name}/logits.pt"), rtol=0, atol=5e-6)
+        print(name, type(model.base_model).__name__)
 """
 
 
-@pytest.mark.parametrize(("adapter", "loader"), [("llama", "AutoPeftModelForCausalLM"), ("gpt2", "AutoPeftModel")])
-def test_the_command_writes_an_adapter_that_loads_without_peft_scl(saved, tmp_path, adapter, loader):
-    output = str(tmp_path / "lora")
-    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "peft_scl.convert", str(saved / adapter), output]
+def test_the_command_writes_adapters_that_load_without_peft_scl(saved, tmp_path):
+    output = str(tmp_path / "llama")
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "peft_scl.convert", str(saved / "llama"), output]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f"LoRA of rank 8 on {LAYERS} modules, exact up to the rounding to float32" in result.stdout
     assert f"PeftModel.from_pretrained(base_model, {output!r})" in result.stdout
 
-    script = _LOAD_WITHOUT_SCL.format(loader=loader, adapter=output, logits=str(saved / adapter / "logits.pt"))
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True)
+    main([str(saved / "gpt2"), str(tmp_path / "gpt2")])
+    command = [sys.executable, "-c", textwrap.dedent(_LOAD_WITHOUT_SCL), str(tmp_path), str(saved)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "LoraModel\n"
+    assert result.stdout == "llama LoraModel\ngpt2 LoraModel\n"
 
 
 def test_the_command_truncates_and_says_by_how_much(saved, tmp_path, capsys):
