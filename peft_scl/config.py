@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
+
+from .card import update_model_card
 
 
 __all__ = ["SclConfig"]
@@ -167,6 +170,20 @@ class SclConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Save the configuration, and add to the `README.md` beside it how to load the adapter (see docs/scl.md).
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder of the adapter.
+            kwargs:
+                As in [`~peft.PeftConfig.save_pretrained`].
+        """
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        # PEFT and transformers write the model card before the config, and the config is what we own of the two
+        update_model_card(save_directory, self)
 
     @property
     def is_mergeable(self) -> bool:

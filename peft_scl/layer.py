@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -18,7 +18,16 @@ from .config import SclConfig
 from .linalg import truncated_svd
 
 
-__all__ = ["Linear", "SclLayer"]
+__all__ = ["Linear", "SclLayer", "WeightChange"]
+
+
+class WeightChange(NamedTuple):
+    """What a linear adapter does to a down projection: `W' - W = left @ right + rest` and `b' - b = shift`, in float64."""
+
+    left: torch.Tensor  # (d, k)
+    right: torch.Tensor  # (k, m)
+    rest: torch.Tensor | None  # (d, m), if the change has full rank
+    shift: torch.Tensor | None  # (d,), if the adapter has biases
 
 
 class SclLayer(BaseTunerLayer):
@@ -160,10 +169,76 @@ class SclLayer(BaseTunerLayer):
         weight = self.get_base_weight()
         if weight.numel() == 0:
             raise ValueError(
-                "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so its "
-                "singular vectors cannot be read. Use `variant='bottleneck'`, which does not read the weight."
+                "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it "
+                "cannot be read. Use `variant='bottleneck'`, which trains without reading it, and export or merge outside of "
+                "ZeRO-3."
             )
         return weight.T if self.fan_in_fan_out else weight
+
+    def weight_change(self, name: str) -> WeightChange:
+        """
+        The change of weight and bias that the linear adapter `name`, alone, amounts to.
+
+        Raises:
+            ValueError: If the adapter is not linear, or if the base weight is not there in its original form.
+        """
+        if self.activation[name] != "linear":
+            raise ValueError(
+                f"The SCL adapter {name!r} has the activation {self.activation[name]!r}, so what it does to the down "
+                "projection is not a change of its weight, and no LoRA equals it. Keep the adapter as it is, or train with "
+                "`activation='linear'`."
+            )
+        if self.merged:
+            raise ValueError(
+                f"The SCL adapters {self.merged_adapters} are merged, but the change is relative to the original weight. "
+                "Call `unmerge_adapter` first."
+            )
+        base_weight = self._dense_base_weight()
+        if base_weight.is_meta:
+            raise ValueError(
+                "The weight of a down projection is on the meta device, as it is when offloaded, so it cannot be read. Load "
+                "the model without offloading, for instance with `device_map='cpu'`."
+            )
+        device, dtype = self.scl_A[name].weight.device, torch.float64
+        weight = base_weight.to(device, dtype)
+        down, up = self.scl_A[name], self.scl_B[name]
+        right, left = down.weight.to(dtype), self.scaling[name] * up.weight.to(dtype)
+        shift = None
+        if down.bias is not None:
+            shift = left @ down.bias.to(dtype) + self.scaling[name] * up.bias.to(dtype)
+        if self.variant[name] == "compress":
+            return WeightChange(left, right, -weight, shift)
+
+        rest = None
+        if name in self.scl_delta:
+            rest = self.scl_delta[name].weight.to(dtype)
+            weight = weight + rest
+        elif name in self.scl_delta_A:
+            delta_right, delta_left = self.scl_delta_A[name].weight.to(dtype), self.scl_delta_B[name].weight.to(dtype)
+            weight = weight + delta_left @ delta_right
+        left, shift = weight @ left, None if shift is None else weight @ shift
+        if name in self.scl_delta_A:
+            left, right = torch.cat([left, delta_left], dim=1), torch.cat([right, delta_right])
+        return WeightChange(left, right, rest, shift)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`W' - W` of a linear adapter in float32 or better, laid out as the weight of the base layer."""
+        with torch.no_grad():
+            left, right, rest, _ = self.weight_change(adapter)
+            delta = left @ right if rest is None else left @ right + rest
+        dtype = torch.promote_types(self.scl_A[adapter].weight.dtype, torch.float32)
+        return (delta.T if self.fan_in_fan_out else delta).to(dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """
+        Whether [`~peft.convert_to_lora`] can read this layer: a linear adapter without biases, which it would drop.
+        [`to_lora`] keeps biases, and is exact where the change has a low rank.
+        """
+        return (
+            adapter_name in self.scl_A
+            and self.activation[adapter_name] == "linear"
+            and self.scl_A[adapter_name].bias is None
+        )
 
     def check_mergeable(self, names: list[str]) -> None:
         """Raise if one of the adapters `names` cannot be folded into this layer."""

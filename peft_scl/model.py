@@ -12,8 +12,10 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .card import TAG
 from .config import SclConfig
 from .layer import Linear, SclLayer
 from .targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections, find_fused_experts
@@ -88,6 +90,8 @@ class SclModel(BaseTuner):
                 "SCL does not support tensor parallelism: the input of the down projection is sharded there, and every "
                 "rank would train a compression layer of its own. Load the model without `tp_plan`."
             )
+        if isinstance(model, PreTrainedModel):
+            model.add_model_tags([TAG])  # read by the model cards of PEFT and of the trainers
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_layers_mergeable(adapter_names)
