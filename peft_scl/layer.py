@@ -206,6 +206,12 @@ class SclLayer(BaseTunerLayer):
         shift = None
         if down.bias is not None:
             shift = left @ down.bias.to(dtype) + self.scaling[name] * up.bias.to(dtype)
+        if name in self.scl_start_A:
+            # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: without cancellation, and exactly zero at the start
+            start_right = self.scl_start_A[name].weight.to(dtype)
+            start_left = self.scaling[name] * self.scl_start_B[name].weight.to(dtype)
+            thin = torch.cat([left - start_left, start_left], dim=1), torch.cat([right, right - start_right])
+            return WeightChange(*thin, None, shift)
         if self.variant[name] == "compress":
             return WeightChange(left, right, -weight, shift)
 
@@ -287,7 +293,7 @@ class Linear(nn.Module, SclLayer):
             if self.variant[name] == "bottleneck":
                 hidden = hidden + self._branch(name, x)
 
-        replacing = [name for name in active if self._replaces(name)]
+        replacing = [name for name in active if self.replaces(name)]
         if len(replacing) == 1:
             # The replaced down projection is not computed at all, which is the point of this variant. Its bias comes
             # from its own forward, so that hooks (offloading, ZeRO-3) and quantised layers see the call they expect.
@@ -311,7 +317,7 @@ class Linear(nn.Module, SclLayer):
                 result = result + _linear(self.scl_delta_B[name], _linear(self.scl_delta_A[name], hidden))
         return result
 
-    def _replaces(self, name: str) -> bool:
+    def replaces(self, name: str) -> bool:
         """Whether an adapter stands in for the down projection instead of changing it."""
         return self.variant[name] == "compress" and name not in self.scl_start_A
 

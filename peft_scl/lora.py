@@ -61,10 +61,16 @@ def to_lora(
     """
     Export a linear SCL adapter as a LoRA adapter for the untouched base model.
 
-    A bottleneck changes the down projection by `delta + s (W + delta) B A`. If its delta is `"none"` or `"low_rank"`
-    (`D2 D1`), that is a LoRA of rank `r` or `r + down_proj_r`, exact up to the rounding to `dtype`:
-    `lora_A = [A; D1]`, `lora_B = [s (W + D2 D1) B, D2]`. The change of a full delta and of `variant="compress"` has
-    full rank; its best approximation is exported when a rank is named.
+    Exact up to the rounding to `dtype` are
+
+    - `variant="compress"` that keeps its residual: the change is `s (B A - B0 A0)`, a LoRA of rank `2 r` with
+      `lora_A = [A; A - A0]` and `lora_B = [s (B - B0), s B0]`;
+    - `variant="bottleneck"` with the delta `"none"` or `"low_rank"` (`D2 D1`): the change is
+      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` with `lora_A = [A; D1]` and
+      `lora_B = [s (W + D2 D1) B, D2]`.
+
+    The change of a full delta and of a compression without its residual has full rank; its best approximation is
+    exported when a rank is named.
 
     Trained tokens and modules (`trainable_token_indices`, `modules_to_save`) come along, and so do biases
     (`lora_bias=True`). With several adapters in a model, each is exported as if it were alone.
@@ -159,13 +165,15 @@ def to_lora(
 
 def _is_dense(layer: SclLayer, name: str) -> bool:
     """Whether the change of the weight is not a product of thin factors."""
-    return layer.variant[name] == "compress" or name in layer.scl_delta
+    return layer.replaces(name) or name in layer.scl_delta
 
 
 def _rank(layer: SclLayer, name: str) -> int:
     """The smallest rank that is exact whatever the weights of the adapter are."""
     if _is_dense(layer, name):
         return min(layer.in_features, layer.out_features)
+    if name in layer.scl_start_A:
+        return 2 * layer.r[name]
     delta_r = layer.scl_delta_A[name].weight.shape[0] if name in layer.scl_delta_A else 0
     return layer.r[name] + delta_r
 
@@ -174,8 +182,8 @@ def _check_rank(r: int | None, largest: int, layers: dict[str, Any], adapter_nam
     if r is None:
         dense = next((name for name, layer in layers.items() if _is_dense(layer, adapter_name)), None)
         if dense is not None:
-            what = "compress" if layers[dense].variant[adapter_name] == "compress" else "full"
-            option = "`variant='compress'`" if what == "compress" else "`train_down_proj='full'`"
+            replaces = layers[dense].replaces(adapter_name)
+            option = "`keep_residual=False`" if replaces else "`train_down_proj='full'`"
             raise ValueError(
                 f"The SCL adapter {adapter_name!r} has {option}, which changes {dense!r} by a matrix of full rank, so no LoRA "
                 f"of a low rank equals it. Name a rank `r` to export the best approximation of that rank (`r={largest}` is "

@@ -39,16 +39,18 @@ from peft_scl.convert import main
 
 TOKENS = torch.arange(1, 9)[None]
 LOW_RANK = [
-    {"r": 3, "train_down_proj": "none"},
-    {"r": 3, "train_down_proj": "none", "scaling": 0.3},
-    {"r": 3, "scaling": 2.5},
-    {"r": 2, "down_proj_r": 4},
-    {"r": 6, "down_proj_r": 5},  # more than D, the rank of any change
+    {"r": 3, "variant": "bottleneck", "train_down_proj": "none"},
+    {"r": 3, "variant": "bottleneck", "train_down_proj": "none", "scaling": 0.3},
+    {"r": 3, "variant": "bottleneck", "scaling": 2.5},
+    {"r": 2, "variant": "bottleneck", "down_proj_r": 4},
+    {"r": 2, "variant": "compress", "scaling": 0.3},
+    {"r": 6, "variant": "bottleneck", "down_proj_r": 5},  # more than D, the rank of any change
+    {"r": 6, "variant": "compress"},
 ]
 FULL_RANK = [
-    {"r": 3, "train_down_proj": "full", "scaling": 0.3},
-    {"r": 3, "variant": "compress"},
-    {"r": 3, "variant": "compress", "scaling": 2.5},
+    {"r": 3, "variant": "bottleneck", "train_down_proj": "full", "scaling": 0.3},
+    {"r": 3, "variant": "compress", "keep_residual": False},
+    {"r": 3, "variant": "compress", "keep_residual": False, "scaling": 2.5},
 ]
 
 
@@ -58,8 +60,8 @@ def _dense_change(layer, config, name="x"):
     maps, s = dense_maps(layer, name), config.get("scaling", 1.0)
     series = s * maps["B"] @ maps["A"]
     offset = s * (maps["B"] @ maps["a"] + maps["b"])
-    if config.get("variant") == "compress":
-        return series - weight, offset
+    if config.get("variant", "compress") == "compress":
+        return series - (s * maps["B0"] @ maps["A0"] if "A0" in maps else weight), offset
     weight_after = weight + maps.get("delta", torch.zeros_like(weight))
     return weight_after @ (torch.eye(M) + series) - weight, weight_after @ offset
 
@@ -92,7 +94,7 @@ def test_the_lora_is_the_change_of_the_dense_formula(config, base, scl_bias):
     (layer,) = scl_layers(model)
     change, shift = _dense_change(layer, config)
     export = to_lora(model, "x", dtype=torch.float64)
-    rank = config["r"] + (0 if "train_down_proj" in config else config.get("down_proj_r", config["r"]))
+    rank = config["r"] + (0 if "train_down_proj" in config else config.get("down_proj_r", config["r"]))  # or start
     assert (export.config.r, export.config.lora_alpha) == (rank, rank)
     torch.testing.assert_close(_exported_change(export), change, rtol=0, atol=1e-13)
     assert export.error < 1e-14
@@ -110,7 +112,7 @@ def test_the_lora_is_the_change_of_the_dense_formula(config, base, scl_bias):
 
 @pytest.mark.parametrize("r", [1, 4, 6])
 @pytest.mark.parametrize("base", ["linear", "conv1d"])
-@pytest.mark.parametrize("config", [*LOW_RANK[2:], *FULL_RANK], ids=config_id)
+@pytest.mark.parametrize("config", [*LOW_RANK[2:4], *LOW_RANK[5:], *FULL_RANK], ids=config_id)
 def test_a_named_rank_gives_the_best_approximation_and_its_error(config, base, r):
     model = wrapped_block(config, base=base)
     (layer,) = scl_layers(model)
@@ -153,7 +155,14 @@ def test_the_total_error_is_over_all_modules_and_ranks_are_padded_to_one():
     torch.manual_seed(0)
     plain = Two()
     model = get_peft_model(
-        plain, SclConfig(r=2, train_down_proj="full", target_modules=["small", "large"], init_weights=False)
+        plain,
+        SclConfig(
+            r=2,
+            variant="bottleneck",
+            train_down_proj="full",
+            target_modules=["small", "large"],
+            init_weights=False,
+        ),
     )
     changes = {
         name: layer.get_delta_weight("default").double()
@@ -173,9 +182,10 @@ def test_the_total_error_is_over_all_modules_and_ranks_are_padded_to_one():
 
 
 def test_an_untrained_adapter_is_exported_as_no_change():
-    export = to_lora(get_peft_model(ARCHITECTURES["llama"].build(), SclConfig(r=4)))
-    assert export.error == 0
-    assert to_lora(get_peft_model(ARCHITECTURES["llama"].build(), SclConfig(r=4)), r=2).error == 0
+    for variant in ("compress", "bottleneck"):
+        model = get_peft_model(ARCHITECTURES["llama"].build(), SclConfig(r=4, variant=variant))
+        assert to_lora(model).error == 0
+        assert to_lora(model, r=2).error == 0
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bert", "t5", "siglip_classification"])
@@ -273,7 +283,9 @@ def test_a_quantised_base_is_exported_from_its_dequantised_weight():
     quantised.load_state_dict(plain.state_dict())
     quantised = quantised.to("cpu")  # quantises
     dense = bnb.functional.dequantize_4bit(quantised[0].weight.data, quantised[0].weight.quant_state).double()
-    model = get_peft_model(quantised, SclConfig(r=3, target_modules=["0"], init_weights=False))
+    model = get_peft_model(
+        quantised, SclConfig(r=3, variant="bottleneck", target_modules=["0"], init_weights=False)
+    )
     (layer,) = scl_layers(model)
     maps = dense_maps(layer, "default")
     expected = (dense + maps["delta"]) @ (torch.eye(64) + maps["B"] @ maps["A"]) - dense
@@ -281,7 +293,7 @@ def test_a_quantised_base_is_exported_from_its_dequantised_weight():
 
 
 @pytest.mark.parametrize("base", ["linear", "conv1d"])
-@pytest.mark.parametrize("config", [*LOW_RANK[1:4], *FULL_RANK], ids=config_id)
+@pytest.mark.parametrize("config", [*LOW_RANK[1:5], *FULL_RANK], ids=config_id)
 def test_convert_to_lora_of_peft_reads_a_linear_layer(config, base):
     torch.manual_seed(0)
     block = Block(base, torch.float32)
@@ -310,10 +322,15 @@ def test_convert_to_lora_of_peft_refuses_what_it_would_change(config):
     [
         ({"activation": "gelu"}, None, "no LoRA equals it"),
         ({"activation": "gelu", "variant": "compress"}, 2, "no LoRA equals it"),
-        ({"train_down_proj": "full"}, None, rf"train_down_proj='full'.*`r={D}` is exact"),
-        ({"variant": "compress"}, None, rf"variant='compress'.*`r={D}` is exact"),
-        ({"train_down_proj": "none"}, 3, "no rank above 2"),
-        ({"variant": "compress"}, D + 1, f"no rank above {D}"),
+        (
+            {"variant": "bottleneck", "train_down_proj": "full"},
+            None,
+            rf"train_down_proj='full'.*`r={D}` is exact",
+        ),
+        ({"keep_residual": False}, None, rf"keep_residual=False.*`r={D}` is exact"),
+        ({"variant": "bottleneck", "train_down_proj": "none"}, 3, "no rank above 2"),
+        ({"variant": "compress"}, 5, "no rank above 4"),
+        ({"keep_residual": False}, D + 1, f"no rank above {D}"),
         ({}, 0, "`r` should be a positive integer value but the value passed is 0"),
     ],
     ids=str,
@@ -356,7 +373,7 @@ def saved(tmp_path_factory):
     for architecture, task, config in (
         ("llama", "CAUSAL_LM", {}),
         ("gpt2", None, {}),
-        ("llama", "CAUSAL_LM", {"train_down_proj": "full"}),
+        ("llama", "CAUSAL_LM", {"train_down_proj": "full", "variant": "bottleneck"}),
         ("llama", "CAUSAL_LM", {"activation": "gelu"}),
     ):
         name = next(iter(config.values()), architecture)
