@@ -57,6 +57,10 @@ class LiveAdapter:
                     "meta-device model, so it cannot be federated. Load the model unpartitioned."
                 )
             self._tensors[key] = owners[tensor.data_ptr()]
+        # What no client trains is the same everywhere and does not travel: the frozen start of an SCL compression
+        self._frozen = {
+            key for key, owner in self._tensors.items() if isinstance(owner, nn.Parameter) and not owner.requires_grad
+        }
 
     @property
     def tensor_ids(self) -> set[int]:
@@ -64,18 +68,19 @@ class LiveAdapter:
         return {id(tensor) for tensor in self._tensors.values()}
 
     @torch.no_grad()
-    def read(self) -> AdapterState:
-        """A copy of the adapter, on CPU."""
+    def read(self, include_frozen: bool = False) -> AdapterState:
+        """A copy of the adapter, on CPU: what is trained of it, or all that is saved of it."""
         return {
             key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for key, tensor in self._tensors.items()
+            if include_frozen or key not in self._frozen
         }
 
     @torch.no_grad()
     def write(self, state: AdapterState) -> None:
-        """Copy `state` into the model; it must have this adapter's layout (see [`check_same_layout`])."""
-        for key, tensor in self._tensors.items():
-            tensor.copy_(state[key])
+        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
+        for key, tensor in state.items():
+            self._tensors[key].copy_(tensor)
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:

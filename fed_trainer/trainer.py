@@ -300,7 +300,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
         state = load_adapter(folder)
-        check_same_layout(state, self._global_state, f"The adapter in {str(folder)!r}")
+        check_same_layout(state, self._live_adapter.read(include_frozen=True), f"The adapter in {str(folder)!r}")
         self._live_adapter.write(state)
         self._global_state = self._live_adapter.read()
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
@@ -371,7 +371,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
     def _start_from(self, folder: Path) -> None:
         state = load_adapter(folder)
         source = f"The adapter {self.args.initial_adapter!r}"
-        check_same_layout(state, self._live_adapter.read(), source)
+        check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         record = read_record(folder)
         theirs, ours = record.get("base_digest"), base_digest(self.model)
         if theirs is not None and ours is not None and theirs != ours:

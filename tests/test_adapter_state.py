@@ -40,8 +40,8 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "lora_modules_to_save": lambda: LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
     "scl": lambda: SclConfig(r=4),
     "lora_tokens": lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
-    "scl_full": lambda: SclConfig(r=4, train_down_proj="full"),
-    "scl_compress": lambda: SclConfig(r=4, variant="compress"),
+    "scl_full": lambda: SclConfig(r=4, variant="bottleneck", train_down_proj="full"),
+    "scl_replacing": lambda: SclConfig(r=4, keep_residual=False),
     "scl_modules_to_save": lambda: SclConfig(r=4, modules_to_save=["lm_head"]),
     "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
@@ -86,12 +86,25 @@ def bits(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
 def test_read_is_what_peft_saves(tiny_model_dir: Path, tmp_path: Path, config: str, dtype: torch.dtype) -> None:
     model = make_model(tiny_model_dir, config, dtype)
     move(model)
-    state = LiveAdapter(model).read()
+    state = LiveAdapter(model).read(include_frozen=True)
     model.save_pretrained(tmp_path)
     assert bits(state) == bits(load_file(tmp_path / "adapter_model.safetensors"))
     assert list(state) == sorted(state)
     assert {(tensor.device.type, tensor.dtype) for tensor in state.values()} == {("cpu", dtype)}
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in state.values())
+
+
+def test_the_frozen_start_of_a_compression_does_not_travel(tiny_model_dir: Path) -> None:
+    model = make_model(tiny_model_dir, "scl")
+    live = LiveAdapter(model)
+    travels, saved = live.read(), live.read(include_frozen=True)
+    assert {key for key in saved if ".scl_start_" in key} == saved.keys() - travels.keys() != set()
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(tensor.numel() for tensor in travels.values()) == trained
+    # an adapter from elsewhere brings its start along
+    state = random_like(saved)
+    live.write(state)
+    assert bits(live.read(include_frozen=True)) == bits(state)
 
 
 @all_configs
@@ -135,7 +148,7 @@ def test_write_changes_the_adapter_only(tiny_model_dir: Path, config: str) -> No
     after = bits(model.state_dict())
     assert {name for name in after if after[name] != before[name]} == trainable
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == objects
-    assert live.tensor_ids == {objects[name] for name in trainable}
+    assert live.tensor_ids == {objects[name] for name in trainable | {name for name in objects if "scl_start" in name}}
 
 
 @all_configs
@@ -172,7 +185,7 @@ def test_optimiser_made_before_write_still_trains(tiny_model_dir: Path, config: 
 
     model(TOKENS, labels=TOKENS).loss.backward()
     gradients = get_peft_model_state_dict(
-        model, state_dict={name: parameter.grad for name, parameter in model.named_parameters()}
+        model, state_dict={name: p.grad for name, p in model.named_parameters() if ".scl_start_" not in name}
     )
     optimizer.step()
     trained = live.read()

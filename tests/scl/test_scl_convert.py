@@ -283,9 +283,7 @@ def test_a_quantised_base_is_exported_from_its_dequantised_weight():
     quantised.load_state_dict(plain.state_dict())
     quantised = quantised.to("cpu")  # quantises
     dense = bnb.functional.dequantize_4bit(quantised[0].weight.data, quantised[0].weight.quant_state).double()
-    model = get_peft_model(
-        quantised, SclConfig(r=3, variant="bottleneck", target_modules=["0"], init_weights=False)
-    )
+    model = get_peft_model(quantised, SclConfig(r=3, variant="bottleneck", target_modules=["0"], init_weights=False))
     (layer,) = scl_layers(model)
     maps = dense_maps(layer, "default")
     expected = (dense + maps["delta"]) @ (torch.eye(64) + maps["B"] @ maps["A"]) - dense
