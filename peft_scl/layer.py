@@ -130,6 +130,10 @@ class SclLayer(BaseTunerLayer):
         by_kind = (getattr(self, kind) for kind in self.adapter_layer_names)
         return [entries[adapter_name] for entries in by_kind if adapter_name in entries]
 
+    def replaces(self, name: str) -> bool:
+        """Whether an adapter stands in for the down projection instead of changing it."""
+        return self.variant[name] == "compress" and name not in self.scl_start_A
+
     def reset_scl_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Start as `SclConfig` describes, or with every trained map at random."""
         for module in self._maps(adapter_name):
@@ -316,10 +320,6 @@ class Linear(nn.Module, SclLayer):
             elif name in self.scl_delta_A:
                 result = result + _linear(self.scl_delta_B[name], _linear(self.scl_delta_A[name], hidden))
         return result
-
-    def replaces(self, name: str) -> bool:
-        """Whether an adapter stands in for the down projection instead of changing it."""
-        return self.variant[name] == "compress" and name not in self.scl_start_A
 
     def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """
