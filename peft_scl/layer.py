@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SclConfig
 from .linalg import truncated_svd
+from .quantization import MERGEABLE_BACKENDS, check_readable, dense, frozen_copy, put_back
 
 
 __all__ = ["Linear", "SclLayer"]
@@ -129,6 +130,8 @@ class SclLayer(BaseTunerLayer):
 
     def _dense_base_weight(self) -> torch.Tensor:
         """The base weight as a dense floating tensor `(out_features, in_features)`."""
+        if self.quantization_backend is not None:
+            check_readable(self.get_base_layer())
         weight = self.get_base_weight()
         if weight.numel() == 0:
             raise ValueError(
@@ -152,11 +155,15 @@ class SclLayer(BaseTunerLayer):
                     f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be merged "
                     "into has none. Keep the adapter separate, or train with `scl_bias=False`."
                 )
-        if names and self.quantization_backend is not None:
+        backend = self.quantization_backend
+        if names and backend is not None and backend.backend_name not in MERGEABLE_BACKENDS:
             raise NotImplementedError(
-                f"Merging SCL into a quantised layer ({self.quantization_backend.backend_name}) is not supported. Load the "
-                "base model without quantisation to merge, or keep the adapter separate."
+                f"Merging SCL into a layer quantised by {backend.backend_name} is not supported (only by "
+                f"{', '.join(MERGEABLE_BACKENDS)}). Load the base model without quantisation to merge, or keep the adapter "
+                "separate."
             )
+        if names and backend is not None:
+            check_readable(self.get_base_layer())
 
 
 class Linear(nn.Module, SclLayer):
@@ -217,7 +224,8 @@ class Linear(nn.Module, SclLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
-        Fold linear adapters into the base weight, exactly up to the rounding of its dtype.
+        Fold linear adapters into the base weight, exactly up to the rounding of its dtype. A quantised weight is
+        quantised again after the merge, which rounds more coarsely and gives a warning; unmerging restores it exactly.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`):
@@ -228,7 +236,7 @@ class Linear(nn.Module, SclLayer):
         Raises:
             ValueError: If an adapter is not linear, has a bias that the base layer has no place for, or gives non-finite
                 weights under `safe_merge`.
-            NotImplementedError: If the base layer is quantised.
+            NotImplementedError: If the base layer is quantised by a library other than bitsandbytes and torchao.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scl_A]
         if not names:
@@ -238,13 +246,27 @@ class Linear(nn.Module, SclLayer):
 
         original = self._unmerged_parameters
         if original is None:
-            original = (base_layer.weight.data, None if base_layer.bias is None else base_layer.bias.data)
+            bias = None if base_layer.bias is None else base_layer.bias.data
+            if self.quantization_backend is None:
+                original = (base_layer.weight.data, bias)
+            else:  # bitsandbytes casts the bias in place to the dtype of its input
+                original = (frozen_copy(base_layer), None if bias is None else bias.clone())
         with torch.no_grad():
             weight, bias = self._merged_parameters(original, self.merged_adapters + names)
         if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         self._unmerged_parameters = original
-        base_layer.weight.data = weight
+        if self.quantization_backend is None:
+            base_layer.weight.data = weight
+        else:
+            warnings.warn(
+                f"Merging SCL into weights quantised by {self.quantization_backend.backend_name} rounds the result to the "
+                "quantisation grid again, so the outputs differ from those of the separate adapter. Merge into the base "
+                "model without quantisation for an exact result.",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.set_base_weight(weight)
         if bias is not None:
             base_layer.bias.data = bias
         self.merged_adapters.extend(names)
@@ -257,6 +279,8 @@ class Linear(nn.Module, SclLayer):
         the change is the delta of a bottleneck and `s_k B_k A_k - W` of a compression.
         """
         base_weight, base_bias = original
+        if self.quantization_backend is not None:
+            base_weight = dense(base_weight)
         device = self.scl_A[names[0]].weight.device
         dtype = torch.promote_types(base_weight.dtype, torch.float32)
         weight = base_weight.to(device, dtype)
@@ -289,7 +313,8 @@ class Linear(nn.Module, SclLayer):
         merged = merged.T.contiguous() if self.fan_in_fan_out else merged
         # as the base layer is now: the model may have been cast or moved since the first merge
         base_layer: Any = self.get_base_layer()
-        return merged.to(base_layer.weight), None if bias is None else bias.to(base_layer.bias)
+        like = base_layer.weight if self.quantization_backend is None else base_weight
+        return merged.to(like), None if bias is None else bias.to(base_layer.bias)
 
     def unmerge(self) -> None:
         """Put the base weight and bias back, bit for bit."""
@@ -299,7 +324,10 @@ class Linear(nn.Module, SclLayer):
         assert self._unmerged_parameters is not None
         base_layer: Any = self.get_base_layer()
         weight, bias = self._unmerged_parameters
-        base_layer.weight.data = weight.to(base_layer.weight)
+        if self.quantization_backend is None:
+            base_layer.weight.data = weight.to(base_layer.weight)
+        else:
+            put_back(base_layer, weight)
         if bias is not None:
             base_layer.bias.data = bias.to(base_layer.bias)
         self._unmerged_parameters = None
