@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +16,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SclConfig
+from .guards import check_calls, check_shapes, has_sharded_input, warn_of_extra_weights
 from .layer import Linear, SclLayer
 from .targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections, find_fused_experts
 
 
 __all__ = ["SclModel"]
+
+_TENSOR_PARALLEL = (
+    "SCL does not support tensor parallelism: the input of the down projection is sharded there, and every rank would "
+    "train a compression layer of its own. Load the model without `tp_plan`."
+)
 
 
 class SclModel(BaseTuner):
@@ -56,6 +63,8 @@ class SclModel(BaseTuner):
     prefix: str = "scl_"
     tuner_layer_cls = SclLayer
     target_module_mapping = DOWN_PROJECTIONS
+    # whether a forward pass since the last injection has reached the wrapped modules
+    _calls_checked: bool = False
 
     def _prepare_adapter_config(self, peft_config: SclConfig, model_config: dict[str, Any]) -> SclConfig:  # type: ignore[override]
         experts = find_fused_experts(self.model)
@@ -84,10 +93,22 @@ class SclModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise NotImplementedError(
-                "SCL does not support tensor parallelism: the input of the down projection is sharded there, and every "
-                "rank would train a compression layer of its own. Load the model without `tp_plan`."
+            raise NotImplementedError(_TENSOR_PARALLEL)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # `PeftModel` enters this around every forward and `generate`, whether or not they pass through `self.forward`
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SCL does not support batches with mixed adapters (`adapter_names`). Call the model once per adapter, "
+                "after `set_adapter`."
             )
+        if self._calls_checked or torch.compiler.is_compiling():
+            yield
+            return
+        with check_calls(self.model):
+            yield
+        self._calls_checked = True
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_layers_mergeable(adapter_names)
@@ -127,6 +148,7 @@ class SclModel(BaseTuner):
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+        self._calls_checked = False
 
     def _create_new_module(
         self, peft_config: SclConfig, adapter_name: str, target: nn.Module, current_key: str
@@ -143,6 +165,8 @@ class SclModel(BaseTuner):
                 "transformers' `Conv1D`, and the quantised linear layers that PEFT supports). Set `target_modules` to "
                 "the second linear map of the feed-forward blocks."
             )
+        if has_sharded_input(target):
+            raise NotImplementedError(_TENSOR_PARALLEL)
         return Linear(target, adapter_name, config=peft_config, **get_quantization_kwargs(self.model))
 
     @classmethod
@@ -163,6 +187,15 @@ class SclModel(BaseTuner):
                 "`Trainer.save_model`, or pass the gathered `state_dict`."
             )
         return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_shapes(model, remapped)
+        warn_of_extra_weights(state_dict, remapped)
+        return remapped
 
 
 def _also_excluding(given: Iterable[str] | str | None, names: list[str]) -> set[str] | str | None:
