@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import _freeze_adapter, get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .combine import combined_config, set_combined_weights
 from .config import SclConfig
 from .guards import check_calls, check_shapes, has_sharded_input, warn_of_extra_weights
 from .layer import Linear, SclLayer
@@ -109,6 +110,58 @@ class SclModel(BaseTuner):
         with check_calls(self.model):
             yield
         self._calls_checked = True
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """
+        Add an adapter that computes the weighted sum of others, exactly. It is frozen and not active.
+
+        For `variant="bottleneck"`, adapters with the same activation give
+
+        `y = (W + sum_k w_k delta_k) (h + sum_k w_k scaling_k B_k act(A_k h)) + b`.
+
+        A weight multiplies the branch and the delta of its adapter, as if it had been trained with these smaller; with
+        all weights 1 this is what activating the adapters together computes. For `variant="compress"` the weights have
+        to add up to 1 and give the mean `y = sum_k w_k scaling_k B_k act(A_k h) + b` of the models.
+
+        The rank is the sum of the ranks; a dropout is that of the first adapter.
+
+        Args:
+            adapters (`list[str]`):
+                Names of the adapters to combine.
+            weights (`list[float]`):
+                One weight per adapter; they may be negative.
+            adapter_name (`str`):
+                Name of the new adapter.
+            combination_type (`str`, *optional*, defaults to `"cat"`):
+                `"cat"`, which puts the maps side by side. Averaging them is not offered: it is another function.
+
+        Raises:
+            ValueError: If no single adapter computes that sum, or a name is unknown or taken.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f"`combination_type` is {combination_type!r}, but SCL adapters can be combined by 'cat' only: averaging the "
+                "factors ('linear') adds the cross terms `B_i A_j` of different adapters to the sum of the `B_k A_k`."
+            )
+        unknown = sorted(set(adapters) - self.peft_config.keys())
+        if unknown or not adapters or len(set(adapters)) < len(adapters):
+            raise ValueError(
+                f"`adapters` should be different names out of {sorted(self.peft_config)} but the value passed is {adapters}"
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"The model already has an adapter {adapter_name!r}. Choose another name, or delete it first."
+            )
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, SclLayer)}
+        configs: dict[str, Any] = {name: self.peft_config[name] for name in adapters}
+        self.peft_config[adapter_name] = combined_config(configs, weights, layers)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            if adapter_name in layer.scl_A:
+                set_combined_weights(layer, adapters, weights, adapter_name)
+        _freeze_adapter(self.model, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_layers_mergeable(adapter_names)
