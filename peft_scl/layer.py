@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
@@ -99,6 +100,16 @@ class SclLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        # an offloaded weight is on the meta device between forwards, where an adapter would compute nothing
+        hook = self._offload_hook()
+        return (device if hook is None else torch.device(hook.execution_device)), dtype
+
+    def _offload_hook(self) -> AlignDevicesHook | None:
+        hook = getattr(self.get_base_layer(), "_hf_hook", None)
+        return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
+
     def reset_scl_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Start from the base model (`"bottleneck"`) or its best rank-`r` approximation (`"compress"`), or at random."""
         maps = [getattr(self, name) for name in self.adapter_layer_names]
@@ -120,7 +131,8 @@ class SclLayer(BaseTunerLayer):
         """`scaling B A` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
         down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
-        if down.is_meta or (base_weight is not None and base_weight.is_meta):
+        offloaded = self._offload_hook() is not None
+        if down.is_meta or (base_weight is not None and base_weight.is_meta and not offloaded):
             return  # an empty shell, to be filled from a checkpoint
         with gather_params_ctx(base_weight, modifier_rank=None), torch.no_grad():
             left, values, right = truncated_svd(self._dense_base_weight(), down.shape[0])
@@ -130,9 +142,15 @@ class SclLayer(BaseTunerLayer):
 
     def _dense_base_weight(self) -> torch.Tensor:
         """The base weight as a dense floating tensor `(out_features, in_features)`."""
+        hook = self._offload_hook()
+        if hook is not None and self.quantization_backend is not None:
+            raise NotImplementedError(
+                "The down projection is quantised and offloaded, so its singular vectors cannot be read. Add the adapter "
+                "before offloading, or use `variant='bottleneck'`, which does not read the weight."
+            )
         if self.quantization_backend is not None:
             check_readable(self.get_base_layer())
-        weight = self.get_base_weight()
+        weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
         if weight.numel() == 0:
             raise ValueError(
                 "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so its "

@@ -200,7 +200,8 @@ class SclModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        # not `_replace_module`, which would move the adapter to where the weight is, also when that is offloaded
+        setattr(parent, target_name, new_module)
         self._calls_checked = False
 
     def _create_new_module(
