@@ -87,8 +87,6 @@ def test_a_part_that_is_not_used_is_reported_once():
 def test_the_check_of_the_first_forward_leaves_nothing_behind():
     model = get_peft_model(_llama(), SclConfig(r=4, init_weights=False))
     keys = model.state_dict().keys()
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(input_ids=TOKENS).logits
     seen = []
     scl_layers(model)[0].get_base_layer().register_forward_hook(
         lambda *_: seen.append([len(layer._forward_pre_hooks) for layer in scl_layers(model)])
@@ -96,7 +94,6 @@ def test_the_check_of_the_first_forward_leaves_nothing_behind():
     first, second = (model(input_ids=TOKENS).logits for _ in range(2))
     assert seen == [[1, 1], [0, 0]]
     assert torch.equal(first, second)
-    torch.testing.assert_close(compiled, first)
     assert model.state_dict().keys() == keys
     model.get_base_model().model.embed_tokens.weight.data = torch.empty(0)
     model.base_model._calls_checked = False
