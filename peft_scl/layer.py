@@ -264,11 +264,8 @@ class Linear(nn.Module, SclLayer):
 
         original = self._unmerged_parameters
         if original is None:
-            bias = None if base_layer.bias is None else base_layer.bias.data
-            if self.quantization_backend is None:
-                original = (base_layer.weight.data, bias)
-            else:  # bitsandbytes casts the bias in place to the dtype of its input
-                original = (frozen_copy(base_layer), None if bias is None else bias.clone())
+            weight = base_layer.weight.data if self.quantization_backend is None else frozen_copy(base_layer)
+            original = (weight, None if base_layer.bias is None else base_layer.bias.data)
         with torch.no_grad():
             weight, bias = self._merged_parameters(original, self.merged_adapters + names)
         if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
