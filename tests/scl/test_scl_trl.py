@@ -6,7 +6,12 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from peft_scl import SclConfig
@@ -80,6 +85,20 @@ def test_sft(peft_config, gradient_checkpointing, tiny_model_dir, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     restored = PeftModel.from_pretrained(base, tmp_path / "adapter")
     assert torch.equal(_logits(restored, tokenizer), _logits(trainer.model, tokenizer))
+
+
+def test_sft_on_a_4_bit_base(peft_config, tiny_model_dir, tmp_path):
+    quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=quantization_config),
+        args=SFTConfig(str(tmp_path / "run"), **ARGUMENTS),
+        train_dataset=Dataset.from_dict({"text": [f"What is {n} plus 1? {n + 1}" for n in range(8)]}),
+        processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
+        peft_config=peft_config,
+    )
+    # TRL's choice for quantised bases
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    _train(trainer)
 
 
 def test_dpo_refers_to_the_base_model(peft_config, tiny_model_dir, tmp_path):
