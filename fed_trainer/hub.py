@@ -12,6 +12,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
 
+from peft_scl.card import IMPORT_LINE
+
 from .record import held_out_losses
 
 
@@ -24,7 +26,6 @@ PUBLISHED_FILES = [
     "added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 ]  # fmt: skip
 
-_SCL_LINE = "import peft_scl  # registers the PEFT type SCL\n"
 _TASK_CLASSES = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -149,7 +150,8 @@ def model_card(
         "## How to load it",
         "",
         "```python",
-        f"{_SCL_LINE if scl else ''}from peft import {loader}",
+        *([IMPORT_LINE] if scl else []),
+        f"from peft import {loader}",
         "",
         "",
         f'model = {loader}.from_pretrained("{repo_id or "path/to/this/folder"}")',

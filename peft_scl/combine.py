@@ -40,7 +40,8 @@ def combined_config(
     """
     if len(weights) != len(configs) or not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"Expected {len(configs)} finite weights, one per adapter, but got {list(weights)}.")
-    for field in ("variant", "activation"):
+    compress = any(config.variant == "compress" for config in configs.values())
+    for field in ("variant", "activation", *(["keep_residual"] if compress else [])):
         values = {name: getattr(config, field) for name, config in configs.items()}
         if len(set(values.values())) > 1:
             raise ValueError(
@@ -56,8 +57,10 @@ def combined_config(
     wrapped = {name: layer for name, layer in layers.items() if any(adapter in layer.scl_A for adapter in configs)}
     first = next(iter(configs.values()))
     r = sum(config.r for config in configs.values())
-    if first.variant == "compress":
-        _check_compress(list(configs), weights, wrapped, r)
+    if compress:
+        _check_rank(wrapped, r)
+        if not first.keep_residual:
+            _check_replacements(list(configs), weights, wrapped)
     config = replace(
         first,
         r=r,
@@ -77,25 +80,30 @@ def combined_config(
     return config
 
 
-def _check_compress(names: list[str], weights: Sequence[float], layers: Mapping[str, SclLayer], r: int) -> None:
-    """A compression replaces the projection: only a mean of compressions, each in all layers, is one again."""
+def _check_rank(layers: Mapping[str, SclLayer], r: int) -> None:
+    for key, layer in layers.items():
+        limit = min(layer.in_features, layer.out_features)
+        if r > limit:
+            raise ValueError(
+                f"The ranks of the adapters add up to {r}, but `variant='compress'` allows {limit} at most for {key}. Keep "
+                "the adapters separate and activate them together, or merge them into the base model."
+            )
+
+
+def _check_replacements(names: list[str], weights: Sequence[float], layers: Mapping[str, SclLayer]) -> None:
+    """Only a mean of compressions that replace the projection, each in all layers, is one again."""
     if not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise ValueError(
-            f"The weights add up to {sum(weights)}, but `variant='compress'` replaces the down projection W: the weighted "
-            "sum of the changes `scaling * B A - W` needs W itself unless the weights add up to 1 (a mean of the models)."
+            f"The weights add up to {sum(weights)}, but compressions with `keep_residual=False` replace the down projection "
+            "W: the weighted sum of the changes `scaling * B A - W` needs W itself unless the weights add up to 1 (a mean "
+            "of the models)."
         )
     for key, layer in layers.items():
         missing = [name for name in names if name not in layer.scl_A]
         if missing:
             raise ValueError(
                 f"The adapters {missing} do not compress {key} as the others do, so their mean there needs the down "
-                "projection itself, which `variant='compress'` replaces."
-            )
-        limit = min(layer.in_features, layer.out_features)
-        if r > limit:
-            raise ValueError(
-                f"The ranks of the adapters add up to {r}, but `variant='compress'` allows {limit} at most for {key}. "
-                "Merge them into the base model instead, one model per adapter, and average the models."
+                "projection itself, which compressions with `keep_residual=False` replace."
             )
 
 
@@ -137,6 +145,12 @@ def set_combined_weights(layer: SclLayer, adapters: Sequence[str], weights: Sequ
     down, up = layer.scl_A[name], layer.scl_B[name]
     _fill(down, rows=[layer.scl_A[adapter].weight for adapter, _ in terms])
     _fill(up, columns=[factor * layer.scl_B[adapter].weight for adapter, factor in factors])
+    if name in layer.scl_start_A:
+        _fill(layer.scl_start_A[name], rows=[layer.scl_start_A[adapter].weight for adapter, _ in terms])
+        _fill(
+            layer.scl_start_B[name],
+            columns=[factor * layer.scl_start_B[adapter].weight for adapter, factor in factors],
+        )
     if down.bias is not None:
         down.bias.zero_()
         up.bias.zero_()

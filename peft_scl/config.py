@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
+
+from .card import update_model_card
 
 
 __all__ = ["SclConfig"]
@@ -24,17 +27,24 @@ class SclConfig(PeftConfig):
 
     - `"bottleneck"`: `y = (W + delta) (h + scaling * B act(A h)) + b` with `A: (r, m)`, `B: (m, r)` and `B = 0` at the
       start, so that training starts exactly from the base model;
-    - `"compress"`: `y = scaling * B act(A h) + b` with `A: (r, m)`, `B: (d, r)` *instead of* the down projection,
-      started from its best rank-`r` approximation (exact for `r >= rank(W)` and a linear activation).
+    - `"compress"`: `y = R h + scaling * B act(A h) + b` with `A: (r, m)`, `B: (d, r)`, started from the best rank-`r`
+      approximation `scaling * B0 A0` of the down projection. With `keep_residual=True` the layer keeps what that
+      approximation drops, `R h = W h - scaling * B0 act(A0 h)`, so that training starts exactly from the base model. With
+      `keep_residual=False` `R = 0`: the compression *replaces* the down projection, which is not computed any more, and the
+      start is exact for `r >= rank(W)` and a linear activation only.
 
     The paper leaves shape, activation, bias, initialisation and the choice of layers open; each is a field here.
-    `"compress"` is its literal reading (it has the parameter count of a rank-`r` LoRA).
+    `"compress"` with `keep_residual=False` is its literal reading (it has the parameter count of a rank-`r` LoRA).
 
     Args:
         r (`int`, *optional*, defaults to `16`):
             Width of the compression layer. At most `min(m, d)` for `variant="compress"`.
-        variant (`str`, *optional*, defaults to `"bottleneck"`):
-            `"bottleneck"` (residual, in front of the down projection) or `"compress"` (replaces the down projection).
+        variant (`str`, *optional*, defaults to `"compress"`):
+            `"compress"` (in place of the down projection, or of its principal part) or `"bottleneck"` (residual, in front of
+            the down projection).
+        keep_residual (`bool`, *optional*, defaults to `True`):
+            Whether `"compress"` keeps what its rank-`r` start drops of the down projection. The frozen start is saved with
+            the adapter then. Ignored by `"bottleneck"`.
         activation (`str`, *optional*, defaults to `"linear"`):
             Activation between `A` and `B`, a key of `transformers.activations.ACT2FN`. Only `"linear"` can be merged into
             the base weights.
@@ -72,10 +82,17 @@ class SclConfig(PeftConfig):
     """
 
     r: int = field(default=16, metadata={"help": "Width of the compression layer."})
-    variant: Literal["bottleneck", "compress"] = field(
-        default="bottleneck",
+    variant: Literal["compress", "bottleneck"] = field(
+        default="compress",
         metadata={
-            "help": "'bottleneck' (residual, in front of the down projection) or 'compress' (replaces the down projection)."
+            "help": "'compress' (in place of the down projection, or of its principal part) or 'bottleneck' (residual, in front "
+            "of the down projection)."
+        },
+    )
+    keep_residual: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether 'compress' keeps what its rank-r start drops of the down projection. Ignored by 'bottleneck'."
         },
     )
     activation: str = field(
@@ -137,7 +154,7 @@ class SclConfig(PeftConfig):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
-        _check_choice("variant", self.variant, ("bottleneck", "compress"))
+        _check_choice("variant", self.variant, ("compress", "bottleneck"))
         _check_choice("train_down_proj", self.train_down_proj, ("none", "low_rank", "full"))
         if self.activation not in ACT2FN:
             raise ValueError(
@@ -153,6 +170,20 @@ class SclConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """
+        Save the configuration, and add to the `README.md` beside it how to load the adapter (see docs/scl.md).
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder of the adapter.
+            kwargs:
+                As in [`~peft.PeftConfig.save_pretrained`].
+        """
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
+        # PEFT and transformers write the model card before the config, and the config is what we own of the two
+        update_model_card(save_directory, self)
 
     @property
     def is_mergeable(self) -> bool:

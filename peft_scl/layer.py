@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -20,14 +20,31 @@ from .linalg import truncated_svd
 from .quantization import MERGEABLE_BACKENDS, check_readable, dense, frozen_copy, put_back
 
 
-__all__ = ["Linear", "SclLayer"]
+__all__ = ["Linear", "SclLayer", "WeightChange"]
+
+
+class WeightChange(NamedTuple):
+    """What a linear adapter does to a down projection: `W' - W = left @ right + rest` and `b' - b = shift`, in float64."""
+
+    left: torch.Tensor  # (d, k)
+    right: torch.Tensor  # (k, m)
+    rest: torch.Tensor | None  # (d, m), if the change has full rank
+    shift: torch.Tensor | None  # (d,), if the adapter has biases
 
 
 class SclLayer(BaseTunerLayer):
     """State of the SCL adapters on one down projection; see [`SclConfig`] for what each map computes."""
 
     # All names of layers that may contain (trainable) adapter weights
-    adapter_layer_names: tuple[str, ...] = ("scl_A", "scl_B", "scl_delta", "scl_delta_A", "scl_delta_B")
+    adapter_layer_names: tuple[str, ...] = (
+        "scl_A",
+        "scl_B",
+        "scl_start_A",
+        "scl_start_B",
+        "scl_delta",
+        "scl_delta_A",
+        "scl_delta_B",
+    )
     # All names of other parameters that may contain adapter-related parameters
     other_param_names: tuple[str, ...] = ("r", "variant", "activation", "activation_fn", "scaling", "scl_dropout")
 
@@ -42,6 +59,8 @@ class SclLayer(BaseTunerLayer):
         # adapter name -> nn.Linear; `Any` because the values of a ModuleDict have no closer type than nn.Module
         self.scl_A: Any = nn.ModuleDict({})
         self.scl_B: Any = nn.ModuleDict({})
+        self.scl_start_A: Any = nn.ModuleDict({})
+        self.scl_start_B: Any = nn.ModuleDict({})
         self.scl_delta: Any = nn.ModuleDict({})
         self.scl_delta_A: Any = nn.ModuleDict({})
         self.scl_delta_B: Any = nn.ModuleDict({})
@@ -66,7 +85,7 @@ class SclLayer(BaseTunerLayer):
         compress = config.variant == "compress"
         if compress and config.r > min(self.in_features, self.out_features):
             raise ValueError(
-                f"`r` is {config.r}, but `variant='compress'` replaces a down projection of shape "
+                f"`r` is {config.r}, but `variant='compress'` starts from the singular vectors of a down projection of shape "
                 f"({self.out_features}, {self.in_features}), which has no more than "
                 f"{min(self.in_features, self.out_features)} singular directions. Choose `r` up to that, or use "
                 "`variant='bottleneck'`."
@@ -87,6 +106,14 @@ class SclLayer(BaseTunerLayer):
         self.scl_dropout[adapter_name] = nn.Dropout(config.scl_dropout) if config.scl_dropout > 0 else nn.Identity()
         self.scl_A[adapter_name] = nn.Linear(m, r, bias=config.scl_bias)
         self.scl_B[adapter_name] = nn.Linear(r, d if compress else m, bias=config.scl_bias)
+        if compress and config.keep_residual:
+            self.scl_start_A[adapter_name] = nn.Linear(m, r, bias=False)
+            self.scl_start_B[adapter_name] = nn.Linear(r, d, bias=False)
+            # PEFT keeps these frozen whenever it makes the adapter trainable; the dictionary is shared by the class
+            self.frozen_peft_weight_names = {
+                **self.frozen_peft_weight_names,
+                adapter_name: ("scl_start_A", "scl_start_B"),
+            }
         # The delta is a module with a `.weight` and no copy of the base weight: it works on quantised and partitioned
         # bases, adds up over adapters, and FSDP can wrap it.
         if not compress and config.train_down_proj == "full":
@@ -110,13 +137,19 @@ class SclLayer(BaseTunerLayer):
         hook = getattr(self.get_base_layer(), "_hf_hook", None)
         return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
+    def _maps(self, adapter_name: str) -> list[nn.Linear]:
+        """All linear maps of an adapter."""
+        by_kind = (getattr(self, kind) for kind in self.adapter_layer_names)
+        return [entries[adapter_name] for entries in by_kind if adapter_name in entries]
+
     def reset_scl_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """Start from the base model (`"bottleneck"`) or its best rank-`r` approximation (`"compress"`), or at random."""
-        maps = [getattr(self, name) for name in self.adapter_layer_names]
-        for module in (entries[adapter_name] for entries in maps if adapter_name in entries):
+        """Start as `SclConfig` describes, or with every trained map at random."""
+        for module in self._maps(adapter_name):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        if adapter_name in self.scl_start_A:
+            self._principal_part(adapter_name, self.scl_start_A, self.scl_start_B)
         if not init_weights:
             return
         for entries in (self.scl_delta, self.scl_delta_B):
@@ -124,12 +157,16 @@ class SclLayer(BaseTunerLayer):
                 nn.init.zeros_(entries[adapter_name].weight)
         if self.variant[adapter_name] == "bottleneck":
             nn.init.zeros_(self.scl_B[adapter_name].weight)
+        elif adapter_name in self.scl_start_A:
+            with torch.no_grad():
+                self.scl_A[adapter_name].weight.copy_(self.scl_start_A[adapter_name].weight)
+                self.scl_B[adapter_name].weight.copy_(self.scl_start_B[adapter_name].weight)
         else:
-            self._start_from_svd(adapter_name)
+            self._principal_part(adapter_name, self.scl_A, self.scl_B)
 
-    def _start_from_svd(self, adapter_name: str) -> None:
+    def _principal_part(self, adapter_name: str, downs: Any, ups: Any) -> None:
         """`scaling B A` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
-        down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
+        down, up = downs[adapter_name].weight, ups[adapter_name].weight
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
         offloaded = self._offload_hook() is not None
         if down.is_meta or (base_weight is not None and base_weight.is_meta and not offloaded):
@@ -153,10 +190,82 @@ class SclLayer(BaseTunerLayer):
         weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
         if weight.numel() == 0:
             raise ValueError(
-                "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so its "
-                "singular vectors cannot be read. Use `variant='bottleneck'`, which does not read the weight."
+                "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it "
+                "cannot be read. Use `variant='bottleneck'`, which trains without reading it, and export or merge outside of "
+                "ZeRO-3."
             )
         return weight.T if self.fan_in_fan_out else weight
+
+    def weight_change(self, name: str) -> WeightChange:
+        """
+        The change of weight and bias that the linear adapter `name`, alone, amounts to.
+
+        Raises:
+            ValueError: If the adapter is not linear, or if the base weight is not there in its original form.
+        """
+        if self.activation[name] != "linear":
+            raise ValueError(
+                f"The SCL adapter {name!r} has the activation {self.activation[name]!r}, so what it does to the down "
+                "projection is not a change of its weight, and no LoRA equals it. Keep the adapter as it is, or train with "
+                "`activation='linear'`."
+            )
+        if self.merged:
+            raise ValueError(
+                f"The SCL adapters {self.merged_adapters} are merged, but the change is relative to the original weight. "
+                "Call `unmerge_adapter` first."
+            )
+        base_weight = self._dense_base_weight()
+        if base_weight.is_meta:
+            raise ValueError(
+                "The weight of a down projection is on the meta device, as it is when offloaded, so it cannot be read. Load "
+                "the model without offloading, for instance with `device_map='cpu'`."
+            )
+        device, dtype = self.scl_A[name].weight.device, torch.float64
+        weight = base_weight.to(device, dtype)
+        down, up = self.scl_A[name], self.scl_B[name]
+        right, left = down.weight.to(dtype), self.scaling[name] * up.weight.to(dtype)
+        shift = None
+        if down.bias is not None:
+            shift = left @ down.bias.to(dtype) + self.scaling[name] * up.bias.to(dtype)
+        if name in self.scl_start_A:
+            # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: without cancellation, and exactly zero at the start
+            start_right = self.scl_start_A[name].weight.to(dtype)
+            start_left = self.scaling[name] * self.scl_start_B[name].weight.to(dtype)
+            thin = torch.cat([left - start_left, start_left], dim=1), torch.cat([right, right - start_right])
+            return WeightChange(*thin, None, shift)
+        if self.variant[name] == "compress":
+            return WeightChange(left, right, -weight, shift)
+
+        rest = None
+        if name in self.scl_delta:
+            rest = self.scl_delta[name].weight.to(dtype)
+            weight = weight + rest
+        elif name in self.scl_delta_A:
+            delta_right, delta_left = self.scl_delta_A[name].weight.to(dtype), self.scl_delta_B[name].weight.to(dtype)
+            weight = weight + delta_left @ delta_right
+        left, shift = weight @ left, None if shift is None else weight @ shift
+        if name in self.scl_delta_A:
+            left, right = torch.cat([left, delta_left], dim=1), torch.cat([right, delta_right])
+        return WeightChange(left, right, rest, shift)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`W' - W` of a linear adapter in float32 or better, laid out as the weight of the base layer."""
+        with torch.no_grad():
+            left, right, rest, _ = self.weight_change(adapter)
+            delta = left @ right if rest is None else left @ right + rest
+        dtype = torch.promote_types(self.scl_A[adapter].weight.dtype, torch.float32)
+        return (delta.T if self.fan_in_fan_out else delta).to(dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """
+        Whether [`~peft.convert_to_lora`] can read this layer: a linear adapter without biases, which it would drop.
+        [`to_lora`] keeps biases, and is exact where the change has a low rank.
+        """
+        return (
+            adapter_name in self.scl_A
+            and self.activation[adapter_name] == "linear"
+            and self.scl_A[adapter_name].bias is None
+        )
 
     def check_mergeable(self, names: list[str]) -> None:
         """Raise if one of the adapters `names` cannot be folded into this layer."""
@@ -201,44 +310,142 @@ class Linear(nn.Module, SclLayer):
         active = [name for name in self.active_adapters if name in self.scl_A]
         if self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
+        if self._is_narrow(active, x):
+            return self._forward_narrow(active, x, *args, **kwargs)
 
         hidden = x
         for name in active:
             if self.variant[name] == "bottleneck":
                 hidden = hidden + self._branch(name, x)
 
-        compress = [name for name in active if self.variant[name] == "compress"]
-        if len(compress) == 1:
+        replacing = [name for name in active if self.replaces(name)]
+        if len(replacing) == 1:
             # The replaced down projection is not computed at all, which is the point of this variant. Its bias comes
             # from its own forward, so that hooks (offloading, ZeRO-3) and quantised layers see the call they expect.
-            result = self._branch(compress[0], hidden)
+            result = self._branch(replacing[0], hidden)
             if self.bias is not None:
                 result = result + self.base_layer(hidden.new_zeros(1, self.in_features))
         else:
             result = self.base_layer(hidden, *args, **kwargs)
-            if compress:  # several replacements add up as the deltas `B A - W`, as merging them does
+            if replacing:  # several replacements add up as the changes `B A - W`, as merging them does
                 bias = 0 if self.bias is None else self.base_layer(hidden.new_zeros(1, self.in_features))
-                result = (1 - len(compress)) * result + len(compress) * bias
-                for name in compress:
+                result = (1 - len(replacing)) * result + len(replacing) * bias
+                for name in replacing:
                     result = result + self._branch(name, hidden)
 
         for name in active:
-            if name in self.scl_delta:
-                delta = self.scl_delta[name]
-                result = result + delta(self._cast_input_dtype(hidden, delta.weight.dtype)).to(result.dtype)
+            if name in self.scl_start_A:
+                result = result + self._change(name, hidden)
+            elif name in self.scl_delta:
+                result = result + _linear(self.scl_delta[name], hidden)
             elif name in self.scl_delta_A:
-                down, up = self.scl_delta_A[name], self.scl_delta_B[name]
-                result = result + up(down(self._cast_input_dtype(hidden, down.weight.dtype))).to(result.dtype)
+                result = result + _linear(self.scl_delta_B[name], _linear(self.scl_delta_A[name], hidden))
         return result
+
+    def replaces(self, name: str) -> bool:
+        """Whether an adapter stands in for the down projection instead of changing it."""
+        return self.variant[name] == "compress" and name not in self.scl_start_A
+
+    def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """
+        `scaling (B act(A x) - B0 act(A0 x))`: what a compression has become, less what it was at the start.
+
+        Computed as `(B - B0) act(A x) + B0 (act(A x) - act(A0 x))`, which is exactly zero at the start and loses nothing to
+        cancellation, or to the rounding of weights to bfloat16, as long as the change is small.
+        """
+        down, up, start_down, start_up = (
+            entries[name] for entries in (self.scl_A, self.scl_B, self.scl_start_A, self.scl_start_B)
+        )
+        activation_fn, scaling = self.activation_fn[name], self.scaling[name]
+        x = self.scl_dropout[name](x)
+        if not all(_is_at_hand(module.weight) for module in self._maps(name)):
+            change = _linear(up, activation_fn(_linear(down, x)))
+            return scaling * (change - _linear(start_up, activation_fn(_linear(start_down, x))))
+
+        # one pass over the wide `x` for both
+        weight = torch.cat([start_down.weight, down.weight - start_down.weight]).to(x.dtype)
+        start_code, moved = nn.functional.linear(x, weight).chunk(2, dim=-1)
+        if down.bias is not None:
+            moved = moved + down.bias.to(moved.dtype)
+        code = start_code + moved
+        if self.activation[name] != "linear":
+            code = activation_fn(code)
+            # laid out as `code` is, because the rounding of an activation depends on it
+            moved = code - activation_fn(start_code.contiguous())
+        spread = scaling * torch.cat([up.weight - start_up.weight, start_up.weight], dim=1)
+        bias = None if up.bias is None else (scaling * up.bias).to(x.dtype)
+        return nn.functional.linear(torch.cat([code, moved], dim=-1), spread.to(x.dtype), bias)
 
     def _branch(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """`scaling * B act(A x)`, in the dtype of `x`."""
-        down, up = self.scl_A[name], self.scl_B[name]
-        hidden = self.scl_dropout[name](self._cast_input_dtype(x, down.weight.dtype))
-        output = up(self.activation_fn[name](down(hidden)))
-        if self.scaling[name] != 1:
-            output = output * self.scaling[name]
-        return output.to(x.dtype)
+        code = self.activation_fn[name](_linear(self.scl_A[name], self.scl_dropout[name](x)))
+        output = _linear(self.scl_B[name], code)
+        return output if self.scaling[name] == 1 else output * self.scaling[name]
+
+    def _is_narrow(self, names: list[str], x: torch.Tensor) -> bool:
+        """Whether `_forward_narrow` applies to these adapters and pays for this input."""
+        if any(self.variant[name] != "bottleneck" for name in names):
+            return False
+        rank = sum(self.r[name] for name in names)
+        # the base layer takes `rank` rows more: too many for the one token of a step of generation
+        return (
+            x.numel() > rank * x.shape[-1]
+            and all(_is_at_hand(module.weight) for name in names for module in self._maps(name))
+            and (self.bias is None or (self.quantization_backend is None and _is_at_hand(self.weight)))
+        )
+
+    def _forward_narrow(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """
+        The forward of bottlenecks without a tensor of the FFN width.
+
+        With the codes `z (..., R)` of all bottlenecks and their scaled `B` side by side as `P (m, R)`, the input of the
+        down projection is `h' = h + P z`. All that reads `h'` is linear, so it can read `h` and `z` instead:
+        `M h' = M h + (M P) z`. That costs a LoRA of rank `R`, and a pass of the `R` columns of `P` through the base layer.
+        """
+        deltas = [name for name in names if name in self.scl_delta_A]
+        readers = [*(self.scl_A[name] for name in names), *(self.scl_delta_A[name] for name in deltas)]
+        if any(isinstance(self.scl_dropout[name], nn.Dropout) for name in names):
+            inputs = [*(self.scl_dropout[name](x) for name in names), *(x for _ in deltas)]
+            reads = [_linear(reader, input_) for reader, input_ in zip(readers, inputs, strict=True)]
+        else:  # one pass over the wide `x` for all of them
+            weight = torch.cat([reader.weight for reader in readers]).to(x.dtype)
+            reads = list(nn.functional.linear(x, weight).split([reader.out_features for reader in readers], dim=-1))
+            reads = [
+                read if reader.bias is None else read + reader.bias.to(read.dtype)
+                for reader, read in zip(readers, reads, strict=True)
+            ]
+
+        codes, rows = [], []  # `z` and the rows of `P^T`
+        for name, read in zip(names, reads, strict=False):
+            up, scaling = self.scl_B[name], self.scaling[name]
+            codes.append(self.activation_fn[name](read))
+            rows.append(up.weight.T if scaling == 1 else scaling * up.weight.T)
+            if up.bias is not None:
+                codes.append(torch.ones_like(read[..., :1]))
+                rows.append(scaling * up.bias[None])
+        spread = torch.cat(rows).to(x.dtype)
+
+        result = self.base_layer(x, *args, **kwargs)
+        image = self._through_base(spread)  # `(M P)^T`
+        for name in names:
+            if name in self.scl_delta:
+                result = result + _linear(self.scl_delta[name], x)
+                image = image + _linear(self.scl_delta[name], spread)
+        images = [image]
+        for name, read in zip(deltas, reads[len(names) :], strict=True):
+            image = image + _linear(self.scl_delta_B[name], _linear(self.scl_delta_A[name], spread))
+            codes.append(read)
+            images.append(self.scl_delta_B[name].weight.T.to(image.dtype))
+        images[0] = image
+        return result + torch.cat(codes, dim=-1) @ torch.cat(images)
+
+    def _through_base(self, rows: torch.Tensor) -> torch.Tensor:
+        """`rows (n, m)` times the transposed base weight, without the bias: `(n, d)`."""
+        if self.bias is None:
+            return self.base_layer(rows)
+        base_layer: Any = self.get_base_layer()
+        weight = base_layer.weight.to(rows.dtype)
+        return rows @ weight if self.fan_in_fan_out else nn.functional.linear(rows, weight)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
@@ -291,7 +498,8 @@ class Linear(nn.Module, SclLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`, where
-        the change is the delta of a bottleneck and `s_k B_k A_k - W` of a compression.
+        the change is the delta of a bottleneck, and of a compression `s_k B_k A_k` less `W`, or less its principal part if the
+        residual is kept.
         """
         base_weight, base_bias = original
         if self.quantization_backend is not None:
@@ -319,7 +527,11 @@ class Linear(nn.Module, SclLayer):
                 bottlenecks.append((up_weight, down_weight))
                 shift = shift if offset is None else shift + offset
             else:
-                merged += up_weight @ down_weight - weight
+                start = weight
+                if name in self.scl_start_A:
+                    start_up = self.scaling[name] * self.scl_start_B[name].weight.to(dtype)
+                    start = start_up @ self.scl_start_A[name].weight.to(dtype)
+                merged += up_weight @ down_weight - start
                 bias = bias if offset is None or bias is None else bias + offset
         if bias is not None:
             bias = bias + merged @ shift
@@ -353,3 +565,28 @@ class Linear(nn.Module, SclLayer):
 
     def __repr__(self) -> str:
         return "scl." + super().__repr__()
+
+
+def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """
+    `module(x)` in the dtype of `x`.
+
+    The weights of the adapter are often float32 beside a bfloat16 model. They are small, `x` is as wide as the FFN: they are
+    cast, as autocast does, and not `x`.
+    """
+    if module.weight.dtype == x.dtype:
+        return module(x)
+    if not _is_at_hand(module.weight):
+        return module(x.to(module.weight.dtype)).to(x.dtype)
+    bias = None if module.bias is None else module.bias.to(x.dtype)
+    return nn.functional.linear(x, module.weight.to(x.dtype), bias)
+
+
+def _is_at_hand(weight: torch.Tensor) -> bool:
+    """Whether a weight can be read outside the forward of its module: not sharded, partitioned, offloaded or quantised."""
+    return (
+        type(weight) in (torch.Tensor, nn.Parameter)
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and not weight.is_meta
+    )

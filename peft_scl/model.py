@@ -13,8 +13,10 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import _freeze_adapter, get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .card import TAG
 from .combine import combined_config, set_combined_weights
 from .config import SclConfig
 from .guards import check_calls, check_shapes, has_sharded_input, warn_of_extra_weights
@@ -95,6 +97,8 @@ class SclModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise NotImplementedError(_TENSOR_PARALLEL)
+        if isinstance(model, PreTrainedModel):
+            model.add_model_tags([TAG])  # read by the model cards of PEFT and of the trainers
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -122,8 +126,12 @@ class SclModel(BaseTuner):
         `y = (W + sum_k w_k delta_k) (h + sum_k w_k scaling_k B_k act(A_k h)) + b`.
 
         A weight multiplies the branch and the delta of its adapter, as if it had been trained with these smaller; with
-        all weights 1 this is what activating the adapters together computes. For `variant="compress"` the weights have
-        to add up to 1 and give the mean `y = sum_k w_k scaling_k B_k act(A_k h) + b` of the models.
+        all weights 1 this is what activating the adapters together computes. For `variant="compress"` the changes add up,
+
+        `y = W h + b + sum_k w_k scaling_k (B_k act(A_k h) - B0_k act(A0_k h))`,
+
+        and with `keep_residual=False` the weights have to add up to 1 and give the mean of the models,
+        `y = sum_k w_k scaling_k B_k act(A_k h) + b`.
 
         The rank is the sum of the ranks; a dropout is that of the first adapter.
 

@@ -81,12 +81,15 @@ def dense_base(layer: SclLayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dense_maps(layer: SclLayer, name: str) -> dict[str, torch.Tensor]:
-    """The maps of one adapter in float64: `A`, `a` (bias), `B`, `b` (bias), and `delta` if there is one."""
+    """The maps of one adapter in float64: `A`, `a` (bias), `B`, `b` (bias), and `A0`, `B0`, `delta` if there are any."""
     maps = {}
     for key, linear in (("A", layer.scl_A[name]), ("B", layer.scl_B[name])):
         maps[key] = linear.weight.detach().double()
         bias = torch.zeros(maps[key].shape[0]) if linear.bias is None else linear.bias.detach()
         maps[key.lower()] = bias.double()
+    if name in layer.scl_start_A:
+        maps["A0"] = layer.scl_start_A[name].weight.detach().double()
+        maps["B0"] = layer.scl_start_B[name].weight.detach().double()
     if name in layer.scl_delta:
         maps["delta"] = layer.scl_delta[name].weight.detach().double()
     if name in layer.scl_delta_A:
@@ -99,19 +102,25 @@ def reference_forward(layer: SclLayer, configs: dict[str, dict[str, Any]], h: to
     Output of the wrapped down projection for `h (..., m)`, from the definition.
 
     `y = W h' + b + sum_k change_k(h')` with `h' = h + sum over the bottlenecks of s B act(A h + a) + s b`, where the
-    change is `delta h'` for a bottleneck and `s B act(A h' + a) + s b - W h'` for a compression.
+    change is `delta h'` for a bottleneck, and for a compression `s B act(A h' + a) + s b` less `s B0 act(A0 h')` if the residual
+    is kept, less `W h'` if not.
     """
     weight, bias = dense_base(layer)
     h = h.double()
     series = h
     for name, config in configs.items():
-        if config.get("variant", "bottleneck") == "bottleneck":
+        if config.get("variant", "compress") == "bottleneck":
             series = series + _branch(layer, name, config, h)
     y = series @ weight.T + bias
     for name, config in configs.items():
         maps = dense_maps(layer, name)
-        if config.get("variant", "bottleneck") == "compress":
-            y = y + _branch(layer, name, config, series) - series @ weight.T
+        if config.get("variant", "compress") == "compress":
+            act = ACTIVATIONS[config.get("activation", "linear")]
+            scaling = config.get("scaling", 1.0)
+            replaced = series @ weight.T
+            if config.get("keep_residual", True):
+                replaced = scaling * act(series @ maps["A0"].T) @ maps["B0"].T
+            y = y + _branch(layer, name, config, series) - replaced
         elif "delta" in maps:
             y = y + series @ maps["delta"].T
     return y

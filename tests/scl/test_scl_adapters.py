@@ -22,10 +22,12 @@ from peft_scl import SclConfig
 
 
 CONFIGS = [
-    {"r": 4},
-    {"r": 4, "activation": "gelu", "scl_bias": True, "scaling": 0.5},
-    {"r": 4, "train_down_proj": "full"},
+    {"r": 4, "variant": "bottleneck"},
+    {"r": 4, "variant": "bottleneck", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
+    {"r": 4, "variant": "bottleneck", "train_down_proj": "full"},
+    {"r": 4, "variant": "compress", "keep_residual": False},
     {"r": 4, "variant": "compress"},
+    {"r": 4, "variant": "compress", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
 ]
 TOKENS = torch.arange(1, 13).view(2, 6)
 
@@ -41,7 +43,7 @@ def _logits(model):
 
 
 def test_switching_adapters_and_disabling_them():
-    model = wrapped_block({"r": 4}, {"r": 2, "variant": "compress"})
+    model = wrapped_block({"r": 4}, {"r": 2, "variant": "compress", "keep_residual": False})
     x = torch.randn(3, D, dtype=torch.float64)
     outputs = {"both": model(x)}
     for name in ("x", "y"):
@@ -57,7 +59,7 @@ def test_switching_adapters_and_disabling_them():
 
 
 def test_deleting_an_adapter():
-    model = wrapped_block({"r": 4, "scl_dropout": 0.1}, {"r": 2, "train_down_proj": "full"})
+    model = wrapped_block({"r": 4, "scl_dropout": 0.1}, {"r": 2, "variant": "bottleneck", "train_down_proj": "full"})
     (layer,) = scl_layers(model)
     x = torch.randn(3, D, dtype=torch.float64)
     model.set_adapter("y")
@@ -152,7 +154,7 @@ def test_saving_and_loading(config, low_cpu_mem_usage, tmp_path):
 
 
 def test_the_saved_file_holds_the_adapter_and_nothing_else(tmp_path):
-    model = _llama(r=4)
+    model = _llama(r=4, variant="bottleneck")
     model.merge_adapter()  # must not add to the file what unmerging needs
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -273,7 +275,7 @@ def test_an_empty_base_weight_cannot_start_a_compression():
     block.down.weight.data = torch.empty(0, dtype=torch.float64)
     with pytest.raises(ValueError, match="The weight of the down projection is empty, as under DeepSpeed ZeRO-3"):
         get_peft_model(block, SclConfig(r=4, variant="compress", target_modules=["down"]))
-    get_peft_model(block, SclConfig(r=4, target_modules=["down"]))  # does not read it
+    get_peft_model(block, SclConfig(r=4, variant="bottleneck", target_modules=["down"]))  # does not read it
 
 
 def test_training_changes_the_adapter_only_and_lowers_the_loss():
@@ -291,4 +293,5 @@ def test_training_changes_the_adapter_only_and_lowers_the_loss():
             losses.append(loss.item())
         assert losses[-1] < losses[0]
         for key, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[key]) == (".scl_" not in key), key
+            frozen = ".scl_" not in key or ".scl_start_" in key
+            assert torch.equal(tensor, before[key]) == frozen, key

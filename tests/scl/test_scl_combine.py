@@ -28,32 +28,50 @@ DELTAS = ("none", "low_rank", "full")
 
 
 def _weighted(layer, configs, weights, h):
-    """`(W + sum w delta) (h + sum w s (B act(A h + a) + b)) + bias` in float64, or its mean for compressions."""
+    """
+    `(W + sum w delta) (h + sum w s (B act(A h + a) + b)) + bias` in float64; for compressions
+    `W h + bias + sum w s (B act(A h + a) + b - B0 act(A0 h))`, or the mean if they replace the projection.
+    """
     weight, bias = dense_base(layer)
     branches, delta = 0, torch.zeros_like(weight)
     for (name, config), factor in zip(configs.items(), weights, strict=True):
         maps, act = dense_maps(layer, name), ACTIVATIONS[config.get("activation", "linear")]
         branch = act(h @ maps["A"].T + maps["a"]) @ maps["B"].T + maps["b"]
+        if "A0" in maps:
+            branch = branch - act(h @ maps["A0"].T) @ maps["B0"].T
         branches = branches + factor * config.get("scaling", 1.0) * branch
         delta = delta + factor * maps.get("delta", 0)
-    if config.get("variant") == "compress":
-        return branches + bias
+    if config.get("variant") != "bottleneck":
+        return branches + bias + (h @ weight.T if config.get("keep_residual", True) else 0)
     return (h + branches) @ (weight + delta).T + bias
 
 
+BOTTLENECK = {"r": 4, "variant": "bottleneck"}
+REPLACING = {"r": 4, "variant": "compress", "keep_residual": False}
 PAIRS = [
     *(
-        ({"r": 4, "train_down_proj": one}, {"r": 2, "scaling": 0.3, "down_proj_r": 3, "train_down_proj": other})
+        (
+            {**BOTTLENECK, "train_down_proj": one},
+            {**BOTTLENECK, "r": 2, "scaling": 0.3, "down_proj_r": 3, "train_down_proj": other},
+        )
         for one, other in itertools.combinations_with_replacement(DELTAS, 2)
     ),
-    ({"r": 4, "activation": "gelu", "scl_bias": True}, {"r": 2, "activation": "gelu", "scaling": 2.0}),
-    ({"r": 4, "activation": "relu"}, {"r": 2, "activation": "relu", "scl_bias": True, "scaling": 0.5}),
+    (
+        {**BOTTLENECK, "activation": "gelu", "scl_bias": True},
+        {**BOTTLENECK, "r": 2, "activation": "gelu", "scaling": 2.0},
+    ),
+    (
+        {**BOTTLENECK, "activation": "relu"},
+        {**BOTTLENECK, "r": 2, "activation": "relu", "scl_bias": True, "scaling": 0.5},
+    ),
+    ({"r": 4}, {"r": 2, "scaling": 2.0}),
+    ({"r": 4, "activation": "gelu", "scl_bias": True}, {"r": 2, "activation": "gelu", "scaling": 0.5}),
 ]
 
 
 @pytest.mark.parametrize("weights", [(1, 1), (0.5, 0.5), (2.0, -0.7)], ids=str)
 @pytest.mark.parametrize("configs", PAIRS, ids=config_id)
-def test_bottlenecks_add_up_exactly(configs, weights):
+def test_changes_add_up_exactly(configs, weights):
     model = wrapped_block(*configs)
     (layer,) = scl_layers(model)
     together = model(torch.ones(1, D, dtype=torch.float64))
@@ -74,7 +92,7 @@ def test_bottlenecks_add_up_exactly(configs, weights):
     "details", [{}, {"activation": "gelu", "scl_bias": True}, {"scaling": 2.5}], ids=["linear", "gelu", "scaled"]
 )
 def test_compressions_give_the_mean_of_the_models(details, weights):
-    configs = ({"r": 4, "variant": "compress", **details}, {"r": 3, "variant": "compress", **details})
+    configs = ({**REPLACING, **details}, {**REPLACING, "r": 3, **details})
     model = wrapped_block(*configs)
     (layer,) = scl_layers(model)
     x = torch.randn(5, D, dtype=torch.float64)
@@ -99,11 +117,12 @@ def test_every_activation_acts_on_each_entry_for_itself():
             torch.testing.assert_close(act(x), torch.cat([act(x[:5]), act(x[5:])]), msg=name)
 
 
-def test_adapters_in_different_layers_combine_and_survive_saving(tmp_path):
+@pytest.mark.parametrize("variant", ["bottleneck", "compress"])
+def test_adapters_in_different_layers_combine_and_survive_saving(variant, tmp_path):
     torch.manual_seed(0)
     configs = {
-        "x": SclConfig(r=4, layers_to_transform=0, init_weights=False),
-        "y": SclConfig(r=2, layers_to_transform=[0, 1], init_weights=False, train_down_proj="none"),
+        "x": SclConfig(r=4, layers_to_transform=0, init_weights=False, variant=variant),
+        "y": SclConfig(r=2, layers_to_transform=[0, 1], init_weights=False, variant=variant, train_down_proj="none"),
     }
     model = get_peft_model(ARCHITECTURES["llama"].build(), configs["x"], adapter_name="x")
     model.add_adapter("y", configs["y"])
@@ -121,7 +140,9 @@ def test_adapters_in_different_layers_combine_and_survive_saving(tmp_path):
 
 def test_a_float32_adapter_of_a_bfloat16_model_keeps_its_precision():
     model = get_peft_model(
-        ARCHITECTURES["llama"].build().bfloat16(), SclConfig(r=4, init_weights=False), adapter_name="x"
+        ARCHITECTURES["llama"].build().bfloat16(),
+        SclConfig(r=4, variant="bottleneck", init_weights=False),
+        adapter_name="x",
     )
     for key, parameter in model.named_parameters():
         if ".scl_" in key:
@@ -132,19 +153,30 @@ def test_a_float32_adapter_of_a_bfloat16_model_keeps_its_precision():
             torch.testing.assert_close(entries["copy"].weight, entries["x"].weight, rtol=0, atol=0)
 
 
-COMPRESS = {"r": 4, "variant": "compress"}
 REFUSED = [
-    (({"r": 4}, {"r": 4}), [1, 1], {"combination_type": "linear"}, r"adds the cross terms `B_i A_j`"),
-    (({"r": 4}, {"r": 4}), [1, 1], {"combination_type": "svd"}, "can be combined by 'cat' only"),
-    (({"r": 4}, COMPRESS), [1, 1], {}, "The adapters differ in `variant`"),
-    (({"r": 4}, {"r": 4, "activation": "gelu"}), [1, 1], {}, "The adapters differ in `activation`"),
-    ((COMPRESS, {**COMPRESS, "r": 3}), [1, 1], {}, "The weights add up to 2, but `variant='compress'` replaces"),
-    ((COMPRESS, COMPRESS), [0.5, 0.5], {}, "The ranks of the adapters add up to 8, but .* allows 7 at most for down"),
-    (({"r": 4}, {"r": 4}), [1], {}, r"Expected 2 finite weights, one per adapter, but got \[1\]"),
-    (({"r": 4}, {"r": 4}), [1, float("nan")], {}, "Expected 2 finite weights"),
-    (({"r": 4}, {"r": 4}), [1, 1], {"adapters": ["x", "z"]}, r"different names out of \['x', 'y'\]"),
-    (({"r": 4}, {"r": 4}), [1, 1], {"adapters": ["x", "x"]}, r"different names out of \['x', 'y'\]"),
-    (({"r": 4}, {"r": 4}), [1, 1], {"adapter_name": "y"}, "already has an adapter 'y'"),
+    ((BOTTLENECK, BOTTLENECK), [1, 1], {"combination_type": "linear"}, r"adds the cross terms `B_i A_j`"),
+    ((BOTTLENECK, BOTTLENECK), [1, 1], {"combination_type": "svd"}, "can be combined by 'cat' only"),
+    ((BOTTLENECK, REPLACING), [1, 1], {}, "The adapters differ in `variant`"),
+    ((BOTTLENECK, {**BOTTLENECK, "activation": "gelu"}), [1, 1], {}, "The adapters differ in `activation`"),
+    ((REPLACING, {"r": 3}), [1, 1], {}, "The adapters differ in `keep_residual`"),
+    (
+        (REPLACING, {**REPLACING, "r": 3}),
+        [1, 1],
+        {},
+        "The weights add up to 2, but compressions with `keep_residual=False` replace the",
+    ),
+    (({"r": 4}, {"r": 4}), [1, 1], {}, "The ranks of the adapters add up to 8, but .* allows 7 at most for down"),
+    (
+        (REPLACING, REPLACING),
+        [0.5, 0.5],
+        {},
+        "The ranks of the adapters add up to 8, but .* allows 7 at most for down",
+    ),
+    ((BOTTLENECK, BOTTLENECK), [1], {}, r"Expected 2 finite weights, one per adapter, but got \[1\]"),
+    ((BOTTLENECK, BOTTLENECK), [1, float("nan")], {}, "Expected 2 finite weights"),
+    ((BOTTLENECK, BOTTLENECK), [1, 1], {"adapters": ["x", "z"]}, r"different names out of \['x', 'y'\]"),
+    ((BOTTLENECK, BOTTLENECK), [1, 1], {"adapters": ["x", "x"]}, r"different names out of \['x', 'y'\]"),
+    ((BOTTLENECK, BOTTLENECK), [1, 1], {"adapter_name": "y"}, "already has an adapter 'y'"),
 ]
 
 
@@ -166,7 +198,7 @@ def test_whole_modules_and_missing_compressions_cannot_be_combined():
     with pytest.raises(ValueError, match=r"The adapters \['x'\] train whole modules"):
         model.add_weighted_adapter(["x", "y"], [1, 1], "sum")
 
-    config = {"r": 4, "variant": "compress", "init_weights": False}
+    config = {**REPLACING, "init_weights": False}
     model = get_peft_model(ARCHITECTURES["bert"].build(), SclConfig(**config), adapter_name="x")
     model.add_adapter("y", SclConfig(layers_to_transform=0, **config))
     with pytest.raises(ValueError, match=r"The adapters \['y'\] do not compress bert.encoder.layer.1"):

@@ -35,7 +35,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "scl.md"
         (
             "variant",
             "serial",
-            "`variant` should be one of ['bottleneck', 'compress'] but the value passed is 'serial'",
+            "`variant` should be one of ['compress', 'bottleneck'] but the value passed is 'serial'",
         ),
         ("train_down_proj", "lora", "`train_down_proj` should be one of ['none', 'low_rank', 'full'] but the value"),
         ("activation", "none", "but the value passed is 'none'"),
@@ -69,7 +69,8 @@ def test_layer_zero_is_a_layer():
 
 def test_compress_rank_is_limited_by_the_weight():
     message = (
-        "`r` is 8, but `variant='compress'` replaces a down projection of shape (7, 12), which has no more than 7"
+        "`r` is 8, but `variant='compress'` starts from the singular vectors of a down projection of shape (7, 12), which has no "
+        "more than 7"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         get_peft_model(Block(), SclConfig(r=8, variant="compress", target_modules=["down"]))
@@ -77,7 +78,7 @@ def test_compress_rank_is_limited_by_the_weight():
 
 def test_activations_with_parameters_are_refused():
     with pytest.raises(ValueError, match="`activation='prelu'` has parameters of its own"):
-        get_peft_model(Block(), SclConfig(activation="prelu", target_modules=["down"]))
+        get_peft_model(Block(), SclConfig(r=4, activation="prelu", target_modules=["down"]))
 
 
 def test_only_a_linear_adapter_is_mergeable():
@@ -175,6 +176,6 @@ def test_the_examples_in_the_docs_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {}
     examples = re.findall(r"^```python\n(.*?)^```", DOCS.read_text(), flags=re.MULTILINE | re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 8
     for example in examples:
         exec(example, namespace)

@@ -21,13 +21,16 @@ from scl_reference import (
     wrapped_block,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_scl import SclConfig
 from peft_scl.linalg import truncated_svd
 
 
-BOTTLENECKS = [{"r": 4, "train_down_proj": delta} for delta in ("none", "low_rank", "full")]
-VARIANTS = [*BOTTLENECKS, {"r": 4, "variant": "compress"}]
+BOTTLENECKS = [{"r": 4, "variant": "bottleneck", "train_down_proj": delta} for delta in ("none", "low_rank", "full")]
+REPLACING = {"r": 4, "variant": "compress", "keep_residual": False}
+RESIDUAL = {"r": 4, "variant": "compress"}
+VARIANTS = [*BOTTLENECKS, REPLACING, RESIDUAL]
 SETTINGS = [
     {**variant, **details}
     for variant in VARIANTS
@@ -46,6 +49,7 @@ SETTINGS = [
 def test_forward_is_the_formula(config, base):
     model = wrapped_block(config, base=base)
     (layer,) = scl_layers(model)
+    # fewer and more rows than the codes of the bottleneck are wide: the forward differs, the result does not
     for shape in ((3, M), (2, 5, M)):
         h = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(layer(h), reference_forward(layer, {"x": config}, h), rtol=1e-11, atol=1e-12)
@@ -56,31 +60,79 @@ def test_forward_is_the_formula(config, base):
     "configs",
     [
         *itertools.combinations_with_replacement(VARIANTS, 2),
-        ({"r": 3, "activation": "gelu", "scl_bias": True}, {"r": 5, "variant": "compress", "activation": "relu"}),
-        (VARIANTS[2], VARIANTS[3], {"r": 2, "variant": "compress", "scl_bias": True}),
+        (
+            {"r": 3, "variant": "bottleneck", "activation": "gelu", "scl_bias": True},
+            {"r": 5, "variant": "compress", "keep_residual": False, "activation": "relu"},
+        ),
+        (BOTTLENECKS[2], REPLACING, {"r": 2, "variant": "compress", "keep_residual": False, "scl_bias": True}),
+        (BOTTLENECKS[1], RESIDUAL, {"r": 2, "variant": "compress", "activation": "gelu", "scl_bias": True}),
     ],
     ids=config_id,
 )
 def test_several_active_adapters_add_up(configs, base):
     model = wrapped_block(*configs, base=base)
     (layer,) = scl_layers(model)
-    h = torch.randn(3, M, dtype=torch.float64)
-    expected = reference_forward(layer, dict(zip("xyz", configs, strict=False)), h)
-    torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
-    # the order in which they were activated does not matter
-    model.base_model.set_adapter(layer.active_adapters[::-1])
-    torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
+    for shape in ((3, M), (4, 9, M)):
+        h = torch.randn(shape, dtype=torch.float64)
+        expected = reference_forward(layer, dict(zip("xyz", configs, strict=False)), h)
+        torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
+        # the order in which they were activated does not matter
+        model.base_model.set_adapter(layer.active_adapters[::-1])
+        torch.testing.assert_close(layer(h), expected, rtol=1e-11, atol=1e-11)
 
 
 def test_low_rank_delta_has_its_own_rank():
-    (layer,) = scl_layers(wrapped_block({"r": 4, "down_proj_r": 2}))
+    (layer,) = scl_layers(wrapped_block({"r": 4, "variant": "bottleneck", "down_proj_r": 2}))
     assert layer.scl_delta_A["x"].weight.shape == (2, M)
     assert layer.scl_delta_B["x"].weight.shape == (D, 2)
 
 
-@pytest.mark.parametrize("variant", ["bottleneck", "compress"])
-def test_dropout_acts_on_the_input_of_the_first_map_and_in_training_only(variant):
-    config = {"r": 4, "variant": variant, "scl_dropout": 0.5, "train_down_proj": "none"}
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "config",
+    [*VARIANTS, *({**variant, "activation": "gelu", "scl_bias": True} for variant in VARIANTS)],
+    ids=config_id,
+)
+def test_gradients_do_not_depend_on_how_wide_the_input_is(config, base):
+    model = wrapped_block(config, base=base)
+    (layer,) = scl_layers(model)
+    h = torch.randn(40, M, dtype=torch.float64, requires_grad=True)
+    inputs = [h, *(parameter for parameter in model.parameters() if parameter.requires_grad)]
+    together = torch.autograd.grad(layer(h).square().sum(), inputs)
+    one_by_one = torch.autograd.grad(sum(layer(row[None]).square().sum() for row in h), inputs)
+    for left, right in zip(together, one_by_one, strict=True):
+        assert left.any()
+        torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
+
+
+class WidestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that operations make."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", SETTINGS, ids=config_id)
+def test_the_forward_makes_no_tensor_as_wide_as_the_ffn(config, dtype):
+    # neither the sum `h + B A h` nor a copy of `h` in the dtype of the adapter
+    (layer,) = scl_layers(wrapped_block(config, dtype=dtype).train())
+    layer.scl_A.float(), layer.scl_B.float()
+    h = torch.randn(64, M, dtype=dtype)
+    with WidestResult() as widest:
+        output = layer(h)
+    assert output.dtype == dtype
+    assert widest.numel < h.numel()
+
+
+@pytest.mark.parametrize("config", [BOTTLENECKS[0], BOTTLENECKS[1], REPLACING, RESIDUAL], ids=config_id)
+def test_dropout_acts_on_the_input_of_the_first_map_and_in_training_only(config):
+    config = {**config, "scl_dropout": 0.5}
     (layer,) = scl_layers(wrapped_block(config))
     h = torch.randn(64, M, dtype=torch.float64)
     torch.testing.assert_close(layer(h), reference_forward(layer, {"x": config}, h))
@@ -93,13 +145,19 @@ def test_dropout_acts_on_the_input_of_the_first_map_and_in_training_only(variant
     weight, bias = dense_base(layer)
     maps = dense_maps(layer, "x")
     branch = dropped @ maps["A"].T @ maps["B"].T
-    torch.testing.assert_close(output, (branch if variant == "compress" else (h + branch) @ weight.T) + bias)
+    if config["variant"] == "bottleneck":  # the delta sees `h` itself
+        expected = (h + branch) @ (weight + maps.get("delta", 0)).T
+    elif config.get("keep_residual", True):
+        expected = h @ weight.T + branch - dropped @ maps["A0"].T @ maps["B0"].T
+    else:
+        expected = branch
+    torch.testing.assert_close(output, expected + bias)
 
 
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("config", BOTTLENECKS, ids=config_id)
+@pytest.mark.parametrize("config", [*BOTTLENECKS, RESIDUAL], ids=config_id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bottleneck_starts_at_the_base_model(config, base, dtype):
+def test_the_start_is_the_base_model_to_the_last_bit(config, base, dtype):
     torch.manual_seed(0)
     model = Block(base, dtype)
     x = torch.randn(5, D, dtype=dtype)
@@ -110,6 +168,21 @@ def test_bottleneck_starts_at_the_base_model(config, base, dtype):
         )
         assert torch.equal(wrapped(x), expected)
         model = wrapped.unload()
+
+
+def test_a_small_change_is_not_lost_in_the_rounding_of_a_bfloat16_model():
+    # in bfloat16, 1 + 2^-12 is 1: a change that was added to the start before rounding would vanish
+    torch.manual_seed(0)
+    model = get_peft_model(Block(dtype=torch.bfloat16), SclConfig(r=4, target_modules=["down"]))
+    (layer,) = scl_layers(model)
+    with torch.no_grad():
+        for entries in (layer.scl_A, layer.scl_B):
+            entries["default"].weight.mul_(1 + 2**-12)
+    h = torch.randn(20, M, dtype=torch.bfloat16)
+    maps = dense_maps(layer, "default")
+    expected = h.double() @ (maps["B"] @ maps["A"] - maps["B0"] @ maps["A0"]).T
+    change = layer._change("default", h).double()
+    assert (change - expected).norm() < 0.01 * expected.norm()
 
 
 def test_a_bfloat16_model_keeps_its_dtype_and_gets_float32_adapters():
@@ -130,11 +203,12 @@ def test_init_weights_false_is_random_everywhere():
 @pytest.mark.parametrize("scaling", [1.0, 4.0])
 @pytest.mark.parametrize("base", BASES)
 def test_compress_starts_at_the_best_rank_r_approximation(base, scaling):
-    for r in (1, 4, min(M, D)):
+    for r, keep_residual in itertools.product((1, 4, min(M, D)), (True, False)):
         torch.manual_seed(0)
-        model = get_peft_model(
-            Block(base), SclConfig(r=r, variant="compress", scaling=scaling, target_modules=["down"])
+        config = SclConfig(
+            r=r, variant="compress", keep_residual=keep_residual, scaling=scaling, target_modules=["down"]
         )
+        model = get_peft_model(Block(base), config)
         (layer,) = scl_layers(model)
         weight, bias = dense_base(layer)
         maps = dense_maps(layer, "default")
@@ -147,13 +221,13 @@ def test_compress_starts_at_the_best_rank_r_approximation(base, scaling):
         torch.testing.assert_close(maps["A"].norm(dim=1), root, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(maps["B"].norm(dim=0), root, rtol=1e-5, atol=1e-6)
         assert (maps["B"].gather(0, maps["B"].abs().argmax(dim=0, keepdim=True)) > 0).all()
-        if r == min(M, D):
+        if r == min(M, D) or keep_residual:
             h = torch.randn(5, M, dtype=torch.float64)
             torch.testing.assert_close(layer(h), h @ weight.T + bias, rtol=1e-5, atol=1e-6)
 
 
 def test_compress_does_not_compute_the_projection_it_replaces():
-    model = wrapped_block({"r": 4, "variant": "compress"}, base="linear_no_bias")
+    model = wrapped_block(REPLACING, base="linear_no_bias")
     (layer,) = scl_layers(model)
     layer.get_base_layer().weight.data.fill_(float("nan"))
     assert layer(torch.randn(3, M, dtype=torch.float64)).isfinite().all()
@@ -224,12 +298,14 @@ def test_parameter_counts():
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"variant": "compress"}, {"activation": "gelu", "scl_bias": True}], ids=config_id
+    "config",
+    [*VARIANTS, *({**variant, "activation": "gelu", "scl_bias": True} for variant in VARIANTS)],
+    ids=config_id,
 )
 def test_compiles_without_graph_breaks(config):
     torch.manual_seed(0)
     model = get_peft_model(
-        Block(dtype=torch.float32), SclConfig(r=4, target_modules=["down"], init_weights=False, **config)
+        Block(dtype=torch.float32), SclConfig(target_modules=["down"], init_weights=False, **config)
     )
     x = torch.randn(5, D)
     expected = model(x)
@@ -242,7 +318,9 @@ def test_compiles_without_graph_breaks(config):
 
 
 @pytest.mark.parametrize(
-    "config", [{}, {"variant": "compress"}, {"activation": "gelu", "scl_bias": True}], ids=config_id
+    "config",
+    [{}, {"variant": "bottleneck"}, {"variant": "bottleneck", "activation": "gelu", "scl_bias": True}],
+    ids=config_id,
 )
 def test_a_whole_model_compiles_without_graph_breaks(config):
     torch.manual_seed(0)
@@ -264,12 +342,12 @@ def test_a_whole_model_compiles_without_graph_breaks(config):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("config", [{}, {"variant": "compress"}], ids=["bottleneck", "compress"])
+@pytest.mark.parametrize("config", VARIANTS, ids=config_id)
 def test_gradient_checkpointing_gives_the_same_gradients(config, use_reentrant):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = get_peft_model(ARCHITECTURES["llama"].build(), SclConfig(r=4, init_weights=False, **config))
+        model = get_peft_model(ARCHITECTURES["llama"].build(), SclConfig(init_weights=False, **config))
         model.train()
         if checkpointing:
             model.enable_input_require_grads()

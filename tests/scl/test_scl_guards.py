@@ -85,10 +85,10 @@ def test_a_part_that_is_not_used_is_reported_once():
 
 
 def test_the_check_of_the_first_forward_leaves_nothing_behind():
-    model = get_peft_model(_llama(), SclConfig(r=4, init_weights=False))
+    model = get_peft_model(_llama(), SclConfig(r=4, variant="bottleneck", init_weights=False))
     keys = model.state_dict().keys()
     seen = []
-    scl_layers(model)[0].get_base_layer().register_forward_hook(
+    model.get_base_model().lm_head.register_forward_hook(
         lambda *_: seen.append([len(layer._forward_pre_hooks) for layer in scl_layers(model)])
     )
     first, second = (model(input_ids=TOKENS).logits for _ in range(2))
@@ -117,7 +117,7 @@ WIDTHS = [
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize(("changes", "part", "found", "needed"), WIDTHS, ids=["ffn", "hidden"])
 def test_an_adapter_of_another_width_is_refused(changes, part, found, needed, low_cpu_mem_usage, tmp_path):
-    get_peft_model(_llama(), SclConfig(r=4, init_weights=False)).save_pretrained(tmp_path)
+    get_peft_model(_llama(), SclConfig(r=4, variant="bottleneck", init_weights=False)).save_pretrained(tmp_path)
     message = rf"{part}\.\w+\.weight has the shape \({found[0]}, {found[1]}\) in the checkpoint, but \({needed[0]}, {needed[1]}\)"
     with pytest.raises(ValueError, match=message):
         PeftModel.from_pretrained(_llama(**changes), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
@@ -132,7 +132,7 @@ def test_an_adapter_of_another_width_is_refused(changes, part, found, needed, lo
 
 @pytest.mark.parametrize(("changes", "part", "found", "needed"), WIDTHS, ids=["ffn", "hidden"])
 def test_transformers_refuses_an_adapter_of_another_width(changes, part, found, needed, tmp_path, caplog):
-    get_peft_model(_llama(), SclConfig(r=4, init_weights=False)).save_pretrained(tmp_path)
+    get_peft_model(_llama(), SclConfig(r=4, variant="bottleneck", init_weights=False)).save_pretrained(tmp_path)
     transformers.utils.logging.enable_propagation()
     try:
         with pytest.raises(RuntimeError, match="`ignore_mismatched_sizes` to `False`, thus raising an error"):
@@ -146,7 +146,7 @@ def test_transformers_refuses_an_adapter_of_another_width(changes, part, found, 
 
 
 def test_an_adapter_for_more_or_fewer_layers_is_reported(tmp_path):
-    get_peft_model(_llama(), SclConfig(r=4, init_weights=False)).save_pretrained(tmp_path)
+    get_peft_model(_llama(), SclConfig(r=4, variant="bottleneck", init_weights=False)).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="4 SCL weights of the checkpoint have no place in this model .*layers.1"):
         PeftModel.from_pretrained(_llama(num_hidden_layers=1), tmp_path)
     with pytest.warns(UserWarning, match="Found missing adapter keys while loading the checkpoint: .*layers.2"):
@@ -168,5 +168,5 @@ def test_row_wise_tensor_parallel_layers_are_refused(mesh):
 
 def test_weights_sharded_by_fsdp_are_not_mistaken_for_tensor_parallel(mesh):
     block = distributed.fsdp.fully_shard(Block(), mesh=mesh)
-    get_peft_model(block, SclConfig(r=4, target_modules=["down"]))
+    get_peft_model(block, SclConfig(r=4, variant="bottleneck", target_modules=["down"]))
     assert len(scl_layers(block)) == 1

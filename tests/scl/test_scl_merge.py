@@ -26,12 +26,18 @@ from peft_scl import SclConfig
 
 
 LINEAR = [
-    *({"r": 4, "train_down_proj": delta} for delta in ("none", "low_rank", "full")),
-    {"r": 4, "scaling": 0.3},
+    *({"r": 4, "variant": "bottleneck", "train_down_proj": delta} for delta in ("none", "low_rank", "full")),
     {"r": 4, "variant": "compress"},
-    {"r": 4, "variant": "compress", "scaling": 2.5},
+    {"r": 4, "variant": "compress", "scaling": 0.3},
+    {"r": 4, "variant": "bottleneck", "scaling": 0.3},
+    {"r": 4, "variant": "compress", "keep_residual": False},
+    {"r": 4, "variant": "compress", "keep_residual": False, "scaling": 2.5},
 ]
-NONLINEAR = [{"r": 4, "activation": "gelu"}, {"r": 4, "variant": "compress", "activation": "relu"}]
+NONLINEAR = [
+    {"r": 4, "variant": "bottleneck", "activation": "gelu"},
+    {"r": 4, "variant": "compress", "activation": "gelu"},
+    {"r": 4, "variant": "compress", "keep_residual": False, "activation": "relu"},
+]
 
 
 def _state(model):
@@ -73,20 +79,25 @@ def test_merging_is_exact_and_undone_bit_for_bit(config, base, scl_bias):
 
 
 def test_merged_weight_is_the_formula():
-    configs = {"x": {"r": 4, "scaling": 0.3}, "y": {"r": 2, "train_down_proj": "full"}}
-    (layer,) = scl_layers(wrapped_block(*configs.values()))
+    configs = [
+        {"r": 4, "variant": "bottleneck", "scaling": 0.3},
+        {"r": 2, "variant": "bottleneck", "train_down_proj": "full"},
+        {"r": 3, "variant": "compress", "scaling": 0.7},
+    ]
+    (layer,) = scl_layers(wrapped_block(*configs))
     weight, _ = dense_base(layer)
-    x, y = dense_maps(layer, "x"), dense_maps(layer, "y")
+    x, y, z = (dense_maps(layer, name) for name in "xyz")
     layer.merge()
     factor = torch.eye(M, dtype=torch.float64) + 0.3 * x["B"] @ x["A"] + y["B"] @ y["A"]
-    torch.testing.assert_close(dense_base(layer)[0], (weight + x["delta"] + y["delta"]) @ factor)
+    changed = weight + x["delta"] + y["delta"] + 0.7 * (z["B"] @ z["A"] - z["B0"] @ z["A0"])
+    torch.testing.assert_close(dense_base(layer)[0], changed @ factor)
 
 
-SEVERAL = list(itertools.combinations_with_replacement(LINEAR[2:5], 2))
+SEVERAL = list(itertools.combinations_with_replacement(LINEAR[2:4] + LINEAR[6:7], 2))
 WITH_BIASES = (
-    {"r": 3, "scl_bias": True},
-    {"r": 5, "variant": "compress", "scl_bias": True},
-    {"variant": "compress", "r": 2},
+    {"r": 3, "variant": "bottleneck", "scl_bias": True},
+    {"r": 5, "variant": "compress", "keep_residual": False, "scl_bias": True},
+    {"variant": "compress", "keep_residual": False, "r": 2},
 )
 
 
@@ -136,7 +147,7 @@ def test_merging_one_of_two_active_adapters_names_it():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "t5", "opt"])
-@pytest.mark.parametrize("config", [{"r": 4}, {"r": 4, "variant": "compress"}], ids=config_id)
+@pytest.mark.parametrize("config", [{"r": 4}, {"r": 4, "variant": "compress", "keep_residual": False}], ids=config_id)
 def test_merged_transformers_give_the_same_logits(name, config):
     model = get_peft_model(ARCHITECTURES[name].build(), SclConfig(init_weights=False, **config)).eval()
     inputs = {"input_ids": torch.arange(1, 13).view(2, 6)}
@@ -151,7 +162,9 @@ def test_merged_transformers_give_the_same_logits(name, config):
 
 
 def test_a_bfloat16_weight_is_rounded_once():
-    (layer,) = scl_layers(wrapped_block({"r": 4}, base="linear_no_bias", dtype=torch.bfloat16))
+    (layer,) = scl_layers(
+        wrapped_block({"r": 4, "variant": "bottleneck"}, base="linear_no_bias", dtype=torch.bfloat16)
+    )
     weight, _ = dense_base(layer)
     maps = dense_maps(layer, "x")
     layer.merge()

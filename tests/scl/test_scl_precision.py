@@ -12,9 +12,10 @@ from peft_scl import SclConfig
 
 
 CONFIGS = [
-    {"r": 4},
-    {"r": 4, "activation": "gelu", "scl_bias": True, "scaling": 0.5},
-    {"r": 4, "train_down_proj": "full"},
+    {"r": 4, "variant": "bottleneck"},
+    {"r": 4, "variant": "bottleneck", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
+    {"r": 4, "variant": "bottleneck", "train_down_proj": "full"},
+    {"r": 4, "variant": "compress", "keep_residual": False},
     {"r": 4, "variant": "compress"},
 ]
 HALF = [torch.bfloat16, torch.float16]
@@ -85,7 +86,7 @@ def test_adapters_follow_the_dtype_of_the_base_if_they_are_not_cast(config, dtyp
     assert {gradient.dtype for gradient in _gradients(model).values()} == {dtype}
 
 
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3]], ids=config_id)
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[3], CONFIGS[4]], ids=config_id)
 def test_merging_float32_adapters_into_a_half_precision_base_rounds_once(config):
     model = _adapted(Block(dtype=torch.bfloat16), target_modules=["down"], **config)
     (layer,) = scl_layers(model)

@@ -46,7 +46,7 @@ def test_defaults_per_architecture(name):
         expected = _output(model, name)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a default that needs a warning is a wrong default
-        wrapped = get_peft_model(model, SclConfig(r=4, activation="gelu", scl_bias=True))
+        wrapped = get_peft_model(model, SclConfig(r=4, variant="bottleneck", activation="gelu", scl_bias=True))
     assert _wrapped_names(model) == architecture.target_names
     for layer in scl_layers(model):
         assert (layer.in_features, layer.out_features) == (FFN, HIDDEN)

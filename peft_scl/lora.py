@@ -1,0 +1,244 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A linear SCL adapter as a plain LoRA adapter of the same base model, for all that reads LoRA but not SCL."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+
+from .config import SclConfig
+from .layer import SclLayer, WeightChange
+from .linalg import truncated_svd
+
+
+__all__ = ["LoraExport", "to_lora"]
+
+
+class LoraExport(NamedTuple):
+    """
+    A LoRA adapter in memory, and how far it is from the SCL adapter it was made of.
+
+    Args:
+        config ([`~peft.LoraConfig`]):
+            Its configuration, with `lora_alpha = r` (the scaling is 1).
+        state_dict (`dict[str, torch.Tensor]`):
+            Its weights on the CPU, under the names of an adapter file; [`~peft.set_peft_model_state_dict`] reads them.
+        error (`float`):
+            `||exact - exported||_F / ||exact||_F` of the weight changes of all modules together, computed in float64
+            from the tensors in `state_dict`.
+        errors (`dict[str, float]`):
+            The same for each module.
+    """
+
+    config: LoraConfig
+    state_dict: dict[str, torch.Tensor]
+    error: float
+    errors: dict[str, float]
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors`, as `PeftModel.save_pretrained` does."""
+        config = copy.copy(self.config)
+        config.inference_mode = True
+        config.save_pretrained(os.fspath(save_directory))
+        save_file(self.state_dict, Path(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def to_lora(
+    model: nn.Module, adapter_name: str = "default", r: int | None = None, dtype: torch.dtype = torch.float32
+) -> LoraExport:
+    """
+    Export a linear SCL adapter as a LoRA adapter for the untouched base model.
+
+    Exact up to the rounding to `dtype` are
+
+    - `variant="compress"` that keeps its residual: the change is `s (B A - B0 A0)`, a LoRA of rank `2 r` with
+      `lora_A = [A; A - A0]` and `lora_B = [s (B - B0), s B0]`;
+    - `variant="bottleneck"` with the delta `"none"` or `"low_rank"` (`D2 D1`): the change is
+      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` with `lora_A = [A; D1]` and
+      `lora_B = [s (W + D2 D1) B, D2]`.
+
+    The change of a full delta and of a compression without its residual has full rank; its best approximation is
+    exported when a rank is named.
+
+    Trained tokens and modules (`trainable_token_indices`, `modules_to_save`) come along, and so do biases
+    (`lora_bias=True`). With several adapters in a model, each is exported as if it were alone.
+
+    Args:
+        model (`nn.Module`):
+            A [`~peft.PeftModel`], or a transformers model with an adapter (`add_adapter`, `load_adapter`), neither
+            merged nor offloaded. It is not changed.
+        adapter_name (`str`, *optional*, defaults to `"default"`):
+            The adapter to export.
+        r (`int`, *optional*):
+            Rank of the LoRA adapter: the change of each module is replaced by its best approximation of that rank. By
+            default the rank that is exact.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Dtype of the LoRA weights. The products are computed in float64.
+
+    Returns:
+        [`LoraExport`]: The tuple `(config, state_dict, error, errors)`, with a method `save_pretrained`.
+
+    Raises:
+        ValueError: If the model has no SCL adapter of this name, if it is non-linear, merged or offloaded, if its change
+            has full rank and no `r` is given, or if `r` is not positive or larger than the rank of the change.
+
+    Example:
+
+        ```py
+        >>> lora = to_lora(model)
+        >>> lora.save_pretrained("lora-adapter")  # to be loaded without peft_scl
+        ```
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, SclConfig):
+        names = [name for name, other in getattr(model, "peft_config", {}).items() if isinstance(other, SclConfig)]
+        raise ValueError(
+            f"The model has no SCL adapter {adapter_name!r}; its SCL adapters are {names}. Pass the model with its adapter "
+            "(`get_peft_model`, `PeftModel.from_pretrained`) and the name of one of them as `adapter_name`."
+        )
+    root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers: dict[str, Any] = {
+        name: module
+        for name, module in root.named_modules()
+        if isinstance(module, SclLayer) and adapter_name in module.scl_A
+    }
+    ranks = {name: _rank(layer, adapter_name) for name, layer in layers.items()}
+    lora_r = max(ranks.values()) if r is None else r
+    _check_rank(r, max(ranks.values()), layers, adapter_name)
+
+    prefix = "base_model.model."
+    state_dict: dict[str, torch.Tensor] = {}
+    norms: dict[str, tuple[float, float]] = {}
+    for name, layer in layers.items():
+        change = layer.weight_change(adapter_name)
+        lora_B, lora_A = _factors(change, None if r is None else min(r, ranks[name]))
+        # One rank for all modules, without a rank pattern, which not everything reads: rows and columns of zeros
+        padding = lora_r - lora_A.shape[0]
+        lora_A = nn.functional.pad(lora_A, (0, 0, 0, padding)).to(dtype)
+        lora_B = nn.functional.pad(lora_B, (0, padding)).to(dtype)
+        norms[name] = _norms(change, lora_B.double(), lora_A.double())
+        state_dict[f"{prefix}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
+        state_dict[f"{prefix}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+        if change.shift is not None:
+            state_dict[f"{prefix}{name}.lora_B.bias"] = change.shift.to(dtype).cpu()
+
+    # What else PEFT saves: trained tokens and modules. `clone`, because safetensors refuses tied ones.
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+        key = key.removeprefix(prefix)
+        if key.rsplit(".", 2)[0] not in layers:
+            state_dict[prefix + key] = tensor.detach().cpu().clone()
+
+    lora_config = LoraConfig(
+        r=lora_r,
+        lora_alpha=lora_r,
+        lora_bias=config.scl_bias,
+        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+        modules_to_save=config.modules_to_save,
+        trainable_token_indices=config.trainable_token_indices,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=config.inference_mode,
+    )
+    lora_config.target_modules = _exact_targets(lora_config, set(layers), [name for name, _ in root.named_modules()])
+    if config.task_type is None:  # what `AutoPeftModel` looks for, written by PEFT when it saves
+        lora_config.auto_mapping = {
+            "base_model_class": type(root).__name__,
+            "parent_library": type(root).__module__,
+        }
+    errors = {name: _ratio(*pair) for name, pair in norms.items()}
+    total, distance = torch.tensor(list(norms.values()), dtype=torch.float64).norm(dim=0).tolist()
+    return LoraExport(lora_config, state_dict, _ratio(total, distance), errors)
+
+
+def _is_dense(layer: SclLayer, name: str) -> bool:
+    """Whether the change of the weight is not a product of thin factors."""
+    return layer.replaces(name) or name in layer.scl_delta
+
+
+def _rank(layer: SclLayer, name: str) -> int:
+    """The smallest rank that is exact whatever the weights of the adapter are."""
+    if _is_dense(layer, name):
+        return min(layer.in_features, layer.out_features)
+    if name in layer.scl_start_A:
+        return 2 * layer.r[name]
+    delta_r = layer.scl_delta_A[name].weight.shape[0] if name in layer.scl_delta_A else 0
+    return layer.r[name] + delta_r
+
+
+def _check_rank(r: int | None, largest: int, layers: dict[str, Any], adapter_name: str) -> None:
+    if r is None:
+        dense = next((name for name, layer in layers.items() if _is_dense(layer, adapter_name)), None)
+        if dense is not None:
+            replaces = layers[dense].replaces(adapter_name)
+            option = "`keep_residual=False`" if replaces else "`train_down_proj='full'`"
+            raise ValueError(
+                f"The SCL adapter {adapter_name!r} has {option}, which changes {dense!r} by a matrix of full rank, so no LoRA "
+                f"of a low rank equals it. Name a rank `r` to export the best approximation of that rank (`r={largest}` is "
+                "exact), or merge the adapter (`merge_and_unload`)."
+            )
+    elif r <= 0:
+        raise ValueError(f"`r` should be a positive integer value but the value passed is {r!r}")
+    elif r > largest:
+        raise ValueError(
+            f"`r` is {r}, but the weight changes of the SCL adapter {adapter_name!r} have no rank above {largest}. Leave `r` "
+            f"out, or choose up to {largest}."
+        )
+
+
+def _factors(change: WeightChange, r: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`lora_B (d, k)` and `lora_A (k, m)`: exact for `r=None`, else the best approximation of rank `k <= r`."""
+    if r is None:
+        return change.left, change.right
+    if change.rest is not None:
+        left, values, right = truncated_svd(change.left @ change.right + change.rest, r)
+    else:
+        # the singular vectors of the product are those of its small core, turned by two orthonormal bases
+        basis_left, core_left = torch.linalg.qr(change.left)
+        basis_right, core_right = torch.linalg.qr(change.right.T)
+        core = core_left @ core_right.T
+        left, values, right = truncated_svd(core, min(r, *core.shape))
+        left, right = basis_left @ left, right @ basis_right.T
+    root = values.sqrt()
+    return left * root, root[:, None] * right
+
+
+def _norms(change: WeightChange, lora_B: torch.Tensor, lora_A: torch.Tensor) -> tuple[float, float]:
+    """Frobenius norms of the change and of its difference to `lora_B @ lora_A`."""
+    if change.rest is not None:
+        dense = change.left @ change.right + change.rest
+        return dense.norm().item(), (dense - lora_B @ lora_A).norm().item()
+    difference = torch.cat([change.left, -lora_B], dim=1), torch.cat([change.right, lora_A])
+    return _product_norm(change.left, change.right), _product_norm(*difference)
+
+
+def _product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
+    """`||left @ right||_F` of thin factors, without the cancellation of Gram matrices."""
+    core_left, core_right = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.T, mode="r").R
+    return (core_left @ core_right.T).norm().item()
+
+
+def _ratio(norm: float, distance: float) -> float:
+    return distance / norm if norm > 0 else distance  # an untrained adapter changes nothing
+
+
+def _exact_targets(config: LoraConfig, targets: Any, module_names: list[str]) -> Any:
+    """
+    `target_modules` that match `targets` and no other module: their full names, or a regular expression where a full
+    name is also the ending of another one (PEFT matches lists by suffix).
+    """
+    config.target_modules = targets
+    matched = {name for name in module_names if check_target_module_exists(config, name)}
+    return targets if matched == targets else "|".join(re.escape(name) for name in sorted(targets))
