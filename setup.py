@@ -8,9 +8,12 @@ from setuptools import find_packages, setup
 extras = {
     "deepspeed": ["deepspeed>=0.19"],
     "eval": ["sacrebleu>=2.4", "rouge-score>=0.1.2"],
+    "quantization": ["bitsandbytes>=0.50.2", "torchao>=0.18"],
     "report": ["matplotlib>=3.8"],
 }
-extras["dev"] = extras["report"] + [
+extras["dev"] = [
+    *extras["quantization"],
+    *extras["report"],
     "hypothesis>=6.100",
     "mypy>=1.10",
     "pytest>=8",

@@ -7,6 +7,7 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SclConfig
 from .linalg import truncated_svd
+from .quantization import MERGEABLE_BACKENDS, check_readable, dense, frozen_copy, put_back
 
 
 __all__ = ["Linear", "SclLayer", "WeightChange"]
@@ -125,6 +127,16 @@ class SclLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        # an offloaded weight is on the meta device between forwards, where an adapter would compute nothing
+        hook = self._offload_hook()
+        return (device if hook is None else torch.device(hook.execution_device)), dtype
+
+    def _offload_hook(self) -> AlignDevicesHook | None:
+        hook = getattr(self.get_base_layer(), "_hf_hook", None)
+        return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
+
     def _maps(self, adapter_name: str) -> list[nn.Linear]:
         """All linear maps of an adapter."""
         by_kind = (getattr(self, kind) for kind in self.adapter_layer_names)
@@ -160,7 +172,8 @@ class SclLayer(BaseTunerLayer):
         """`scaling B A` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
         down, up = downs[adapter_name].weight, ups[adapter_name].weight
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
-        if down.is_meta or (base_weight is not None and base_weight.is_meta):
+        offloaded = self._offload_hook() is not None
+        if down.is_meta or (base_weight is not None and base_weight.is_meta and not offloaded):
             return  # an empty shell, to be filled from a checkpoint
         with gather_params_ctx(base_weight, modifier_rank=None), torch.no_grad():
             left, values, right = truncated_svd(self._dense_base_weight(), down.shape[0])
@@ -170,7 +183,15 @@ class SclLayer(BaseTunerLayer):
 
     def _dense_base_weight(self) -> torch.Tensor:
         """The base weight as a dense floating tensor `(out_features, in_features)`."""
-        weight = self.get_base_weight()
+        hook = self._offload_hook()
+        if hook is not None and self.quantization_backend is not None:
+            raise NotImplementedError(
+                "The down projection is quantised and offloaded, so its singular vectors cannot be read. Add the adapter "
+                "before offloading, or use `variant='bottleneck'`, which does not read the weight."
+            )
+        if self.quantization_backend is not None:
+            check_readable(self.get_base_layer())
+        weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
         if weight.numel() == 0:
             raise ValueError(
                 "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it "
@@ -265,11 +286,15 @@ class SclLayer(BaseTunerLayer):
                     f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be merged "
                     "into has none. Keep the adapter separate, or train with `scl_bias=False`."
                 )
-        if names and self.quantization_backend is not None:
+        backend = self.quantization_backend
+        if names and backend is not None and backend.backend_name not in MERGEABLE_BACKENDS:
             raise NotImplementedError(
-                f"Merging SCL into a quantised layer ({self.quantization_backend.backend_name}) is not supported. Load the "
-                "base model without quantisation to merge, or keep the adapter separate."
+                f"Merging SCL into a layer quantised by {backend.backend_name} is not supported (only by "
+                f"{', '.join(MERGEABLE_BACKENDS)}). Load the base model without quantisation to merge, or keep the adapter "
+                "separate."
             )
+        if names and backend is not None:
+            check_readable(self.get_base_layer())
 
 
 class Linear(nn.Module, SclLayer):
@@ -424,7 +449,8 @@ class Linear(nn.Module, SclLayer):
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
-        Fold linear adapters into the base weight, exactly up to the rounding of its dtype.
+        Fold linear adapters into the base weight, exactly up to the rounding of its dtype. A quantised weight is
+        quantised again after the merge, which rounds more coarsely and gives a warning; unmerging restores it exactly.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`):
@@ -435,7 +461,7 @@ class Linear(nn.Module, SclLayer):
         Raises:
             ValueError: If an adapter is not linear, has a bias that the base layer has no place for, or gives non-finite
                 weights under `safe_merge`.
-            NotImplementedError: If the base layer is quantised.
+            NotImplementedError: If the base layer is quantised by a library other than bitsandbytes and torchao.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scl_A]
         if not names:
@@ -445,13 +471,24 @@ class Linear(nn.Module, SclLayer):
 
         original = self._unmerged_parameters
         if original is None:
-            original = (base_layer.weight.data, None if base_layer.bias is None else base_layer.bias.data)
+            weight = base_layer.weight.data if self.quantization_backend is None else frozen_copy(base_layer)
+            original = (weight, None if base_layer.bias is None else base_layer.bias.data)
         with torch.no_grad():
             weight, bias = self._merged_parameters(original, self.merged_adapters + names)
         if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         self._unmerged_parameters = original
-        base_layer.weight.data = weight
+        if self.quantization_backend is None:
+            base_layer.weight.data = weight
+        else:
+            warnings.warn(
+                f"Merging SCL into weights quantised by {self.quantization_backend.backend_name} rounds the result to the "
+                "quantisation grid again, so the outputs differ from those of the separate adapter. Merge into the base "
+                "model without quantisation for an exact result.",
+                UserWarning,
+                stacklevel=2,
+            )
+            self.set_base_weight(weight)
         if bias is not None:
             base_layer.bias.data = bias
         self.merged_adapters.extend(names)
@@ -465,6 +502,8 @@ class Linear(nn.Module, SclLayer):
         residual is kept.
         """
         base_weight, base_bias = original
+        if self.quantization_backend is not None:
+            base_weight = dense(base_weight)
         device = self.scl_A[names[0]].weight.device
         dtype = torch.promote_types(base_weight.dtype, torch.float32)
         weight = base_weight.to(device, dtype)
@@ -501,7 +540,8 @@ class Linear(nn.Module, SclLayer):
         merged = merged.T.contiguous() if self.fan_in_fan_out else merged
         # as the base layer is now: the model may have been cast or moved since the first merge
         base_layer: Any = self.get_base_layer()
-        return merged.to(base_layer.weight), None if bias is None else bias.to(base_layer.bias)
+        like = base_layer.weight if self.quantization_backend is None else base_weight
+        return merged.to(like), None if bias is None else bias.to(base_layer.bias)
 
     def unmerge(self) -> None:
         """Put the base weight and bias back, bit for bit."""
@@ -511,7 +551,10 @@ class Linear(nn.Module, SclLayer):
         assert self._unmerged_parameters is not None
         base_layer: Any = self.get_base_layer()
         weight, bias = self._unmerged_parameters
-        base_layer.weight.data = weight.to(base_layer.weight)
+        if self.quantization_backend is None:
+            base_layer.weight.data = weight.to(base_layer.weight)
+        else:
+            put_back(base_layer, weight)
         if bias is not None:
             base_layer.bias.data = bias.to(base_layer.bias)
         self._unmerged_parameters = None

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import _freeze_adapter, get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .card import TAG
+from .combine import combined_config, set_combined_weights
 from .config import SclConfig
+from .guards import check_calls, check_shapes, has_sharded_input, warn_of_extra_weights
 from .layer import Linear, SclLayer
 from .targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections, find_fused_experts
 
 
 __all__ = ["SclModel"]
+
+_TENSOR_PARALLEL = (
+    "SCL does not support tensor parallelism: the input of the down projection is sharded there, and every rank would "
+    "train a compression layer of its own. Load the model without `tp_plan`."
+)
 
 
 class SclModel(BaseTuner):
@@ -58,6 +66,8 @@ class SclModel(BaseTuner):
     prefix: str = "scl_"
     tuner_layer_cls = SclLayer
     target_module_mapping = DOWN_PROJECTIONS
+    # whether a forward pass since the last injection has reached the wrapped modules
+    _calls_checked: bool = False
 
     def _prepare_adapter_config(self, peft_config: SclConfig, model_config: dict[str, Any]) -> SclConfig:  # type: ignore[override]
         experts = find_fused_experts(self.model)
@@ -86,12 +96,80 @@ class SclModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if (getattr(model, "_tp_size", None) or 1) > 1:
-            raise NotImplementedError(
-                "SCL does not support tensor parallelism: the input of the down projection is sharded there, and every "
-                "rank would train a compression layer of its own. Load the model without `tp_plan`."
-            )
+            raise NotImplementedError(_TENSOR_PARALLEL)
         if isinstance(model, PreTrainedModel):
             model.add_model_tags([TAG])  # read by the model cards of PEFT and of the trainers
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # `PeftModel` enters this around every forward and `generate`, whether or not they pass through `self.forward`
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "SCL does not support batches with mixed adapters (`adapter_names`). Call the model once per adapter, "
+                "after `set_adapter`."
+            )
+        if self._calls_checked or torch.compiler.is_compiling():
+            yield
+            return
+        with check_calls(self.model):
+            yield
+        self._calls_checked = True
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """
+        Add an adapter that computes the weighted sum of others, exactly. It is frozen and not active.
+
+        For `variant="bottleneck"`, adapters with the same activation give
+
+        `y = (W + sum_k w_k delta_k) (h + sum_k w_k scaling_k B_k act(A_k h)) + b`.
+
+        A weight multiplies the branch and the delta of its adapter, as if it had been trained with these smaller; with
+        all weights 1 this is what activating the adapters together computes. For `variant="compress"` the changes add up,
+
+        `y = W h + b + sum_k w_k scaling_k (B_k act(A_k h) - B0_k act(A0_k h))`,
+
+        and with `keep_residual=False` the weights have to add up to 1 and give the mean of the models,
+        `y = sum_k w_k scaling_k B_k act(A_k h) + b`.
+
+        The rank is the sum of the ranks; a dropout is that of the first adapter.
+
+        Args:
+            adapters (`list[str]`):
+                Names of the adapters to combine.
+            weights (`list[float]`):
+                One weight per adapter; they may be negative.
+            adapter_name (`str`):
+                Name of the new adapter.
+            combination_type (`str`, *optional*, defaults to `"cat"`):
+                `"cat"`, which puts the maps side by side. Averaging them is not offered: it is another function.
+
+        Raises:
+            ValueError: If no single adapter computes that sum, or a name is unknown or taken.
+        """
+        if combination_type != "cat":
+            raise ValueError(
+                f"`combination_type` is {combination_type!r}, but SCL adapters can be combined by 'cat' only: averaging the "
+                "factors ('linear') adds the cross terms `B_i A_j` of different adapters to the sum of the `B_k A_k`."
+            )
+        unknown = sorted(set(adapters) - self.peft_config.keys())
+        if unknown or not adapters or len(set(adapters)) < len(adapters):
+            raise ValueError(
+                f"`adapters` should be different names out of {sorted(self.peft_config)} but the value passed is {adapters}"
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"The model already has an adapter {adapter_name!r}. Choose another name, or delete it first."
+            )
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, SclLayer)}
+        configs: dict[str, Any] = {name: self.peft_config[name] for name in adapters}
+        self.peft_config[adapter_name] = combined_config(configs, weights, layers)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers.values():
+            if adapter_name in layer.scl_A:
+                set_combined_weights(layer, adapters, weights, adapter_name)
+        _freeze_adapter(self.model, adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_layers_mergeable(adapter_names)
@@ -130,7 +208,9 @@ class SclModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        # not `_replace_module`, which would move the adapter to where the weight is, also when that is offloaded
+        setattr(parent, target_name, new_module)
+        self._calls_checked = False
 
     def _create_new_module(
         self, peft_config: SclConfig, adapter_name: str, target: nn.Module, current_key: str
@@ -147,6 +227,8 @@ class SclModel(BaseTuner):
                 "transformers' `Conv1D`, and the quantised linear layers that PEFT supports). Set `target_modules` to "
                 "the second linear map of the feed-forward blocks."
             )
+        if has_sharded_input(target):
+            raise NotImplementedError(_TENSOR_PARALLEL)
         return Linear(target, adapter_name, config=peft_config, **get_quantization_kwargs(self.model))
 
     @classmethod
@@ -167,6 +249,15 @@ class SclModel(BaseTuner):
                 "`Trainer.save_model`, or pass the gathered `state_dict`."
             )
         return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_shapes(model, remapped)
+        warn_of_extra_weights(state_dict, remapped)
+        return remapped
 
 
 def _also_excluding(given: Iterable[str] | str | None, names: list[str]) -> set[str] | str | None:

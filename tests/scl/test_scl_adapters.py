@@ -3,6 +3,7 @@
 """The life of an adapter in PEFT: switching, deleting, saving, loading, pickling."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
@@ -91,6 +92,34 @@ def test_modules_to_save(tmp_path):
     model.save_pretrained(tmp_path)
     restored = PeftModel.from_pretrained(ARCHITECTURES["bert"].build(), tmp_path).eval()
     assert torch.equal(restored(TOKENS).logits, expected)
+
+
+def test_modules_to_save_of_several_adapters(tmp_path):
+    model = get_peft_model(
+        ARCHITECTURES["bert"].build(), SclConfig(r=4, init_weights=False, modules_to_save=["classifier"]), "x"
+    ).eval()
+    model.add_adapter("y", SclConfig(r=4, variant="compress", init_weights=False, modules_to_save=["classifier"]))
+    model.add_adapter("z", SclConfig(r=2, init_weights=False))
+    heads = model.base_model.model.classifier.modules_to_save
+    assert heads.keys() == {"x", "y"}
+    outputs = {}
+    for name in "xyz":
+        model.set_adapter(name)
+        trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert all(f".{name}." in key for key in trainable)
+        assert any("classifier" in key for key in trainable) == (name in heads)
+        with torch.no_grad():
+            for key in trainable:
+                model.get_parameter(key).add_(0.1)
+        outputs[name] = model(TOKENS).logits
+    model.save_pretrained(tmp_path)
+    for name in "xyz":
+        model.set_adapter(name)
+        assert torch.equal(model(TOKENS).logits, outputs[name])
+        restored = PeftModel.from_pretrained(ARCHITECTURES["bert"].build(), tmp_path / name).eval()
+        assert torch.equal(restored(TOKENS).logits, outputs[name])
+    model.delete_adapter("x")
+    assert heads.keys() == {"y"}
 
 
 def test_a_layer_without_the_active_adapter_is_the_base_layer():
@@ -207,20 +236,22 @@ def test_pickling_a_model(config):
     assert torch.equal(_logits(pickle.loads(pickle.dumps(model))), _logits(model))
 
 
-def test_transformers_own_adapter_methods(tmp_path):
-    model = ARCHITECTURES["llama"].build()
-    base = _logits(model)
-    model.add_adapter(SclConfig(r=4, init_weights=False), adapter_name="x")
-    adapted = _logits(model)
-    assert not torch.allclose(adapted, base)
-    model.save_pretrained(tmp_path)
-    model.disable_adapters()
-    assert torch.equal(_logits(model), base)
-    restored = ARCHITECTURES["llama"].build()
-    restored.load_adapter(str(tmp_path))
-    assert torch.equal(_logits(restored), adapted)
-    restored.delete_adapter("default")
-    assert not any("scl_" in key for key in restored.state_dict())
+@torch.no_grad()
+def _send_logits(models, tokens, queue):
+    queue.put([model(tokens).logits.numpy() for model in models])
+
+
+def test_a_spawned_process_computes_the_same():
+    models = [_llama(**config) for config in CONFIGS]
+    context = multiprocessing.get_context("spawn")  # inherits nothing: the pickled config imports `peft_scl`
+    queue = context.Queue()
+    process = context.Process(target=_send_logits, args=(models, TOKENS, queue))
+    process.start()
+    outputs = queue.get(timeout=120)
+    process.join()
+    assert process.exitcode == 0
+    for model, logits in zip(models, outputs, strict=True):
+        assert torch.equal(torch.from_numpy(logits), _logits(model))
 
 
 def test_a_state_dict_from_elsewhere_can_be_saved_and_empty_tensors_cannot(tmp_path):

@@ -317,6 +317,30 @@ def test_compiles_without_graph_breaks(config):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"variant": "bottleneck"}, {"variant": "bottleneck", "activation": "gelu", "scl_bias": True}],
+    ids=config_id,
+)
+def test_a_whole_model_compiles_without_graph_breaks(config):
+    torch.manual_seed(0)
+    model = get_peft_model(
+        ARCHITECTURES["llama"].build(), SclConfig(r=4, init_weights=False, task_type="CAUSAL_LM", **config)
+    )
+    tokens = torch.arange(1, 13).view(2, 6)
+
+    def gradients(call):
+        model.zero_grad()
+        call(input_ids=tokens, labels=tokens).loss.backward()
+        return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.requires_grad}
+
+    torch._dynamo.reset()  # compiled before the first plain forward, which checks that the wrapped modules are called
+    compiled = gradients(torch.compile(model.forward, backend="aot_eager", fullgraph=True))
+    for key, gradient in gradients(model).items():
+        assert gradient.any(), key
+        torch.testing.assert_close(compiled[key], gradient, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("config", VARIANTS, ids=config_id)
 def test_gradient_checkpointing_gives_the_same_gradients(config, use_reentrant):

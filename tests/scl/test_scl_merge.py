@@ -280,13 +280,6 @@ def test_safe_merge_refuses_non_finite_weights(part):
     assert torch.equal(layer.weight, state["base_model.model.down.base_layer.weight"] + 1)
 
 
-def test_quantised_layers_are_refused():
-    (layer,) = scl_layers(wrapped_block({"r": 4}))
-    layer.quantization_backend = type("Backend", (), {"backend_name": "bnb 4bit"})()
-    with pytest.raises(NotImplementedError, match=r"quantised layer \(bnb 4bit\) is not supported"):
-        layer.merge()
-
-
 def test_a_wide_ffn_merges_without_a_square_of_its_width():
     torch.manual_seed(0)
     width = 60_000  # its square would take 14 GB
