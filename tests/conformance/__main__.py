@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import report
-from .exceptions import DESELECTIONS, EXCLUSIONS, LEARNING_RATES
+from .exceptions import DESELECTIONS, EXCLUSIONS, LEARNING_RATES, LIFTED_SKIPS
 from .peft_source import fetch_source, unpack_tests
 from .report import Result
 from .sabotage import SABOTAGES
@@ -131,6 +131,9 @@ def _print(results: list[Result], selection: Selection, problems: list[str]) -> 
         print(
             f"       {rate.suite}: {rate.test} ({rate.model_id}), lr={rate.lr}. {rate.reason} Precedent: {rate.precedent}"
         )
+    print("\nSkips of PEFT's suite that are lifted:")
+    for lifted in LIFTED_SKIPS:
+        print(f"       {lifted.module}: {lifted.function}. {lifted.reason}")
     print("\nNot generic, left out:")
     for deselection in DESELECTIONS:
         print(f"       {deselection.suite}: {deselection.test}. {deselection.reason}")

@@ -79,7 +79,7 @@ def problems(
     found = []
     failed = sum(result.outcome == "failed" for result in results)
     if failed:
-        found.append(f"{failed} tests failed.")
+        found.append(f"Failed tests: {failed}.")
     passed = Counter((result.suite, result.setting) for result in results if result.outcome == "passed")
     if selection.keyword is not None:
         found += [f"No test passed in the suite {suite!r}." for suite in selection.suites if not _any(passed, suite)]

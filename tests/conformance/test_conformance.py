@@ -114,7 +114,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from .testing_common import _skip_if_conv1d_not_supported
+from . import testing_common
 
 TEST_CASES = [("LoRA", "MLP", LoraConfig, {{}}), ("LoRA 2", "MLP", LoraConfig, {{}})]
 
@@ -131,7 +131,7 @@ class TestCustom:
 
     @pytest.mark.parametrize("config_cls", [LoraConfig])
     def test_conv1d(self, config_cls):
-        _skip_if_conv1d_not_supported("gpt2", config_cls, {{}})
+        testing_common._skip_if_conv1d_not_supported("gpt2", config_cls, {{}})
 
     @pytest.mark.parametrize("config_cls", [LoraConfig])
     def test_default_target_modules_str(self, config_cls):
@@ -200,7 +200,7 @@ def test_a_run_in_which_enough_passed_is_accepted():
 
 
 def test_a_failure_is_a_problem():
-    assert problems([*ENOUGH, _result(outcome="failed")], SELECTION, exclusions=()) == ["1 tests failed."]
+    assert problems([*ENOUGH, _result(outcome="failed")], SELECTION, exclusions=()) == ["Failed tests: 1."]
 
 
 def test_a_setting_cannot_pass_by_skipping():
