@@ -38,8 +38,9 @@ def main() -> int:
         selection,
         suites=tuple(args.suite or selection.suites),
         settings=tuple(args.setting or selection.settings),
-        keyword=args.k or selection.keyword,
     )
+    if args.k is not None:
+        selection = replace(selection, keyword=args.k, whole=())
     installed = version("peft")
     archive = fetch_source(args.peft_version or installed, CACHE)
     print(f"The tests of {archive.name} against the installed PEFT {installed}", flush=True)

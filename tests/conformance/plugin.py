@@ -92,9 +92,8 @@ def _has_to_fail(exclusion: Exclusion) -> pytest.MarkDecorator:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Function) -> Iterator[None]:
-    torch.manual_seed(
-        0
-    )  # PEFT's tests draw from wherever the generator is, so their values would depend on the selection
+    # PEFT's tests start from wherever the generator is: what they draw would depend on the tests before them
+    torch.manual_seed(0)
     key = (_SUITE_OF_FILE[item.path.name], item.originalname, item.callspec.params.get("model_id"))
     rates = {(rate.suite, rate.test, rate.model_id): rate.lr for rate in LEARNING_RATES}
     if key not in rates:

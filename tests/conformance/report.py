@@ -81,10 +81,11 @@ def problems(
     if failed:
         found.append(f"Failed tests: {failed}.")
     passed = Counter((result.suite, result.setting) for result in results if result.outcome == "passed")
-    if selection.keyword is not None:
-        found += [f"No test passed in the suite {suite!r}." for suite in selection.suites if not _any(passed, suite)]
-        return found
     for suite in selection.suites:
+        if suite not in selection.whole:
+            if not any(passed[suite, setting] for setting in selection.settings):
+                found.append(f"No test of the suite {suite!r} passed.")
+            continue
         for setting in selection.settings:
             least = _least(suite, setting)
             if passed[suite, setting] < least:
@@ -101,10 +102,6 @@ def _least(suite: str, setting: str) -> int:
     return SUITES[suite].passed_at_least
 
 
-def _any(passed: Counter[tuple[str, str]], suite: str) -> bool:
-    return any(count for (of_suite, _), count in passed.items() if of_suite == suite)
-
-
 def _unused(results: list[Result], selection: Selection, exclusions: Iterable[Exclusion]) -> list[str]:
     excluded = {(result.suite, result.test, result.setting) for result in results if result.outcome == "excluded"}
     return [
@@ -112,5 +109,8 @@ def _unused(results: list[Result], selection: Selection, exclusions: Iterable[Ex
         for exclusion in exclusions
         for suite, test in exclusion.tests
         for setting in exclusion.settings
-        if suite in selection.suites and setting in selection.settings and (suite, test, setting) not in excluded
+        if suite in selection.suites
+        and suite in selection.whole
+        and setting in selection.settings
+        and (suite, test, setting) not in excluded
     ]

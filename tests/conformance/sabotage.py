@@ -18,7 +18,8 @@ def _start_off_the_base_model() -> None:
     def reset(self: Any, adapter_name: str, init_weights: bool = True) -> None:
         original(self, adapter_name, init_weights)
         with torch.no_grad():
-            self.scl_B[adapter_name].weight += 0.01
+            weight = self.scl_B[adapter_name].weight
+            weight += 0.01 * torch.randn_like(weight)
 
     SclLayer.reset_scl_parameters = reset  # type: ignore[method-assign]
 
@@ -30,7 +31,7 @@ def _merge_nine_tenths() -> None:
         weight, bias = original(self, *args)
         return 0.9 * weight, bias
 
-    Linear._merged_parameters = merged  # type: ignore[method-assign]
+    Linear._merged_parameters = merged  # type: ignore[method-assign, assignment]
 
 
 def _forget_attributes_on_delete() -> None:

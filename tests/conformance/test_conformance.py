@@ -191,7 +191,7 @@ def _result(suite="config", setting="compress", test="test_methods", outcome="pa
     return Result(suite, setting, test, f"{suite}::{test}[{setting}]", outcome, message, 0.1)
 
 
-SELECTION = Selection(suites=("config",), settings=("compress", "bottleneck"))
+SELECTION = Selection(("config",), ("compress", "bottleneck"), keyword=None, whole=("config",))
 ENOUGH = [_result(setting=setting) for setting in SELECTION.settings for _ in range(SUITES["config"].passed_at_least)]
 
 
@@ -211,8 +211,8 @@ def test_a_setting_cannot_pass_by_skipping():
 
 
 def test_a_keyword_that_leaves_no_test_is_a_problem():
-    selection = dataclasses.replace(SELECTION, suites=("config", "custom"), keyword="test_methods")
-    assert problems(ENOUGH[:1], selection) == ["No test passed in the suite 'custom'."]
+    selection = Selection(("config", "custom"), SELECTION.settings, keyword="test_methods", whole=())
+    assert problems(ENOUGH[:1], selection) == ["No test of the suite 'custom' passed."]
 
 
 def test_an_exclusion_that_no_failure_needs_is_a_problem():

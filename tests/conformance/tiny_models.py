@@ -120,6 +120,6 @@ def build_models(root: Path) -> None:
     for name, (model_class, config_class, arguments) in MODELS.items():
         torch.manual_seed(0)
         config = getattr(transformers, config_class)(**arguments)
-        getattr(transformers, model_class)(config).save_pretrained(root / name)
+        getattr(transformers, model_class)(config).save_pretrained(str(root / name))
     for name, base_model in ADAPTERS.items():
-        LoraConfig(base_model_name_or_path=base_model).save_pretrained(root / name)
+        LoraConfig(base_model_name_or_path=base_model).save_pretrained(str(root / name))
