@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+NEWEST := .venv-newest
 
-.PHONY: env demo test quality clean
+.PHONY: env demo test quality conformance conformance-fast conformance-newest clean
 
 env: $(STAMP)
 
@@ -23,5 +24,20 @@ quality: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# PEFT's own tests against SclConfig, see docs/conformance.md
+conformance: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m conformance -n 2
+
+conformance-fast: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m conformance --fast
+
+# the same with the newest releases that setup.py allows, of everything but torch
+conformance-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		--constraint $(NEWEST)/constraints.txt --editable . pytest pytest-xdist setuptools
+	PYTHONPATH=tests $(NEWEST)/bin/python -m conformance -n 2
+
 clean:
-	rm -rf .venv out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(NEWEST) .conformance out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,10 +16,11 @@ extras["dev"] = [
     *extras["report"],
     "hypothesis>=6.100",
     "mypy>=1.10",
-    "pytest>=8",
+    "pytest>=8.4",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.5",
     "ruff>=0.5",
+    "setuptools>=68",
     "types-PyYAML",
 ]
 

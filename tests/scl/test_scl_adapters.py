@@ -58,6 +58,49 @@ def test_switching_adapters_and_disabling_them():
         assert not torch.allclose(outputs[one], outputs[other])
 
 
+@pytest.mark.parametrize("base", ["linear", "conv1d"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": D, "variant": "compress", "activation": "gelu"},
+        {"r": D, "variant": "compress", "activation": "gelu", "scl_bias": True},
+        {"r": 4, "variant": "compress", "activation": "linear"},
+        {"r": 4, "variant": "compress", "activation": "linear", "scl_bias": True},
+    ],
+    ids=config_id,
+)
+def test_adapters_that_do_not_start_at_the_base_model_can_be_disabled(config, base):
+    # what PEFT's test_disable_adapters and test_disable_adapters_with_merging check beyond a start at the base model
+    torch.manual_seed(0)
+    block = Block(base)
+    x = torch.randn(9, D, dtype=torch.float64)
+    expected = block(x)
+    model = get_peft_model(block, SclConfig(target_modules=["down"], **config))
+
+    def assert_disabling_is_undone(enabled):
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(model(x), enabled, rtol=0, atol=0)
+
+    fresh = model(x)
+    assert not torch.allclose(fresh, expected, rtol=1e-3, atol=1e-3)
+    assert_disabling_is_undone(fresh)
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    trained = model(x)
+    assert not torch.allclose(trained, fresh, rtol=1e-3, atol=1e-3)
+    assert_disabling_is_undone(trained)
+
+    if config["activation"] == "linear":
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), trained)
+        assert_disabling_is_undone(trained)
+
+
 def test_deleting_an_adapter():
     model = wrapped_block({"r": 4, "scl_dropout": 0.1}, {"r": 2, "variant": "bottleneck", "train_down_proj": "full"})
     (layer,) = scl_layers(model)
