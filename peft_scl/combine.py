@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from .config import SclConfig
 from .layer import SclLayer
@@ -57,10 +56,9 @@ def combined_config(
     wrapped = {name: layer for name, layer in layers.items() if any(adapter in layer.scl_A for adapter in configs)}
     first = next(iter(configs.values()))
     r = sum(config.r for config in configs.values())
-    if compress:
+    if compress and not first.keep_residual:
         _check_rank(wrapped, r)
-        if not first.keep_residual:
-            _check_replacements(list(configs), weights, wrapped)
+        _check_replacements(list(configs), weights, wrapped)
     config = replace(
         first,
         r=r,
@@ -85,7 +83,7 @@ def _check_rank(layers: Mapping[str, SclLayer], r: int) -> None:
         limit = min(layer.in_features, layer.out_features)
         if r > limit:
             raise ValueError(
-                f"The ranks of the adapters add up to {r}, but `variant='compress'` allows {limit} at most for {key}. Keep "
+                f"The ranks of the adapters add up to {r}, but `keep_residual=False` allows {limit} at most for {key}. Keep "
                 "the adapters separate and activate them together, or merge them into the base model."
             )
 
@@ -143,14 +141,13 @@ def set_combined_weights(layer: SclLayer, adapters: Sequence[str], weights: Sequ
         if name in entries:
             entries[name].to(dtype)
     down, up = layer.scl_A[name], layer.scl_B[name]
-    _fill(down, rows=[layer.scl_A[adapter].weight for adapter, _ in terms])
-    _fill(up, columns=[factor * layer.scl_B[adapter].weight for adapter, factor in factors])
+    _fill(down.weight, rows=[layer.scl_A[adapter].weight for adapter, _ in terms])
+    _fill(up.weight, columns=[factor * layer.scl_B[adapter].weight for adapter, factor in factors])
     if name in layer.scl_start_A:
-        _fill(layer.scl_start_A[name], rows=[layer.scl_start_A[adapter].weight for adapter, _ in terms])
-        _fill(
-            layer.scl_start_B[name],
-            columns=[factor * layer.scl_start_B[adapter].weight for adapter, factor in factors],
-        )
+        for entries in (layer.scl_start_A, layer.scl_start_B):
+            entries[name] = entries[name].to(dtype)
+        _fill(layer.scl_start_A[name], rows=[layer.scl_start_A[adapter] for adapter, _ in terms])
+        _fill(layer.scl_start_B[name], columns=[factor * layer.scl_start_B[adapter] for adapter, factor in factors])
     if down.bias is not None:
         down.bias.zero_()
         up.bias.zero_()
@@ -170,19 +167,19 @@ def set_combined_weights(layer: SclLayer, adapters: Sequence[str], weights: Sequ
         for adapter, weight in low_rank:
             delta += weight * (layer.scl_delta_B[adapter].weight @ layer.scl_delta_A[adapter].weight)
     elif name in layer.scl_delta_A:
-        _fill(layer.scl_delta_A[name], rows=[layer.scl_delta_A[adapter].weight for adapter, _ in low_rank])
+        _fill(layer.scl_delta_A[name].weight, rows=[layer.scl_delta_A[adapter].weight for adapter, _ in low_rank])
         _fill(
-            layer.scl_delta_B[name],
+            layer.scl_delta_B[name].weight,
             columns=[weight * layer.scl_delta_B[adapter].weight for adapter, weight in low_rank],
         )
 
 
-def _fill(linear: nn.Linear, rows: Sequence[torch.Tensor] = (), columns: Sequence[torch.Tensor] = ()) -> None:
-    """Write `rows` below each other, or `columns` beside each other, into the weight of `linear`, and zeros behind them."""
-    linear.weight.zero_()
+def _fill(weight: torch.Tensor, rows: Sequence[torch.Tensor] = (), columns: Sequence[torch.Tensor] = ()) -> None:
+    """Write `rows` below each other, or `columns` beside each other, into `weight`, and zeros behind them."""
+    weight.zero_()
     if rows:
         block = torch.cat(list(rows), dim=0)
-        linear.weight[: block.shape[0]] = block
+        weight[: block.shape[0]] = block
     if columns:
         block = torch.cat(list(columns), dim=1)
-        linear.weight[:, : block.shape[1]] = block
+        weight[:, : block.shape[1]] = block

@@ -38,7 +38,7 @@ class SclConfig(PeftConfig):
 
     Args:
         r (`int`, *optional*, defaults to `16`):
-            Width of the compression layer. At most `min(m, d)` for `variant="compress"`.
+            Width of the compression layer. At most `min(m, d)` for `keep_residual=False`.
         variant (`str`, *optional*, defaults to `"compress"`):
             `"compress"` (in place of the down projection, or of its principal part) or `"bottleneck"` (residual, in front of
             the down projection).

@@ -79,7 +79,7 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> No
         ValueError: If a tensor has another shape.
     """
     prefix = "base_model.model."
-    own = {name.removeprefix(prefix): parameter for name, parameter in model.named_parameters() if ".scl_" in name}
+    own = {name.removeprefix(prefix): parameter for name, parameter in model.state_dict().items() if ".scl_" in name}
     given = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if ".scl_" in name}
     for name in sorted(own.keys() & given.keys()):
         found, needed = tuple(given[name].shape), tuple(own[name].shape)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate.hooks import AlignDevicesHook
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
@@ -36,17 +37,18 @@ class SclLayer(BaseTunerLayer):
     """State of the SCL adapters on one down projection; see [`SclConfig`] for what each map computes."""
 
     # All names of layers that may contain (trainable) adapter weights
-    adapter_layer_names: tuple[str, ...] = (
-        "scl_A",
-        "scl_B",
+    adapter_layer_names: tuple[str, ...] = ("scl_A", "scl_B", "scl_delta", "scl_delta_A", "scl_delta_B")
+    # All names of other parameters that may contain adapter-related parameters
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "variant",
+        "activation",
+        "activation_fn",
+        "scaling",
+        "scl_dropout",
         "scl_start_A",
         "scl_start_B",
-        "scl_delta",
-        "scl_delta_A",
-        "scl_delta_B",
     )
-    # All names of other parameters that may contain adapter-related parameters
-    other_param_names: tuple[str, ...] = ("r", "variant", "activation", "activation_fn", "scaling", "scl_dropout")
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -59,8 +61,9 @@ class SclLayer(BaseTunerLayer):
         # adapter name -> nn.Linear; `Any` because the values of a ModuleDict have no closer type than nn.Module
         self.scl_A: Any = nn.ModuleDict({})
         self.scl_B: Any = nn.ModuleDict({})
-        self.scl_start_A: Any = nn.ModuleDict({})
-        self.scl_start_B: Any = nn.ModuleDict({})
+        # adapter name -> the weights of A and B at the start; saved, never trained
+        self.scl_start_A: Any = BufferDict({}, persistent=True)
+        self.scl_start_B: Any = BufferDict({}, persistent=True)
         self.scl_delta: Any = nn.ModuleDict({})
         self.scl_delta_A: Any = nn.ModuleDict({})
         self.scl_delta_B: Any = nn.ModuleDict({})
@@ -83,12 +86,12 @@ class SclLayer(BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: SclConfig) -> None:
         """Create the maps of `adapter_name` and initialise them as `config` says."""
         compress = config.variant == "compress"
-        if compress and config.r > min(self.in_features, self.out_features):
+        full_rank = min(self.in_features, self.out_features)
+        if compress and not config.keep_residual and config.r > full_rank:
             raise ValueError(
-                f"`r` is {config.r}, but `variant='compress'` starts from the singular vectors of a down projection of shape "
-                f"({self.out_features}, {self.in_features}), which has no more than "
-                f"{min(self.in_features, self.out_features)} singular directions. Choose `r` up to that, or use "
-                "`variant='bottleneck'`."
+                f"`r` is {config.r}, but `keep_residual=False` replaces a down projection of shape ({self.out_features}, "
+                f"{self.in_features}), which has no more than {full_rank} singular directions. Choose `r` up to that, or keep "
+                "the residual."
             )
         activation_fn = ACT2FN[config.activation]
         if any(True for _ in activation_fn.parameters()):
@@ -107,13 +110,8 @@ class SclLayer(BaseTunerLayer):
         self.scl_A[adapter_name] = nn.Linear(m, r, bias=config.scl_bias)
         self.scl_B[adapter_name] = nn.Linear(r, d if compress else m, bias=config.scl_bias)
         if compress and config.keep_residual:
-            self.scl_start_A[adapter_name] = nn.Linear(m, r, bias=False)
-            self.scl_start_B[adapter_name] = nn.Linear(r, d, bias=False)
-            # PEFT keeps these frozen whenever it makes the adapter trainable; the dictionary is shared by the class
-            self.frozen_peft_weight_names = {
-                **self.frozen_peft_weight_names,
-                adapter_name: ("scl_start_A", "scl_start_B"),
-            }
+            self.scl_start_A[adapter_name] = torch.zeros(r, m)
+            self.scl_start_B[adapter_name] = torch.zeros(d, r)
         # The delta is a module with a `.weight` and no copy of the base weight: it works on quantised and partitioned
         # bases, adds up over adapters, and FSDP can wrap it.
         if not compress and config.train_down_proj == "full":
@@ -138,7 +136,7 @@ class SclLayer(BaseTunerLayer):
         return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
     def _maps(self, adapter_name: str) -> list[nn.Linear]:
-        """All linear maps of an adapter."""
+        """All trained maps of an adapter."""
         by_kind = (getattr(self, kind) for kind in self.adapter_layer_names)
         return [entries[adapter_name] for entries in by_kind if adapter_name in entries]
 
@@ -153,7 +151,12 @@ class SclLayer(BaseTunerLayer):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         if adapter_name in self.scl_start_A:
-            self._principal_part(adapter_name, self.scl_start_A, self.scl_start_B)
+            # directions that the down projection does not have (`r > min(m, d)`) start as those of a LoRA
+            start_down = self.scl_A[adapter_name].weight.detach().clone()
+            start_up = torch.zeros_like(self.scl_B[adapter_name].weight)
+            self._write_principal_part(start_down, start_up, self.scaling[adapter_name])
+            if not start_down.is_meta:
+                self.scl_start_A[adapter_name], self.scl_start_B[adapter_name] = start_down, start_up
         if not init_weights:
             return
         for entries in (self.scl_delta, self.scl_delta_B):
@@ -161,25 +164,27 @@ class SclLayer(BaseTunerLayer):
                 nn.init.zeros_(entries[adapter_name].weight)
         if self.variant[adapter_name] == "bottleneck":
             nn.init.zeros_(self.scl_B[adapter_name].weight)
-        elif adapter_name in self.scl_start_A:
-            with torch.no_grad():
-                self.scl_A[adapter_name].weight.copy_(self.scl_start_A[adapter_name].weight)
-                self.scl_B[adapter_name].weight.copy_(self.scl_start_B[adapter_name].weight)
         else:
-            self._principal_part(adapter_name, self.scl_A, self.scl_B)
+            down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
+            with torch.no_grad():
+                if adapter_name in self.scl_start_A:
+                    down.copy_(self.scl_start_A[adapter_name])
+                    up.copy_(self.scl_start_B[adapter_name])
+                else:
+                    self._write_principal_part(down, up, self.scaling[adapter_name])
 
-    def _principal_part(self, adapter_name: str, downs: Any, ups: Any) -> None:
-        """`scaling B A` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
-        down, up = downs[adapter_name].weight, ups[adapter_name].weight
+    def _write_principal_part(self, down: torch.Tensor, up: torch.Tensor, scaling: float) -> None:
+        """`scaling up down` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
         offloaded = self._offload_hook() is not None
         if down.is_meta or (base_weight is not None and base_weight.is_meta and not offloaded):
             return  # an empty shell, to be filled from a checkpoint
         with gather_params_ctx(base_weight, modifier_rank=None), torch.no_grad():
-            left, values, right = truncated_svd(self._dense_base_weight(), down.shape[0])
-            root = (values / self.scaling[adapter_name]).sqrt()
-            down.copy_(root[:, None] * right)
-            up.copy_(left * root)
+            rank = min(down.shape[0], self.in_features, self.out_features)
+            left, values, right = truncated_svd(self._dense_base_weight(), rank)
+            root = (values / scaling).sqrt()
+            down[:rank] = root[:, None] * right
+            up[:, :rank] = left * root
 
     def _dense_base_weight(self) -> torch.Tensor:
         """The base weight as a dense floating tensor `(out_features, in_features)`."""
@@ -233,8 +238,8 @@ class SclLayer(BaseTunerLayer):
             shift = left @ down.bias.to(dtype) + self.scaling[name] * up.bias.to(dtype)
         if name in self.scl_start_A:
             # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: without cancellation, and exactly zero at the start
-            start_right = self.scl_start_A[name].weight.to(dtype)
-            start_left = self.scaling[name] * self.scl_start_B[name].weight.to(dtype)
+            start_right = self.scl_start_A[name].to(dtype)
+            start_left = self.scaling[name] * self.scl_start_B[name].to(dtype)
             thin = torch.cat([left - start_left, start_left], dim=1), torch.cat([right, right - start_right])
             return WeightChange(*thin, None, shift)
         if self.variant[name] == "compress":
@@ -353,17 +358,18 @@ class Linear(nn.Module, SclLayer):
         Computed as `(B - B0) act(A x) + B0 (act(A x) - act(A0 x))`, which is exactly zero at the start and loses nothing to
         cancellation, or to the rounding of weights to bfloat16, as long as the change is small.
         """
-        down, up, start_down, start_up = (
-            entries[name] for entries in (self.scl_A, self.scl_B, self.scl_start_A, self.scl_start_B)
-        )
+        down, up = self.scl_A[name], self.scl_B[name]
+        start_down, start_up = self.scl_start_A[name], self.scl_start_B[name]
         activation_fn, scaling = self.activation_fn[name], self.scaling[name]
         x = self.scl_dropout[name](x)
         if not all(_is_at_hand(module.weight) for module in self._maps(name)):
-            change = _linear(up, activation_fn(_linear(down, x)))
-            return scaling * (change - _linear(start_up, activation_fn(_linear(start_down, x))))
+            start = nn.functional.linear(
+                activation_fn(nn.functional.linear(x, start_down.to(x.dtype))), start_up.to(x.dtype)
+            )
+            return scaling * (_linear(up, activation_fn(_linear(down, x))) - start)
 
         # one pass over the wide `x` for both
-        weight = torch.cat([start_down.weight, down.weight - start_down.weight]).to(x.dtype)
+        weight = torch.cat([start_down, down.weight - start_down]).to(x.dtype)
         start_code, moved = nn.functional.linear(x, weight).chunk(2, dim=-1)
         if down.bias is not None:
             moved = moved + down.bias.to(moved.dtype)
@@ -372,7 +378,7 @@ class Linear(nn.Module, SclLayer):
             code = activation_fn(code)
             # laid out as `code` is, because the rounding of an activation depends on it
             moved = code - activation_fn(start_code.contiguous())
-        spread = scaling * torch.cat([up.weight - start_up.weight, start_up.weight], dim=1)
+        spread = scaling * torch.cat([up.weight - start_up, start_up], dim=1)
         bias = None if up.bias is None else (scaling * up.bias).to(x.dtype)
         return nn.functional.linear(torch.cat([code, moved], dim=-1), spread.to(x.dtype), bias)
 
@@ -529,8 +535,7 @@ class Linear(nn.Module, SclLayer):
             else:
                 start = weight
                 if name in self.scl_start_A:
-                    start_up = self.scaling[name] * self.scl_start_B[name].weight.to(dtype)
-                    start = start_up @ self.scl_start_A[name].weight.to(dtype)
+                    start = self.scaling[name] * self.scl_start_B[name].to(dtype) @ self.scl_start_A[name].to(dtype)
                 merged += up_weight @ down_weight - start
                 bias = bias if offset is None or bias is None else bias + offset
         if bias is not None:

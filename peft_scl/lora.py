@@ -137,7 +137,7 @@ def to_lora(
     # What else PEFT saves: trained tokens and modules. `clone`, because safetensors refuses tied ones.
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         key = key.removeprefix(prefix)
-        if key.rsplit(".", 2)[0] not in layers:
+        if key.partition(".scl_")[0] not in layers:
             state_dict[prefix + key] = tensor.detach().cpu().clone()
 
     lora_config = LoraConfig(

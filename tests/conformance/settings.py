@@ -46,7 +46,12 @@ class Setting:
     @property
     def starts_at_base_model(self) -> bool:
         full_rank = self.rank(32) == 32
-        return self.fields["variant"] == "bottleneck" or (full_rank and self.fields["activation"] == "linear")
+        keeps = self.fields["variant"] == "bottleneck" or self.fields["keep_residual"]
+        return keeps or (full_rank and self.fields["activation"] == "linear")
+
+    @property
+    def needs_full_rank(self) -> bool:
+        return self.starts_at_base_model and self.fields["variant"] == "compress" and not self.fields["keep_residual"]
 
     def config_kwargs(self, full_rank: int) -> dict[str, Any]:
         return {"r": self.rank(full_rank), **self.fields}
@@ -54,6 +59,7 @@ class Setting:
 
 _FIELDS = {
     "variant": "compress",
+    "keep_residual": True,
     "activation": "linear",
     "scaling": 1.0,
     "scl_dropout": 0.0,
@@ -71,10 +77,16 @@ def _bottleneck(**fields: Any) -> Setting:
     return Setting({**_FIELDS, "variant": "bottleneck", **fields}, lambda full_rank: 4)
 
 
+def _half(full_rank: int) -> int:
+    return max(1, full_rank // 2)
+
+
 SETTINGS = {
-    "compress": _compress(lambda full_rank: full_rank),
-    "compress_low_rank": _compress(lambda full_rank: full_rank // 2),
-    "compress_gelu": _compress(lambda full_rank: full_rank, activation="gelu"),
+    "compress": _compress(_half),
+    "compress_gelu_bias": _compress(_half, activation="gelu", scl_bias=True),
+    "replace": _compress(lambda full_rank: full_rank, keep_residual=False),
+    "replace_low_rank": _compress(lambda full_rank: full_rank // 2, keep_residual=False),
+    "replace_gelu": _compress(lambda full_rank: full_rank, keep_residual=False, activation="gelu"),
     "bottleneck": _bottleneck(),
     "bottleneck_gelu_bias": _bottleneck(activation="gelu", scl_bias=True),
     "bottleneck_low_rank_delta": _bottleneck(train_down_proj="low_rank", down_proj_r=2),
@@ -111,7 +123,7 @@ class CustomModel:
         if setting.fields["variant"] == "bottleneck":
             return True
         r = setting.rank(min(self.full_ranks))
-        if setting.starts_at_base_model:
+        if setting.needs_full_rank:
             return set(self.full_ranks) == {r}
         return r > 0
 
@@ -145,7 +157,7 @@ EVERYTHING = Selection(tuple(SUITES), (*SETTINGS, DEFAULTS), keyword=None, whole
 # One linear, one non-linear and one with a delta; of the decoders one without and one with biases.
 FAST = Selection(
     suites=("custom", "config", "decoder"),
-    settings=("compress", "compress_gelu", "bottleneck_low_rank_delta", DEFAULTS),
+    settings=("compress", "replace_gelu", "bottleneck_low_rank_delta", DEFAULTS),
     keyword="not test_decoder_models or LlamaForCausalLM or OPTForCausalLM",
     whole=("custom", "config"),
 )

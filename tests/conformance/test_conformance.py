@@ -47,9 +47,9 @@ def test_settings_depend_on_no_default_of_the_config():
 
 
 def test_rows_name_the_config_class_the_setting_and_its_arguments():
-    rows = scl_rows("config_class, mandatory_kwargs", [(LoraConfig, {})], ["compress", "bottleneck_full_delta"])
-    assert [row.id for row in rows] == ["compress", "bottleneck_full_delta"]
-    assert [row.marks[0].args for row in rows] == [("compress",), ("bottleneck_full_delta",)]
+    rows = scl_rows("config_class, mandatory_kwargs", [(LoraConfig, {})], ["replace", "bottleneck_full_delta"])
+    assert [row.id for row in rows] == ["replace", "bottleneck_full_delta"]
+    assert [row.marks[0].args for row in rows] == [("replace",), ("bottleneck_full_delta",)]
     assert [row.values[0] for row in rows] == [SclConfig, SclConfig]
     assert rows[1].values[1]["train_down_proj"] == "full"
 
@@ -57,22 +57,22 @@ def test_rows_name_the_config_class_the_setting_and_its_arguments():
 @pytest.mark.parametrize("plain", [False, True])
 def test_rows_keep_the_task_type_of_the_file(plain):
     old = (LoraConfig, {"task_type": "SEQ_CLS", "r": 8})
-    (row,) = scl_rows(["config_cls", "config_kwargs"], [old if plain else pytest.param(*old)], ["compress"])
+    (row,) = scl_rows(["config_cls", "config_kwargs"], [old if plain else pytest.param(*old)], ["replace"])
     assert row.values == (
         SclConfig,
-        {"task_type": "SEQ_CLS", "target_modules": None, "r": 32, **SETTINGS["compress"].fields},
+        {"task_type": "SEQ_CLS", "target_modules": None, "r": 32, **SETTINGS["replace"].fields},
     )
 
 
 def test_tests_that_take_a_class_only_run_with_the_defaults():
-    (row,) = scl_rows("config_cls", [LoraConfig], ["compress", DEFAULTS])
+    (row,) = scl_rows("config_cls", [LoraConfig], ["replace", DEFAULTS])
     assert row.values == (SclConfig,)
-    assert scl_rows("config_cls", [LoraConfig], ["compress"]) == []
+    assert scl_rows("config_cls", [LoraConfig], ["replace"]) == []
 
 
 def test_rows_of_two_adapters_do_not_start_at_the_base_model():
     names = "test_name, tuner_method, config_cls, config_kwargs_1, config_kwargs_2"
-    same, different = scl_rows(names, [], ["compress"])
+    same, different = scl_rows(names, [], ["replace"])
     assert [same.values[3]["r"], same.values[4]["r"]] == [10, 10]
     assert [different.values[3]["r"], different.values[4]["r"]] == [10, 2]
     assert not any(kwargs["init_weights"] for row in (same, different) for kwargs in row.values[3:])
@@ -86,13 +86,13 @@ def test_marks_without_a_config_class_are_left_alone():
 def test_the_rank_suits_every_wrapped_layer():
     ranks = {
         name: {row.id.removeprefix(f"{name}-"): row.values[3]["r"] for row in scl_rows(CUSTOM, [], [name])}
-        for name in ("compress", "compress_low_rank", "compress_gelu", "bottleneck")
+        for name in ("replace", "replace_low_rank", "replace_gelu", "bottleneck")
     }
     one_layer = {"lin0": 10, "lin1": 2, "regex": 10, "excluded": 10, "modules_to_save": 10, "conv1d": 1}
-    assert ranks["compress"] == one_layer  # no rank is full in both of two layers
-    assert ranks["compress_gelu"] == {**one_layer, "two_layers": 2}
+    assert ranks["replace"] == one_layer  # no rank is full in both of two layers
+    assert ranks["replace_gelu"] == {**one_layer, "two_layers": 2}
     # half of rank 1 is none
-    assert ranks["compress_low_rank"] == {
+    assert ranks["replace_low_rank"] == {
         **{name: rank // 2 for name, rank in one_layer.items() if rank > 1},
         "two_layers": 1,
     }
@@ -107,7 +107,7 @@ def test_no_test_is_excluded_twice():
     assert {suite for suite, _, _ in excluded} <= set(SUITES)
 
 
-# A stand-in of PEFT's test_custom_models.py. The settings "compress_gelu" and "compress" are one that is excluded from
+# A stand-in of PEFT's test_custom_models.py. The settings "replace_gelu" and "replace" are one that is excluded from
 # test_disable_adapters and one that is not.
 PEFT_TESTS = """
 import pytest
@@ -156,7 +156,7 @@ def run_stand_in(pytester):
         pytester.mkpydir("peft_tests")
         (pytester.path / "peft_tests/test_custom_models.py").write_text(PEFT_TESTS.format(excluded=excluded))
         (pytester.path / "peft_tests/testing_common.py").write_text(TESTING_COMMON)
-        settings = f"compress,compress_gelu,{DEFAULTS}"
+        settings = f"replace,replace_gelu,{DEFAULTS}"
         pytester.runpytest_inprocess(
             *("-p", "conformance.plugin", "-p", "no:xdist", "-p", "no:cacheprovider"),
             *("--scl-settings", settings, "--scl-results", "results.json", "peft_tests"),
@@ -172,10 +172,10 @@ def run_stand_in(pytester):
 
 def test_the_plugin_runs_what_is_generic_with_our_rows(run_stand_in):
     assert run_stand_in("assert torch.allclose(torch.zeros(1), torch.ones(1))") == {
-        ("test_disable_adapters", "compress"): {"passed"},
-        ("test_disable_adapters", "compress_gelu"): {"excluded"},
-        ("test_parameters_after_loading_model", "compress"): {"passed"},
-        ("test_parameters_after_loading_model", "compress_gelu"): {"passed"},
+        ("test_disable_adapters", "replace"): {"passed"},
+        ("test_disable_adapters", "replace_gelu"): {"excluded"},
+        ("test_parameters_after_loading_model", "replace"): {"passed"},
+        ("test_parameters_after_loading_model", "replace_gelu"): {"passed"},
         ("test_conv1d", DEFAULTS): {"passed"},
     }
 
@@ -183,15 +183,15 @@ def test_the_plugin_runs_what_is_generic_with_our_rows(run_stand_in):
 @pytest.mark.parametrize("excluded", ["pass", "assert False, 'another message'", "raise RuntimeError('allclose')"])
 def test_an_excluded_test_has_to_fail_as_it_is_said_to(run_stand_in, excluded):
     outcomes = run_stand_in(excluded)
-    assert outcomes["test_disable_adapters", "compress_gelu"] == {"failed"}
-    assert outcomes["test_disable_adapters", "compress"] == {"passed"}
+    assert outcomes["test_disable_adapters", "replace_gelu"] == {"failed"}
+    assert outcomes["test_disable_adapters", "replace"] == {"passed"}
 
 
-def _result(suite="config", setting="compress", test="test_methods", outcome="passed", message=""):
+def _result(suite="config", setting="replace", test="test_methods", outcome="passed", message=""):
     return Result(suite, setting, test, f"{suite}::{test}[{setting}]", outcome, message, 0.1)
 
 
-SELECTION = Selection(("config",), ("compress", "bottleneck"), keyword=None, whole=("config",))
+SELECTION = Selection(("config",), ("replace", "bottleneck"), keyword=None, whole=("config",))
 ENOUGH = [_result(setting=setting) for setting in SELECTION.settings for _ in range(SUITES["config"].passed_at_least)]
 
 
@@ -205,7 +205,7 @@ def test_a_failure_is_a_problem():
 
 def test_a_setting_cannot_pass_by_skipping():
     skipped = [dataclasses.replace(result, outcome="skipped") for result in ENOUGH if result.setting == "bottleneck"]
-    passed = [result for result in ENOUGH if result.setting == "compress"]
+    passed = [result for result in ENOUGH if result.setting == "replace"]
     (problem,) = problems(passed + skipped, SELECTION, exclusions=())
     assert problem.startswith("Only 0 tests of the suite 'config' passed with the setting 'bottleneck'")
 
@@ -218,14 +218,14 @@ def test_a_keyword_that_leaves_no_test_is_a_problem():
 def test_an_exclusion_that_no_failure_needs_is_a_problem():
     exclusion = Exclusion(
         tests=(("config", "test_methods"), ("decoder", "test_generate")),
-        settings=("compress", "compress_gelu"),
+        settings=("replace", "replace_gelu"),
         message="",
         reason="",
         precedent="",
     )
     assert problems([*ENOUGH, _result(outcome="excluded")], SELECTION, [exclusion]) == []
     assert problems(ENOUGH, SELECTION, [exclusion]) == [
-        "The exclusion of test_methods for the setting 'compress' matched no failure of the suite 'config': remove it."
+        "The exclusion of test_methods for the setting 'replace' matched no failure of the suite 'config': remove it."
     ]
 
 
@@ -235,7 +235,7 @@ def test_the_table_counts_every_outcome():
     assert table(results, SELECTION).splitlines() == [
         "|            | config        | all           |",
         "|------------|---------------|---------------|",
-        "| compress   | 2 / 1 / 1 / 2 | 2 / 1 / 1 / 2 |",
+        "| replace    | 2 / 1 / 1 / 2 | 2 / 1 / 1 / 2 |",
         "| bottleneck | -             | -             |",
         "| all        | 2 / 1 / 1 / 2 | 2 / 1 / 1 / 2 |",
     ]

@@ -88,8 +88,8 @@ def dense_maps(layer: SclLayer, name: str) -> dict[str, torch.Tensor]:
         bias = torch.zeros(maps[key].shape[0]) if linear.bias is None else linear.bias.detach()
         maps[key.lower()] = bias.double()
     if name in layer.scl_start_A:
-        maps["A0"] = layer.scl_start_A[name].weight.detach().double()
-        maps["B0"] = layer.scl_start_B[name].weight.detach().double()
+        maps["A0"] = layer.scl_start_A[name].double()
+        maps["B0"] = layer.scl_start_B[name].double()
     if name in layer.scl_delta:
         maps["delta"] = layer.scl_delta[name].weight.detach().double()
     if name in layer.scl_delta_A:

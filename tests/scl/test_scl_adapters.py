@@ -62,10 +62,10 @@ def test_switching_adapters_and_disabling_them():
 @pytest.mark.parametrize(
     "config",
     [
-        {"r": D, "variant": "compress", "activation": "gelu"},
-        {"r": D, "variant": "compress", "activation": "gelu", "scl_bias": True},
-        {"r": 4, "variant": "compress", "activation": "linear"},
-        {"r": 4, "variant": "compress", "activation": "linear", "scl_bias": True},
+        {"r": D, "keep_residual": False, "activation": "gelu"},
+        {"r": D, "keep_residual": False, "activation": "gelu", "scl_bias": True},
+        {"r": 4, "keep_residual": False, "activation": "linear"},
+        {"r": 4, "keep_residual": False, "activation": "linear", "scl_bias": True},
     ],
     ids=config_id,
 )

@@ -165,7 +165,6 @@ REFUSED = [
         {},
         "The weights add up to 2, but compressions with `keep_residual=False` replace the",
     ),
-    (({"r": 4}, {"r": 4}), [1, 1], {}, "The ranks of the adapters add up to 8, but .* allows 7 at most for down"),
     (
         (REPLACING, REPLACING),
         [0.5, 0.5],

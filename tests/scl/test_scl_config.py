@@ -69,11 +69,10 @@ def test_layer_zero_is_a_layer():
 
 def test_compress_rank_is_limited_by_the_weight():
     message = (
-        "`r` is 8, but `variant='compress'` starts from the singular vectors of a down projection of shape (7, 12), which has no "
-        "more than 7"
+        "`r` is 8, but `keep_residual=False` replaces a down projection of shape (7, 12), which has no more than 7"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        get_peft_model(Block(), SclConfig(r=8, variant="compress", target_modules=["down"]))
+        get_peft_model(Block(), SclConfig(r=8, keep_residual=False, target_modules=["down"]))
 
 
 def test_activations_with_parameters_are_refused():

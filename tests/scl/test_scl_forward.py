@@ -226,6 +226,20 @@ def test_compress_starts_at_the_best_rank_r_approximation(base, scaling):
             torch.testing.assert_close(layer(h), h @ weight.T + bias, rtol=1e-5, atol=1e-6)
 
 
+def test_directions_beyond_the_rank_of_the_weight_can_be_trained():
+    torch.manual_seed(0)
+    block = Block()
+    model = get_peft_model(block, SclConfig(r=D + 3, target_modules=["down"]))
+    (layer,) = scl_layers(model)
+    h = torch.randn(20, M, dtype=torch.float64)
+    assert torch.equal(layer(h), layer.base_layer(h))
+    layer(h).square().sum().backward()
+    assert layer.scl_B["default"].weight.grad.any(dim=0).all()
+    weight, _ = dense_base(layer)
+    maps = dense_maps(layer, "default")
+    torch.testing.assert_close(maps["B"] @ maps["A"], weight, rtol=1e-5, atol=1e-6)
+
+
 def test_compress_does_not_compute_the_projection_it_replaces():
     model = wrapped_block(REPLACING, base="linear_no_bias")
     (layer,) = scl_layers(model)

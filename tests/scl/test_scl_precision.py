@@ -67,8 +67,7 @@ def test_a_half_precision_base_under_float32_adapters(config, dtype, autocast):
     output.loss.backward()
     assert {gradient.dtype for gradient in _gradients(model).values()} == {torch.float32}
     exact = _adapted(ARCHITECTURES["llama"].build(), **config)
-    for key, parameter in exact.named_parameters():
-        parameter.data.copy_(model.get_parameter(key).data)
+    exact.load_state_dict(model.state_dict())
     expected = exact(input_ids=TOKENS).logits
     error = (output.logits - expected).abs().max() / expected.abs().max()
     assert 0 < error < 8 * torch.finfo(dtype).eps
@@ -91,8 +90,7 @@ def test_merging_float32_adapters_into_a_half_precision_base_rounds_once(config)
     model = _adapted(Block(dtype=torch.bfloat16), target_modules=["down"], **config)
     (layer,) = scl_layers(model)
     exact = _adapted(Block(dtype=torch.float64), target_modules=["down"], **config)
-    for key, parameter in exact.named_parameters():
-        parameter.data.copy_(model.get_parameter(key).data)
+    exact.load_state_dict(model.state_dict())
     model.merge_adapter()
     exact.merge_adapter()
     torch.testing.assert_close(
