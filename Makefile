@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 NEWEST := .venv-newest
+# Quantisation libraries, for the tests of quantised bases only: PEFT imports them whenever it can, and they print to stderr
+# and take seconds
+QUANTIZATION := .venv/quantization
 
 .PHONY: env demo test quality conformance conformance-fast conformance-newest clean
 
@@ -11,13 +14,15 @@ env: $(STAMP)
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,eval]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		--target $(QUANTIZATION) bitsandbytes torchao
 	touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python recipes/offline/demo.py --output_dir out/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -n 2
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,7 +12,6 @@ extras = {
     "report": ["matplotlib>=3.8"],
 }
 extras["dev"] = [
-    *extras["quantization"],
     *extras["report"],
     "hypothesis>=6.100",
     "mypy>=1.10",

@@ -9,11 +9,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from scl_reference import config_id, dense_maps, reference_forward, scl_layers
-from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from peft_scl import SclConfig
 
+
+pytest.importorskip("bitsandbytes")
+Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
 
 HIDDEN, FFN = 64, 128  # multiples of the block size of 4-bit quantisation
 TOKENS = torch.arange(1, 13).view(2, 6)

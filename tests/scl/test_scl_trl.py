@@ -90,6 +90,7 @@ def test_sft(peft_config, gradient_checkpointing, tiny_model_dir, tmp_path):
 
 
 def test_sft_on_a_4_bit_base(peft_config, tiny_model_dir, tmp_path):
+    pytest.importorskip("bitsandbytes")
     quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=quantization_config),
