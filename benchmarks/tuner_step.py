@@ -37,7 +37,7 @@ from peft_scl import SclConfig
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 REFERENCE = "LoRA, down_proj"
-DEFAULT = "SCL, default"
+DEFAULT = "SCL, compress (the default)"
 
 
 def parse() -> argparse.Namespace:
@@ -74,12 +74,10 @@ def sides(base: Callable[[], LlamaModel], lora_r: int) -> dict[str, Any]:
         REFERENCE: lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=["down_proj"]),
         "LoRA, all-linear": lambda r: LoraConfig(r=r, lora_alpha=r, target_modules=ALL_LINEAR),
         DEFAULT: lambda r: SclConfig(r=r),
+        "SCL, compress, SiLU": lambda r: SclConfig(r=r, activation="silu"),
+        "SCL, compress, residual dropped": lambda r: SclConfig(r=r, keep_residual=False),
         "SCL, bottleneck, delta none": lambda r: SclConfig(r=r, variant="bottleneck", train_down_proj="none"),
-        "SCL, bottleneck, delta low_rank": lambda r: SclConfig(r=r, variant="bottleneck", train_down_proj="low_rank"),
-        "SCL, bottleneck, gelu, delta low_rank": lambda r: SclConfig(
-            r=r, variant="bottleneck", activation="gelu", train_down_proj="low_rank"
-        ),
-        "SCL, compress": lambda r: SclConfig(r=r, variant="compress"),
+        "SCL, bottleneck, delta low_rank": lambda r: SclConfig(r=r, variant="bottleneck"),
     }
     budget = trainable(get_peft_model(base(), makers[REFERENCE](lora_r)))
     models = {}
