@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
 
-from peft_scl.card import IMPORT_LINE
+from peft_scl.card import IMPORT_LINE, LOADERS
 
 from .record import held_out_losses
 
@@ -25,13 +25,6 @@ PUBLISHED_FILES = [
     "README.md", "adapter_config.json", "adapter_model.safetensors", "federation.json", "trainer_state.json",
     "added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 ]  # fmt: skip
-
-_TASK_CLASSES = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-}
 
 
 def fetch_adapter(source: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -122,7 +115,7 @@ def model_card(
         tags=own_tags + [tag for tag in tags or [] if tag not in own_tags],
     )
     base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
-    loader = _TASK_CLASSES.get(task_type or "", "AutoPeftModel")
+    loader = LOADERS.get(task_type or "", "AutoPeftModel")
     rounds = record["rounds"]
     paper = (
         "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "

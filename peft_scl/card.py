@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from .config import SclConfig
 
 
-__all__ = ["IMPORT_LINE", "TAG", "update_model_card"]
+__all__ = ["IMPORT_LINE", "LOADERS", "TAG", "update_model_card"]
 
 
 IMPORT_LINE = "import peft_scl  # registers the PEFT type SCL"
 TAG = "scl"
 
-_LOADERS = {
+LOADERS = {  # task type -> class of PEFT
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
@@ -72,7 +72,7 @@ def _new_card(config: SclConfig) -> ModelCard:
 
 def _section(config: SclConfig) -> list[str]:
     where = '"this folder or repository"'
-    loader = _LOADERS.get(config.task_type or "")
+    loader = LOADERS.get(config.task_type or "")
     if loader is None:
         loader, where = "PeftModel", f"base_model, {where}"
     return [
