@@ -267,13 +267,16 @@ class SclLayer(BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """
-        Whether [`~peft.convert_to_lora`] can read this layer: a linear adapter without biases, which it would drop.
-        [`to_lora`] keeps biases, and is exact where the change has a low rank.
+        Whether [`~peft.convert_to_lora`] can do justice to this layer: a linear adapter without biases, which it would
+        drop, whose change has a low rank. [`to_lora`] keeps biases, is exact, and takes changes of full rank if a rank is
+        named, with the error.
         """
         return (
             adapter_name in self.scl_A
             and self.activation[adapter_name] == "linear"
             and self.scl_A[adapter_name].bias is None
+            and not self.replaces(adapter_name)
+            and adapter_name not in self.scl_delta
         )
 
     def check_mergeable(self, names: list[str]) -> None:

@@ -77,13 +77,13 @@ def _bottleneck(**fields: Any) -> Setting:
     return Setting({**_FIELDS, "variant": "bottleneck", **fields}, lambda full_rank: 4)
 
 
-def _half(full_rank: int) -> int:
-    return max(1, full_rank // 2)
+def _low(full_rank: int) -> int:
+    return min(4, full_rank)
 
 
 SETTINGS = {
-    "compress": _compress(_half),
-    "compress_gelu_bias": _compress(_half, activation="gelu", scl_bias=True),
+    "compress": _compress(_low),
+    "compress_gelu_bias": _compress(_low, activation="gelu", scl_bias=True),
     "replace": _compress(lambda full_rank: full_rank, keep_residual=False),
     "replace_low_rank": _compress(lambda full_rank: full_rank // 2, keep_residual=False),
     "replace_gelu": _compress(lambda full_rank: full_rank, keep_residual=False, activation="gelu"),
