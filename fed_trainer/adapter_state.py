@@ -9,10 +9,11 @@ import re
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from peft_scl import SclLayer
 
 
 __all__ = ["AdapterState", "LiveAdapter", "base_digest", "check_same_layout", "state_bytes", "subtract"]
@@ -58,13 +59,13 @@ class LiveAdapter:
                     "meta-device model, so it cannot be federated. Load the model unpartitioned."
                 )
             self._tensors[key] = owners[tensor.data_ptr()]
-        # What no client trains is the same everywhere and does not travel: frozen parameters, and constants such as the start
-        # of an SCL compression. Other buffers (running statistics in `modules_to_save`) change in training.
+        # What no client trains is the same everywhere and does not travel: frozen parameters, and the start of SCL
+        # compressions. Other buffers change in training, such as running statistics.
         constants = {
             id(tensor)
             for module in model.modules()
-            if isinstance(module, BufferDict)
-            for tensor in module.buffers(recurse=False)
+            if isinstance(module, SclLayer)
+            for tensor in [*module.scl_start_A.values(), *module.scl_start_B.values()]
         }
         self._frozen = {
             key

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One adapter that computes a weighted sum of others, exactly: their maps side by side."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -136,7 +137,7 @@ def set_combined_weights(layer: SclLayer, adapters: Sequence[str], weights: Sequ
     terms = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if adapter in layer.scl_A]
     factors = [(adapter, weight * layer.scaling[adapter]) for adapter, weight in terms]
     # a new adapter has the dtype of the base layer, one that was trained is kept in float32
-    dtype = layer.scl_A[terms[0][0]].weight.dtype
+    dtype = functools.reduce(torch.promote_types, (layer.scl_A[adapter].weight.dtype for adapter, _ in terms))
     for entries in (getattr(layer, attribute) for attribute in layer.adapter_layer_names):
         if name in entries:
             entries[name].to(dtype)

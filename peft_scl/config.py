@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,11 +28,12 @@ class SclConfig(PeftConfig):
 
     - `"bottleneck"`: `y = (W + delta) (h + scaling * B act(A h)) + b` with `A: (r, m)`, `B: (m, r)` and `B = 0` at the
       start, so that training starts exactly from the base model;
-    - `"compress"`: `y = R h + scaling * B act(A h) + b` with `A: (r, m)`, `B: (d, r)`, started from the best rank-`r`
-      approximation `scaling * B0 A0` of the down projection. With `keep_residual=True` the layer keeps what that
-      approximation drops, `R h = W h - scaling * B0 act(A0 h)`, so that training starts exactly from the base model. With
-      `keep_residual=False` `R = 0`: the compression *replaces* the down projection, which is not computed any more, and the
-      start is exact for `r >= rank(W)` and a linear activation only.
+    - `"compress"` starts from the best rank-`r` approximation `scaling * B0 A0` of the down projection, `A0: (r, m)`,
+      `B0: (d, r)`. With `keep_residual=True` the layer keeps what that drops,
+      `y = W h + scaling * ((B0 + B) act((A0 + A) h) - B0 act(A0 h)) + b`; the changes `A` and `B` are trained, and are zero at
+      the start, so that training starts exactly from the base model. With `keep_residual=False` the compression *replaces*
+      the down projection, `y = scaling * B act(A h) + b`, started from `A = A0`, `B = B0`: the base model only for
+      `r >= rank(W)` and a linear activation.
 
     The paper leaves shape, activation, bias, initialisation and the choice of layers open; each is a field here.
     `"compress"` with `keep_residual=False` is its literal reading (it has the parameter count of a rank-`r` LoRA).
@@ -49,8 +51,8 @@ class SclConfig(PeftConfig):
             Activation between `A` and `B`, a key of `transformers.activations.ACT2FN`. Only `"linear"` can be merged into
             the base weights.
         scaling (`float`, *optional*, defaults to `1.0`):
-            Factor on the output of `B`, positive. For `"compress"` the start is divided by it, so that it changes the
-            effective learning rate only.
+            Factor on the output of `B`, positive. For `"compress"` the start is divided by it, so that it does not change
+            where training starts, but how far a step goes.
         scl_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout probability on the input of `A`.
         scl_bias (`bool`, *optional*, defaults to `False`):
@@ -58,7 +60,7 @@ class SclConfig(PeftConfig):
         train_down_proj (`str`, *optional*, defaults to `"low_rank"`):
             What happens to the down projection behind the bottleneck: `"none"` (frozen), `"low_rank"` (`delta` is a product
             of rank `down_proj_r`) or `"full"` (`delta` is a dense matrix). The delta is zero at the start and saved with
-            the adapter. Ignored by `"compress"`, which has no down projection left.
+            the adapter. Ignored by `"compress"`, whose maps stand for the down projection.
         down_proj_r (`int`, *optional*):
             Rank of the low-rank delta, defaults to `r`.
         target_modules (`list[str]` or `str`, *optional*):
@@ -184,6 +186,18 @@ class SclConfig(PeftConfig):
         super().save_pretrained(os.fspath(save_directory), **kwargs)
         # PEFT and transformers write the model card before the config, and the config is what we own of the two
         update_model_card(save_directory, self)
+
+        if self.variant == "bottleneck" and not self.keep_residual:
+            warnings.warn(
+                "`keep_residual=False` has no effect with `variant='bottleneck'`.", UserWarning, stacklevel=3
+            )
+        if self.variant == "compress" and (self.train_down_proj == "full" or self.down_proj_r is not None):
+            warnings.warn(
+                "`train_down_proj` and `down_proj_r` have no effect with `variant='compress'`, whose maps stand for the down "
+                "projection.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     @property
     def is_mergeable(self) -> bool:

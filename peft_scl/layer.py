@@ -61,7 +61,7 @@ class SclLayer(BaseTunerLayer):
         # adapter name -> nn.Linear; `Any` because the values of a ModuleDict have no closer type than nn.Module
         self.scl_A: Any = nn.ModuleDict({})
         self.scl_B: Any = nn.ModuleDict({})
-        # adapter name -> the weights of A and B at the start; saved, never trained
+        # adapter name -> A0 and B0, of which A and B are the changes if the residual is kept; saved, never trained
         self.scl_start_A: Any = BufferDict({}, persistent=True)
         self.scl_start_B: Any = BufferDict({}, persistent=True)
         self.scl_delta: Any = nn.ModuleDict({})
@@ -150,41 +150,43 @@ class SclLayer(BaseTunerLayer):
             nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        if adapter_name in self.scl_start_A:
-            # directions that the down projection does not have (`r > min(m, d)`) start as those of a LoRA
-            start_down = self.scl_A[adapter_name].weight.detach().clone()
-            start_up = torch.zeros_like(self.scl_B[adapter_name].weight)
-            self._write_principal_part(start_down, start_up, self.scaling[adapter_name])
-            if not start_down.is_meta:
-                self.scl_start_A[adapter_name], self.scl_start_B[adapter_name] = start_down, start_up
+        down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
+        keeps_residual = adapter_name in self.scl_start_A
+        if keeps_residual:
+            start_down = self.scl_start_A[adapter_name]
+            nn.init.kaiming_uniform_(start_down, a=math.sqrt(5))
+            if not down.is_meta:
+                self._write_principal_part(start_down, self.scl_start_B[adapter_name], self.scaling[adapter_name])
         if not init_weights:
             return
         for entries in (self.scl_delta, self.scl_delta_B):
             if adapter_name in entries:
                 nn.init.zeros_(entries[adapter_name].weight)
-        if self.variant[adapter_name] == "bottleneck":
-            nn.init.zeros_(self.scl_B[adapter_name].weight)
-        else:
-            down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
-            with torch.no_grad():
-                if adapter_name in self.scl_start_A:
-                    down.copy_(self.scl_start_A[adapter_name])
-                    up.copy_(self.scl_start_B[adapter_name])
-                else:
-                    self._write_principal_part(down, up, self.scaling[adapter_name])
+        if keeps_residual:
+            nn.init.zeros_(down)
+        if keeps_residual or self.variant[adapter_name] == "bottleneck":
+            nn.init.zeros_(up)
+        elif not down.is_meta:
+            self._write_principal_part(down, up, self.scaling[adapter_name])
 
     def _write_principal_part(self, down: torch.Tensor, up: torch.Tensor, scaling: float) -> None:
-        """`scaling up down` = best rank-`r` approximation of the down projection, its singular values shared evenly."""
+        """
+        `scaling up down` = best rank-`r` approximation of the down projection, its singular values shared evenly.
+
+        Directions that the down projection does not have start as those of a LoRA: `down` stays as it is (random), `up` is
+        zero. With both zero they could not be trained.
+        """
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
-        offloaded = self._offload_hook() is not None
-        if down.is_meta or (base_weight is not None and base_weight.is_meta and not offloaded):
+        if base_weight is not None and base_weight.is_meta and self._offload_hook() is None:
             return  # an empty shell, to be filled from a checkpoint
         with gather_params_ctx(base_weight, modifier_rank=None), torch.no_grad():
             rank = min(down.shape[0], self.in_features, self.out_features)
             left, values, right = truncated_svd(self._dense_base_weight(), rank)
-            root = (values / scaling).sqrt()
-            down[:rank] = root[:, None] * right
-            up[:, :rank] = left * root
+            rank = int((values > 1e-6 * values[0]).sum())  # the resolution of float32
+            root = (values[:rank] / scaling).sqrt()
+            down[:rank] = root[:, None] * right[:rank]
+            up.zero_()
+            up[:, :rank] = left[:, :rank] * root
 
     def _dense_base_weight(self) -> torch.Tensor:
         """The base weight as a dense floating tensor `(out_features, in_features)`."""
@@ -196,7 +198,11 @@ class SclLayer(BaseTunerLayer):
             )
         if self.quantization_backend is not None:
             check_readable(self.get_base_layer())
-        weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
+        if self._unmerged_parameters is not None:  # not what other adapters have made of it
+            weight = self._unmerged_parameters[0]
+            weight = weight if self.quantization_backend is None else dense(weight)
+        else:
+            weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
         if weight.numel() == 0:
             raise ValueError(
                 "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it "
@@ -237,10 +243,12 @@ class SclLayer(BaseTunerLayer):
         if down.bias is not None:
             shift = left @ down.bias.to(dtype) + self.scaling[name] * up.bias.to(dtype)
         if name in self.scl_start_A:
-            # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: without cancellation, and exactly zero at the start
+            # `(B0 + B) (A0 + A) - B0 A0 = B (A0 + A) + B0 A`: without cancellation, and exactly zero at the start
             start_right = self.scl_start_A[name].to(dtype)
             start_left = self.scaling[name] * self.scl_start_B[name].to(dtype)
-            thin = torch.cat([left - start_left, start_left], dim=1), torch.cat([right, right - start_right])
+            thin = torch.cat([left, start_left], dim=1), torch.cat([start_right + right, right])
+            if down.bias is not None:
+                shift = shift + start_left @ down.bias.to(dtype)
             return WeightChange(*thin, None, shift)
         if self.variant[name] == "compress":
             return WeightChange(left, right, -weight, shift)
@@ -356,34 +364,34 @@ class Linear(nn.Module, SclLayer):
 
     def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """
-        `scaling (B act(A x) - B0 act(A0 x))`: what a compression has become, less what it was at the start.
+        `scaling ((B0 + B) act((A0 + A) x) - B0 act(A0 x))`: what a compression has become, less what it was at the start.
 
-        Computed as `(B - B0) act(A x) + B0 (act(A x) - act(A0 x))`, which is exactly zero at the start and loses nothing to
-        cancellation, or to the rounding of weights to bfloat16, as long as the change is small.
+        Computed as `scaling (B act((A0 + A) x) + B0 (act((A0 + A) x) - act(A0 x)))`: exactly zero at the start, and small
+        changes are not lost in the rounding of large numbers.
         """
-        down, up = self.scl_A[name], self.scl_B[name]
-        start_down, start_up = self.scl_start_A[name], self.scl_start_B[name]
-        activation_fn, scaling = self.activation_fn[name], self.scaling[name]
+        down, up, scaling = self.scl_A[name], self.scl_B[name], self.scaling[name]
+        start_down, start_up = self.scl_start_A[name].to(x.dtype), self.scl_start_B[name].to(x.dtype)
         x = self.scl_dropout[name](x)
-        if not all(_is_at_hand(module.weight) for module in self._maps(name)):
-            start = nn.functional.linear(
-                activation_fn(nn.functional.linear(x, start_down.to(x.dtype))), start_up.to(x.dtype)
-            )
-            return scaling * (_linear(up, activation_fn(_linear(down, x))) - start)
-
-        # one pass over the wide `x` for both
-        weight = torch.cat([start_down, down.weight - start_down]).to(x.dtype)
-        start_code, moved = nn.functional.linear(x, weight).chunk(2, dim=-1)
-        if down.bias is not None:
-            moved = moved + down.bias.to(moved.dtype)
-        code = start_code + moved
+        at_hand = _is_at_hand(down) and _is_at_hand(up)
+        if at_hand:  # one pass over the wide `x` for both
+            weight = torch.cat([start_down, down.weight.to(x.dtype)])
+            start_code, moved = nn.functional.linear(x, weight).chunk(2, dim=-1)
+            moved = moved if down.bias is None else moved + down.bias.to(moved.dtype)
+        else:
+            start_code, moved = nn.functional.linear(x, start_down), _linear(down, x)
+        code, dtype = start_code + moved, moved.dtype
         if self.activation[name] != "linear":
-            code = activation_fn(code)
-            # laid out as `code` is, because the rounding of an activation depends on it
-            moved = code - activation_fn(start_code.contiguous())
-        spread = scaling * torch.cat([up.weight - start_up, start_up], dim=1)
+            precise = torch.promote_types(dtype, torch.float32)  # two numbers that are close; the codes are thin
+            # laid out alike, because the rounding of an activation depends on it
+            start_code = start_code.to(precise, memory_format=torch.contiguous_format, copy=True)
+            code = self.activation_fn[name](start_code + moved.to(precise))
+            moved = (code - self.activation_fn[name](start_code)).to(dtype)
+            code = code.to(dtype)
+        if not at_hand:
+            return scaling * (_linear(up, code) + nn.functional.linear(moved, start_up))
+        spread = scaling * torch.cat([up.weight.to(x.dtype), start_up], dim=1)
         bias = None if up.bias is None else (scaling * up.bias).to(x.dtype)
-        return nn.functional.linear(torch.cat([code, moved], dim=-1), spread.to(x.dtype), bias)
+        return nn.functional.linear(torch.cat([code, moved], dim=-1), spread, bias)
 
     def _branch(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """`scaling * B act(A x)`, in the dtype of `x`."""
@@ -399,8 +407,8 @@ class Linear(nn.Module, SclLayer):
         # the base layer takes `rank` rows more: too many for the one token of a step of generation
         return (
             x.numel() > rank * x.shape[-1]
-            and all(_is_at_hand(module.weight) for name in names for module in self._maps(name))
-            and (self.bias is None or (self.quantization_backend is None and _is_at_hand(self.weight)))
+            and all(_is_at_hand(module) for name in names for module in self._maps(name))
+            and (self.bias is None or _is_at_hand(self.get_base_layer()))
         )
 
     def _forward_narrow(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -507,8 +515,7 @@ class Linear(nn.Module, SclLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`, where
-        the change is the delta of a bottleneck, and of a compression `s_k B_k A_k` less `W`, or less its principal part if the
-        residual is kept.
+        the change is the delta of a bottleneck, what a compression has become less its start, or `s_k B_k A_k - W`.
         """
         base_weight, base_bias = original
         if self.quantization_backend is not None:
@@ -529,6 +536,11 @@ class Linear(nn.Module, SclLayer):
                 merged += self.scl_delta[name].weight.to(dtype)
             elif name in self.scl_delta_A:
                 merged += self.scl_delta_B[name].weight.to(dtype) @ self.scl_delta_A[name].weight.to(dtype)
+            if name in self.scl_start_A:
+                start_down = self.scl_start_A[name].to(dtype)
+                start_up = self.scaling[name] * self.scl_start_B[name].to(dtype)
+                merged += up_weight @ (start_down + down_weight) + start_up @ down_weight
+                up_weight = start_up + up_weight
             offset = None
             if down.bias is not None:
                 offset = up_weight @ down.bias.to(dtype) + self.scaling[name] * up.bias.to(dtype)
@@ -536,10 +548,8 @@ class Linear(nn.Module, SclLayer):
                 bottlenecks.append((up_weight, down_weight))
                 shift = shift if offset is None else shift + offset
             else:
-                start = weight
-                if name in self.scl_start_A:
-                    start = self.scaling[name] * self.scl_start_B[name].to(dtype) @ self.scl_start_A[name].to(dtype)
-                merged += up_weight @ down_weight - start
+                if self.replaces(name):
+                    merged += up_weight @ down_weight - weight
                 bias = bias if offset is None or bias is None else bias + offset
         if bias is not None:
             bias = bias + merged @ shift
@@ -577,24 +587,30 @@ class Linear(nn.Module, SclLayer):
 
 def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """
-    `module(x)` in the dtype of `x`.
+    `module(x)` in the dtype of `x`, or of autocast.
 
     The weights of the adapter are often float32 beside a bfloat16 model. They are small, `x` is as wide as the FFN: they are
     cast, as autocast does, and not `x`.
     """
-    if module.weight.dtype == x.dtype:
+    if module.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return module(x)
-    if not _is_at_hand(module.weight):
+    if not _is_at_hand(module):
         return module(x.to(module.weight.dtype)).to(x.dtype)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     return nn.functional.linear(x, module.weight.to(x.dtype), bias)
 
 
-def _is_at_hand(weight: torch.Tensor) -> bool:
-    """Whether a weight can be read outside the forward of its module: not sharded, partitioned, offloaded or quantised."""
+def _is_at_hand(module: nn.Module) -> bool:
+    """
+    Whether the weight of a module can be read outside of its forward: it is not sharded, partitioned, offloaded or
+    quantised. FSDP puts another module around it, or another class in its place, and frees the storage.
+    """
+    weight: Any = module.weight
     return (
-        type(weight) in (torch.Tensor, nn.Parameter)
+        type(module) in (nn.Linear, Conv1D)
+        and type(weight) in (torch.Tensor, nn.Parameter)
         and weight.dim() == 2
         and weight.numel() > 0
         and not weight.is_meta
+        and weight.untyped_storage().size() > 0
     )

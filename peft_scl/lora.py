@@ -63,8 +63,8 @@ def to_lora(
 
     Exact up to the rounding to `dtype` are
 
-    - `variant="compress"` that keeps its residual: the change is `s (B A - B0 A0)`, a LoRA of rank `2 r` with
-      `lora_A = [A; A - A0]` and `lora_B = [s (B - B0), s B0]`;
+    - `variant="compress"` that keeps its residual: the change is `s ((B0 + B) (A0 + A) - B0 A0)`, a LoRA of rank `2 r`
+      with `lora_A = [A0 + A; A]` and `lora_B = [s B, s B0]`;
     - `variant="bottleneck"` with the delta `"none"` or `"low_rank"` (`D2 D1`): the change is
       `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` with `lora_A = [A; D1]` and
       `lora_B = [s (W + D2 D1) B, D2]`.

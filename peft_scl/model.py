@@ -252,8 +252,21 @@ class SclModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls,
+        model: nn.Module,
+        config: SclConfig,  # type: ignore[override]
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
+        if (
+            config.variant == "compress"
+            and config.keep_residual
+            and not any(".scl_start_" in key for key in state_dict)
+        ):
+            raise ValueError(
+                "The checkpoint of the SCL adapter lacks the tensors `scl_start_A` and `scl_start_B`, of which its weights are "
+                "the changes (`keep_residual=True`), so it cannot be used. Save it with `save_pretrained`."
+            )
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_shapes(model, remapped)
         warn_of_extra_weights(state_dict, remapped)

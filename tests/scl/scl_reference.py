@@ -90,6 +90,7 @@ def dense_maps(layer: SclLayer, name: str) -> dict[str, torch.Tensor]:
     if name in layer.scl_start_A:
         maps["A0"] = layer.scl_start_A[name].double()
         maps["B0"] = layer.scl_start_B[name].double()
+        maps["A"], maps["B"] = maps["A0"] + maps["A"], maps["B0"] + maps["B"]  # trained are the changes
     if name in layer.scl_delta:
         maps["delta"] = layer.scl_delta[name].weight.detach().double()
     if name in layer.scl_delta_A:

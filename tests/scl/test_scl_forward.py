@@ -176,8 +176,8 @@ def test_a_small_change_is_not_lost_in_the_rounding_of_a_bfloat16_model():
     model = get_peft_model(Block(dtype=torch.bfloat16), SclConfig(r=4, target_modules=["down"]))
     (layer,) = scl_layers(model)
     with torch.no_grad():
-        for entries in (layer.scl_A, layer.scl_B):
-            entries["default"].weight.mul_(1 + 2**-12)
+        for entries, starts in ((layer.scl_A, layer.scl_start_A), (layer.scl_B, layer.scl_start_B)):
+            entries["default"].weight.copy_(2**-12 * starts["default"])
     h = torch.randn(20, M, dtype=torch.bfloat16)
     maps = dense_maps(layer, "default")
     expected = h.double() @ (maps["B"] @ maps["A"] - maps["B0"] @ maps["A0"]).T
