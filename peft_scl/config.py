@@ -172,6 +172,17 @@ class SclConfig(PeftConfig):
             raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.variant == "bottleneck" and not self.keep_residual:
+            warnings.warn(
+                "`keep_residual=False` has no effect with `variant='bottleneck'`.", UserWarning, stacklevel=3
+            )
+        if self.variant == "compress" and (self.train_down_proj == "full" or self.down_proj_r is not None):
+            warnings.warn(
+                "`train_down_proj` and `down_proj_r` have no effect with `variant='compress'`, whose maps stand for the down "
+                "projection.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
@@ -186,18 +197,6 @@ class SclConfig(PeftConfig):
         super().save_pretrained(os.fspath(save_directory), **kwargs)
         # PEFT and transformers write the model card before the config, and the config is what we own of the two
         update_model_card(save_directory, self)
-
-        if self.variant == "bottleneck" and not self.keep_residual:
-            warnings.warn(
-                "`keep_residual=False` has no effect with `variant='bottleneck'`.", UserWarning, stacklevel=3
-            )
-        if self.variant == "compress" and (self.train_down_proj == "full" or self.down_proj_r is not None):
-            warnings.warn(
-                "`train_down_proj` and `down_proj_r` have no effect with `variant='compress'`, whose maps stand for the down "
-                "projection.",
-                UserWarning,
-                stacklevel=3,
-            )
 
     @property
     def is_mergeable(self) -> bool:

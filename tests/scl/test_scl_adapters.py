@@ -13,7 +13,7 @@ import textwrap
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS
 from scl_reference import Block, D, config_id, scl_layers, wrapped_block
@@ -311,6 +311,15 @@ def test_a_state_dict_from_elsewhere_can_be_saved_and_empty_tensors_cannot(tmp_p
     message = r"1 tensors of the SCL adapter 'default' are empty \(the first: .*layers\.0\.mlp\.down_proj\.scl_A"
     with pytest.raises(ValueError, match=message):
         model.save_pretrained(tmp_path)
+
+
+def test_a_checkpoint_without_the_start_is_refused():
+    model = _llama(r=4)
+    state = get_peft_model_state_dict(model)
+    changes = {key: tensor for key, tensor in state.items() if ".scl_start_" not in key}
+    with pytest.raises(ValueError, match="lacks the tensors `scl_start_A` and `scl_start_B`"):
+        set_peft_model_state_dict(model, changes)
+    set_peft_model_state_dict(model, state)
 
 
 def test_an_empty_base_weight_cannot_start_a_compression():

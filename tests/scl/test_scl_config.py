@@ -63,6 +63,20 @@ def test_a_regular_expression_excludes_layer_selection(field):
         SclConfig(target_modules=r".*\.down_proj", **{field: 0 if field == "layers_to_transform" else "layers"})
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"variant": "bottleneck", "keep_residual": False}, "`keep_residual=False` has no effect"),
+        ({"train_down_proj": "full"}, "`train_down_proj` and `down_proj_r` have no effect"),
+        ({"down_proj_r": 4}, "`train_down_proj` and `down_proj_r` have no effect"),
+    ],
+    ids=str,
+)
+def test_fields_without_effect_are_reported(fields, message):
+    with pytest.warns(UserWarning, match=message):
+        SclConfig(**fields)
+
+
 def test_layer_zero_is_a_layer():
     assert SclConfig(layers_to_transform=0, layers_pattern="layers").layers_to_transform == 0
 

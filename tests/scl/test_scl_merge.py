@@ -192,6 +192,19 @@ def test_unmerging_a_model_that_was_cast_in_between():
     assert torch.equal(layer.weight, weight.float())
 
 
+@pytest.mark.parametrize("config", [{"r": 4}, {"r": 4, "keep_residual": False}], ids=config_id)
+def test_an_adapter_added_to_a_merged_model_starts_from_the_original_weight(config):
+    model = wrapped_block({"r": 4, "variant": "bottleneck"}, dtype=torch.float32)
+    (layer,) = scl_layers(model)
+    weight, _ = dense_base(layer)
+    model.merge_adapter()
+    model.add_adapter("late", SclConfig(target_modules=["down"], **config))
+    model.unmerge_adapter()
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    maps = dense_maps(layer, "late")
+    torch.testing.assert_close(maps["B"] @ maps["A"], (left[:, :4] * values[:4]) @ right[:4], rtol=1e-4, atol=1e-5)
+
+
 def test_disabling_unmerges():
     model = wrapped_block({"r": 4})
     x = torch.randn(3, D, dtype=torch.float64)
