@@ -65,7 +65,7 @@ def combined_config(
         r=r,
         scaling=1.0,
         scl_bias=any(config.scl_bias for config in configs.values()),
-        **_combined_delta(list(configs.values())),
+        **({} if compress else _combined_delta(list(configs.values()))),
     )
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     if any(getattr(other, field) != getattr(first, field) for other in configs.values() for field in fields):
