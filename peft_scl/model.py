@@ -128,7 +128,7 @@ class SclModel(BaseTuner):
         A weight multiplies the branch and the delta of its adapter, as if it had been trained with these smaller; with
         all weights 1 this is what activating the adapters together computes. For `variant="compress"` the changes add up,
 
-        `y = W h + b + sum_k w_k scaling_k (B_k act(A_k h) - B0_k act(A0_k h))`,
+        `y = W h + b + sum_k w_k scaling_k ((B0_k + B_k) act((A0_k + A_k) h) - B0_k act(A0_k h))`,
 
         and with `keep_residual=False` the weights have to add up to 1 and give the mean of the models,
         `y = sum_k w_k scaling_k B_k act(A_k h) + b`.
