@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from .layer import SclLayer
 
 
-__all__ = ["check_calls", "check_shapes", "has_sharded_input", "warn_of_extra_weights"]
+__all__ = ["check_calls", "check_shapes", "check_start", "has_sharded_input", "warn_of_extra_weights"]
 
 
 @contextmanager
@@ -89,6 +89,35 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> No
                 f"{needed} is needed here. It was trained on a base model with another hidden or feed-forward size (or "
                 "with another `r` than its config says), and cannot be used with this one."
             )
+
+
+def check_start(model: nn.Module, adapter_name: str, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """
+    Check that a compression that keeps its residual gets its start from the checkpoint, or has computed it.
+
+    Args:
+        model (`nn.Module`):
+            A model with the adapter in place.
+        adapter_name (`str`):
+            Its name.
+        state_dict (`Mapping[str, torch.Tensor]`):
+            The checkpoint. One without the start is enough for a model that has computed it.
+
+    Raises:
+        ValueError: If neither is the case: the weights are changes of that start.
+    """
+    starts = [
+        module.scl_start_B[adapter_name]
+        for module in model.modules()
+        if isinstance(module, SclLayer) and adapter_name in module.scl_start_B
+    ]
+    given = any(".scl_start_" in key for key in state_dict)
+    if starts and not given and not any(start.any() for start in starts if not start.is_meta):
+        raise ValueError(
+            "The checkpoint of the SCL adapter lacks the tensors `scl_start_A` and `scl_start_B`, of which its weights are the "
+            "changes (`keep_residual=True`), and the model has not computed them. Load it without `low_cpu_mem_usage`, or save "
+            "the whole adapter with `save_pretrained`."
+        )
 
 
 def warn_of_extra_weights(state_dict: Mapping[str, torch.Tensor], remapped: Mapping[str, torch.Tensor]) -> None:

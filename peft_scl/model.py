@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .card import TAG
 from .combine import combined_config, set_combined_weights
 from .config import SclConfig
-from .guards import check_calls, check_shapes, has_sharded_input, warn_of_extra_weights
+from .guards import check_calls, check_shapes, check_start, has_sharded_input, warn_of_extra_weights
 from .layer import Linear, SclLayer
 from .targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections, find_fused_experts
 
@@ -254,19 +254,11 @@ class SclModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,
-        config: SclConfig,  # type: ignore[override]
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        if (
-            config.variant == "compress"
-            and config.keep_residual
-            and not any(".scl_start_" in key for key in state_dict)
-        ):
-            raise ValueError(
-                "The checkpoint of the SCL adapter lacks the tensors `scl_start_A` and `scl_start_B`, of which its weights are "
-                "the changes (`keep_residual=True`), so it cannot be used. Save it with `save_pretrained`."
-            )
+        check_start(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_shapes(model, remapped)
         warn_of_extra_weights(state_dict, remapped)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS
 from scl_reference import Block, D, config_id, scl_layers, wrapped_block
 
@@ -313,13 +313,19 @@ def test_a_state_dict_from_elsewhere_can_be_saved_and_empty_tensors_cannot(tmp_p
         model.save_pretrained(tmp_path)
 
 
-def test_a_checkpoint_without_the_start_is_refused():
+def test_a_checkpoint_without_the_start_needs_a_model_that_has_computed_it(tmp_path):
     model = _llama(r=4)
-    state = get_peft_model_state_dict(model)
-    changes = {key: tensor for key, tensor in state.items() if ".scl_start_" not in key}
+    expected = _logits(model)
+    model.save_pretrained(tmp_path)
+    changes = {key: t for key, t in get_peft_model_state_dict(model).items() if ".scl_start_" not in key}
+    save_file(changes, tmp_path / "adapter_model.safetensors")
+
+    restored = PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path).eval()
+    assert torch.equal(_logits(restored), expected)
+    set_peft_model_state_dict(restored, changes)
+    assert torch.equal(_logits(restored), expected)
     with pytest.raises(ValueError, match="lacks the tensors `scl_start_A` and `scl_start_B`"):
-        set_peft_model_state_dict(model, changes)
-    set_peft_model_state_dict(model, state)
+        PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path, low_cpu_mem_usage=True)
 
 
 def test_an_empty_base_weight_cannot_start_a_compression():
