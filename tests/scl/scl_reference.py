@@ -15,6 +15,16 @@ from peft_scl import SclConfig, SclLayer
 M, D = 12, 7  # width of the FFN and of the model: different, so that a transposed weight cannot pass
 BASES = ["linear", "linear_no_bias", "conv1d"]
 
+# one of each kind, for tests of what PEFT, transformers and TRL do to any adapter; and two rows of tokens
+CONFIGS = [
+    {"r": 4, "variant": "bottleneck"},
+    {"r": 4, "variant": "bottleneck", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
+    {"r": 4, "variant": "bottleneck", "train_down_proj": "full"},
+    {"r": 4, "variant": "compress", "keep_residual": False},
+    {"r": 4, "variant": "compress"},
+]
+TOKENS = torch.arange(1, 13).view(2, 6)
+
 ACTIVATIONS = {
     "linear": lambda x: x,
     "relu": lambda x: x.clamp(min=0),

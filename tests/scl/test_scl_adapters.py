@@ -16,20 +16,12 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS
-from scl_reference import Block, D, config_id, scl_layers, wrapped_block
+from scl_reference import CONFIGS, TOKENS, Block, D, config_id, scl_layers, wrapped_block
 
 from peft_scl import SclConfig
 
 
-CONFIGS = [
-    {"r": 4, "variant": "bottleneck"},
-    {"r": 4, "variant": "bottleneck", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
-    {"r": 4, "variant": "bottleneck", "train_down_proj": "full"},
-    {"r": 4, "variant": "compress", "keep_residual": False},
-    {"r": 4, "variant": "compress"},
-    {"r": 4, "variant": "compress", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
-]
-TOKENS = torch.arange(1, 13).view(2, 6)
+CONFIGS = [*CONFIGS, {"r": 4, "variant": "compress", "activation": "gelu", "scl_bias": True, "scaling": 0.5}]
 
 
 def _llama(**config):

@@ -6,20 +6,12 @@ import pytest
 import torch
 from peft import get_peft_model
 from scl_models import ARCHITECTURES
-from scl_reference import Block, D, M, config_id, scl_layers
+from scl_reference import CONFIGS, TOKENS, Block, D, M, config_id, scl_layers
 
 from peft_scl import SclConfig
 
 
-CONFIGS = [
-    {"r": 4, "variant": "bottleneck"},
-    {"r": 4, "variant": "bottleneck", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
-    {"r": 4, "variant": "bottleneck", "train_down_proj": "full"},
-    {"r": 4, "variant": "compress", "keep_residual": False},
-    {"r": 4, "variant": "compress"},
-]
 HALF = [torch.bfloat16, torch.float16]
-TOKENS = torch.arange(1, 13).view(2, 6)
 
 
 def _adapted(base, **config):

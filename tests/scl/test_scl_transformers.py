@@ -6,19 +6,9 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from scl_models import ARCHITECTURES
-from scl_reference import config_id
+from scl_reference import CONFIGS, TOKENS, config_id
 
 from peft_scl import SclConfig
-
-
-CONFIGS = [
-    {"r": 4, "variant": "bottleneck"},
-    {"r": 4, "variant": "bottleneck", "activation": "gelu", "scl_bias": True, "scaling": 0.5},
-    {"r": 4, "variant": "bottleneck", "train_down_proj": "full"},
-    {"r": 4, "variant": "compress", "keep_residual": False},
-    {"r": 4, "variant": "compress"},
-]
-TOKENS = torch.arange(1, 13).view(2, 6)
 
 
 def _with_two(config):
