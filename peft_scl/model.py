@@ -20,7 +20,8 @@ from .card import TAG
 from .combine import combined_config, set_combined_weights
 from .config import SclConfig
 from .guards import check_calls, check_shapes, check_start, has_sharded_input, warn_of_extra_weights
-from .layer import Linear, SclLayer
+from .layer import SclLayer
+from .linear import Linear
 from .targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections, find_fused_experts
 
 

@@ -64,7 +64,8 @@ def test_an_adapter_loads_onto_an_offloaded_base(config, tmp_path):
     for low_cpu_mem_usage in (False, True):
         model = PeftModel.from_pretrained(_offloaded(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
         assert not any(parameter.is_meta for parameter in _adapter_parameters(model).values())
-        assert torch.equal(_logits(model), _logits(expected))
+        # one operation at hand, several through the hooks of the offloaded layer: the rounding differs
+        torch.testing.assert_close(_logits(model), _logits(expected))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
@@ -99,7 +100,7 @@ def test_a_device_map_over_several_devices_keeps_the_outputs(tmp_path):
     base = accelerate.dispatch_model(base, device_map, main_device="cpu", offload_dir=tmp_path / "disk")
     model = _randomise(_adapted(base, r=4))
     assert not any(parameter.is_meta for parameter in _adapter_parameters(model).values())
-    assert torch.equal(_logits(model), _logits(expected))
+    torch.testing.assert_close(_logits(model), _logits(expected))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
