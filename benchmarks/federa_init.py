@@ -69,7 +69,7 @@ def make_weight(n: int, m: int, exponent: float) -> torch.Tensor:
 def federa(model: nn.Module, r: int) -> PeftModel:
     # return get_peft_model(model, FederaConfig(r=r, lora_alpha=2 * r, target_modules=["linear"]))
     adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=["linear"]))
-    layer = adapted.base_model.model.linear
+    layer = layer_of(adapted)
     weight, scaling = layer.get_base_layer().weight.data, layer.scaling["default"]
     left, values, right = truncated_svd(weight, r)
     root = (values / scaling).sqrt()
@@ -98,6 +98,10 @@ def model_of(weight: torch.Tensor) -> nn.Sequential:
     return nn.Sequential(OrderedDict(linear=linear))
 
 
+def layer_of(model: Any) -> Any:
+    return model.base_model.model.linear
+
+
 def least_error(weight: torch.Tensor, r: int) -> float:
     matrix = weight.double()
     matrix = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
@@ -105,7 +109,7 @@ def least_error(weight: torch.Tensor, r: int) -> float:
 
 
 def error(weight: torch.Tensor, model: PeftModel) -> float:
-    layer: Any = model.base_model.model.linear
+    layer = layer_of(model)
     lora_A, lora_B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
     principal = layer.scaling["default"] * lora_B.double() @ lora_A.double()
     return (weight.double() - principal).norm().item()

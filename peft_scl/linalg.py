@@ -1,5 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 
@@ -28,9 +31,9 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
     products in float32 and small problems in float64, small ones (fewer than `12 (r + 8)` rows or columns) through the
     eigenvectors of their smaller Gram matrix in float64. Either way `left @ diag(values) @ right` is the projection of
     `weight` on `r` orthonormal vectors. Its distance to `weight` is within 1.001 of the least that rank `r` allows, or, where
-    the weight is that close to rank `r`, below 1e-5 of the norm of `weight`.
+    the weight is that close to rank `r`, below 1e-6 of the norm of `weight`.
 
-    The random start has a generator of its own, on the CPU, with a fixed seed, and the signs are fixed: the entry of largest
+    The random start has a generator of its own, on the CPU, with a fixed seed, TF32 and autocast are off inside, and the signs are fixed: the entry of largest
     magnitude of each left vector is positive (the first of those within 1e-4 of it, so that rounding does not decide
     between ties). Hence machines agree on a singular vector as far as rounding determines it: to about 1e-6 over its gap to
     the neighbouring singular values, relative to the largest value. Within a cluster of equal values only the spanned space is
@@ -51,12 +54,26 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
     tall = matrix.shape[0] > matrix.shape[1]
     matrix = matrix.T if tall else matrix
     dense = matrix.shape[0] < ROWS_PER_COLUMN * (r + OVERSAMPLING)
-    vectors, images = _dense(matrix, r) if dense else _krylov(matrix.to(dtype), r)
+    with _full_precision(matrix.device):
+        vectors, images = _dense(matrix, r) if dense else _krylov(matrix.to(dtype), r)
     values = images.norm(dim=1)
     images = images / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
     left, right = (images.T, vectors) if tall else (vectors.T, images)
     signs = _signs(left)
     return (left * signs).to(dtype), values.to(dtype), (right * signs[:, None]).to(dtype)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Products as exact as their dtype, under autocast and TF32 too (which transformers' `TrainingArguments` turns on)."""
+    matmul, saved = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
+    inherited = saved == torch.backends.fp32_precision  # and shall follow the setting for all backends again
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = "none" if inherited else saved
 
 
 def _dense(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
