@@ -6,8 +6,8 @@ Time, error and memory of a FeDeRA start and of PEFT's `init_lora_weights="pissa
 Each side wraps one `nn.Linear` that holds the same weight: principal factors, and the residual written back. The sides take
 turns in one process; a speedup is the median over the rounds of the time of PEFT over ours in the same round. The full SVD of
 `pissa` takes minutes on the large shapes, so it runs in the first round only there (`--pissa_repetitions`). The error is
-`||W - s B A||` (Frobenius, float64) over that of the best approximation of rank `r`, from the eigenvalues of the float64 Gram
-matrix. Memory is the peak of the bytes that torch's operations allocate, over those of the weight as stored; workspaces inside
+the norm of the residual, as written back, over that of the best approximation of rank `r`, from the eigenvalues of the float64
+Gram matrix. Memory is the peak of the bytes that torch's operations allocate, over those of the weight as stored; workspaces inside
 LAPACK are not counted.
 
 The spectra are `gaussian` (independent entries), `decaying` (singular values fall as `i ** -0.36`, the median over the dense
@@ -108,11 +108,9 @@ def least_error(weight: torch.Tensor, r: int) -> float:
     return torch.linalg.eigvalsh(matrix @ matrix.T)[:-r].sum().sqrt().item()
 
 
-def error(weight: torch.Tensor, model: PeftModel) -> float:
-    layer = layer_of(model)
-    lora_A, lora_B = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
-    principal = layer.scaling["default"] * lora_B.double() @ lora_A.double()
-    return (weight.double() - principal).norm().item()
+def error(model: PeftModel) -> float:
+    """Norm of the residual, as the base weight stores it."""
+    return layer_of(model).get_base_layer().weight.data.double().norm().item()
 
 
 def run(model: nn.Module, start: Callable[[nn.Module, int], PeftModel], r: int) -> tuple[PeftModel, float]:
@@ -132,7 +130,7 @@ def measure(weight: torch.Tensor, args: argparse.Namespace) -> dict[str, dict[st
                 counter.hold(list(model.parameters()))
                 with counter:
                     adapted, seconds = run(model, start, args.r)
-                errors[name] = error(weight, adapted)
+                errors[name] = error(adapted)
                 peaks[name] = counter.peak - weight.nbytes  # the weight itself is there before
                 if rare:
                     times[name].append(seconds)

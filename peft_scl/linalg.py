@@ -67,7 +67,7 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Products as exact as their dtype, under autocast and TF32 too (which transformers' `TrainingArguments` turns on)."""
     matmul, saved = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    inherited = saved == torch.backends.fp32_precision  # and shall follow the setting for all backends again
+    inherited = saved == torch.backends.fp32_precision  # type: ignore[attr-defined]  # and shall follow the setting for all backends again
     matmul.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
@@ -100,11 +100,13 @@ def _krylov(matrix: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor]:
     captured = torch.zeros_like(total)
     for _ in range(MAX_STEPS):
         block = torch.linalg.qr(image.T).Q.T @ matrix.T
-        # orthogonal to the basis, again and again, as each time leaves the rounding errors of what it takes away
         block, _ = _orthonormal(block - (block @ basis.T) @ basis)
-        for _ in range(2):
+        while True:  # again, as the rounding errors of what was taken away are left
             block, sizes = _orthonormal(block - (block @ basis.T) @ basis)
-            block = block[sizes > 0.5]  # the others were rounding errors within the basis, which is complete there
+            outside = sizes > 0.5
+            if outside.all():
+                break
+            block = block[outside]  # the others were nothing but rounding errors: the basis is complete there
         image = block @ matrix
         basis, images = torch.cat([basis, block]), torch.cat([images, image.to(images)])
         old = len(gram)
