@@ -67,7 +67,8 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Products as exact as their dtype, under autocast and TF32 too (which transformers' `TrainingArguments` turns on)."""
     matmul, saved = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
-    inherited = saved == torch.backends.fp32_precision  # type: ignore[attr-defined]  # and shall follow the setting for all backends again
+    # if it follows the setting for all backends, it shall do so again
+    inherited = saved == torch.backends.fp32_precision  # type: ignore[attr-defined]
     matmul.fp32_precision = "ieee"
     try:
         with torch.autocast(device.type, enabled=False):
