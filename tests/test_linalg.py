@@ -119,8 +119,8 @@ def test_the_retained_subspace_is_that_of_lapack_where_there_is_a_gap(r):
         vectors, images = solve(weight, r)
         rows = torch.linalg.qr(images.T).Q
         # the largest sine of an angle between the spaces
-        assert torch.linalg.matrix_norm(vectors.T - left[:, :r] @ (left[:, :r].T @ vectors.T), 2) < 1e-4
-        assert torch.linalg.matrix_norm(rows - right[:r].T @ (right[:r] @ rows), 2) < 1e-4
+        assert torch.linalg.matrix_norm(vectors.T - left[:, :r] @ (left[:, :r].T @ vectors.T), 2) < 1e-3
+        assert torch.linalg.matrix_norm(rows - right[:r].T @ (right[:r] @ rows), 2) < 1e-3
 
 
 def test_well_separated_triplets_are_those_of_lapack():
