@@ -34,11 +34,13 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
     `weight` on `r` orthonormal vectors. Its distance to `weight` is within 1.001 of the least that rank `r` allows, or, where
     the weight is that close to rank `r`, below 1e-6 of the norm of `weight`.
 
-    The random start has a generator of its own, on the CPU, with a fixed seed, TF32 and autocast are off inside, and the signs are fixed: the entry of largest
-    magnitude of each left vector is positive (the first of those within 1e-4 of it, so that rounding does not decide
-    between ties). Hence machines agree on a singular vector as far as rounding determines it: to about 1e-6 over its gap to
-    the neighbouring singular values, relative to the largest value. Within a cluster of equal values only the spanned space is
-    determined. Triplets beyond the rank of `weight` have values of zero, up to rounding, and finite vectors without a meaning.
+    The random start has a generator of its own, on the CPU, with a fixed seed, TF32 and autocast are off inside, and the signs
+    are fixed: the entry of largest magnitude of each left vector is positive (the first of those within 1e-4 of it, so that
+    rounding does not decide between ties). Hence machines agree on a singular vector as far as rounding determines it: to
+    about 1e-6 over its gap to the neighbouring singular values, relative to the largest value. Within a cluster of equal
+    values only the spanned space is determined. Should rounding change after which step the iteration stops, results differ
+    by what is left of its error, so send the factors where they must be equal. Triplets beyond the rank of `weight` have
+    values of zero, up to rounding, and finite vectors without a meaning.
 
     Args:
         weight (`torch.Tensor`):
