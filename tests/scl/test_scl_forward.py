@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_scl import SclConfig
-from peft_scl.linalg import truncated_svd
 
 
 BOTTLENECKS = [{"r": 4, "variant": "bottleneck", "train_down_proj": delta} for delta in ("none", "low_rank", "full")]
@@ -298,48 +297,6 @@ def test_compress_does_not_compute_the_projection_it_replaces():
     (layer,) = scl_layers(model)
     layer.get_base_layer().weight.data.fill_(float("nan"))
     assert layer(torch.randn(3, M, dtype=torch.float64)).isfinite().all()
-
-
-@pytest.mark.parametrize("shape", [(9, 31), (31, 9), (16, 16), (1, 5), (5, 1)], ids=str)
-def test_truncated_svd_against_lapack(shape):
-    torch.manual_seed(0)
-    matrix = torch.randn(shape, dtype=torch.float64)
-    reference_left, reference_values, reference_right = torch.linalg.svd(matrix, full_matrices=False)
-    for r in {1, min(2, *shape), min(shape)}:
-        left, values, right = truncated_svd(matrix, r)
-        torch.testing.assert_close(values, reference_values[:r])
-        best = (reference_left[:, :r] * reference_values[:r]) @ reference_right[:r]
-        torch.testing.assert_close((left * values) @ right, best)
-        torch.testing.assert_close(left.T @ left, torch.eye(r, dtype=torch.float64))
-        torch.testing.assert_close(right @ right.T, torch.eye(r, dtype=torch.float64))
-        assert (left.gather(0, left.abs().argmax(dim=0, keepdim=True)) > 0).all()
-
-
-@pytest.mark.parametrize("shape", [(9, 31), (31, 9)], ids=str)
-def test_truncated_svd_of_a_rank_deficient_matrix(shape):
-    torch.manual_seed(0)
-    n, m = shape
-    matrix = torch.randn(n, 3, dtype=torch.float64) @ torch.randn(3, m, dtype=torch.float64)
-    for r in (3, 5, 9):
-        left, values, right = truncated_svd(matrix, r)
-        assert all(part.isfinite().all() for part in (left, values, right))
-        assert (values[3:] < 1e-6 * values[0]).all()
-        torch.testing.assert_close((left * values) @ right, matrix, rtol=1e-9, atol=1e-9)
-    zero = truncated_svd(torch.zeros(shape), 2)
-    assert all(part.isfinite().all() for part in zero)
-    assert not ((zero[0] * zero[1]) @ zero[2]).any()
-
-
-def test_truncated_svd_is_repeatable_and_fixes_signs_and_dtypes():
-    torch.manual_seed(0)
-    matrix = torch.randn(20, 30)
-    first, again = truncated_svd(matrix, 5), truncated_svd(matrix.clone(), 5)
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
-    assert {part.dtype for part in first} == {torch.float32}
-    assert {part.dtype for part in truncated_svd(matrix.bfloat16(), 5)} == {torch.float32}
-    assert {part.dtype for part in truncated_svd(matrix.double(), 5)} == {torch.float64}
-    # the sign goes into the right vectors
-    torch.testing.assert_close(truncated_svd(-matrix, 5)[0], first[0])
 
 
 def test_parameter_counts():
