@@ -19,6 +19,8 @@ TOLERANCE = 1e-4
 MAX_STEPS = 16  # Gaussian entries, the slowest spectrum, take up to 10
 # Below this many rows per column of the start, the dense eigenproblem is as fast as the basis that all steps together build.
 ROWS_PER_COLUMN = 12
+# Up to this size the dense eigenproblem takes milliseconds, and its subspace is exact however small the gap is.
+DENSE_ROWS = 512
 # A magnitude this close to the largest counts as equal to it when a sign is chosen.
 SIGN_TIE = 1e-4
 
@@ -29,7 +31,7 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
 
     Large matrices go through a randomised block Krylov iteration ([Musco and Musco,
     2015](https://huggingface.co/papers/1504.05477); [Halko et al., 2011](https://huggingface.co/papers/0909.4061)) with
-    products in float32 and small problems in float64, small ones (fewer than `12 (r + 8)` rows or columns) through the
+    products in float32 and small problems in float64, small ones (fewer than `12 (r + 8)` rows or columns, or up to 512) through the
     eigenvectors of their smaller Gram matrix in float64. Either way `left @ diag(values) @ right` is the projection of
     `weight` on `r` orthonormal vectors. Its distance to `weight` is within 1.001 of the least that rank `r` allows, or, where
     the weight is that close to rank `r`, below 1e-6 of the norm of `weight`.
@@ -56,7 +58,8 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
     dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     tall = matrix.shape[0] > matrix.shape[1]
     matrix = matrix.T if tall else matrix
-    dense = matrix.shape[0] < ROWS_PER_COLUMN * (r + OVERSAMPLING)
+    rows = matrix.shape[0]
+    dense = rows <= DENSE_ROWS or rows < ROWS_PER_COLUMN * (r + OVERSAMPLING)
     with _full_precision(matrix.device):
         vectors, images = _dense(matrix, r) if dense else _krylov(matrix.to(dtype), r)
     values = images.norm(dim=1)

@@ -32,6 +32,12 @@ SPECTRA = {
 WEIGHTS = [*SPECTRA, "gaussian", "zero", "few rows", "few columns", "corner", "diagonal"]
 
 
+@pytest.fixture(autouse=True)
+def no_exact_path_for_small_matrices(monkeypatch):
+    # the iteration is for large weights; here it is tried on some that LAPACK takes apart in milliseconds
+    monkeypatch.setattr(linalg, "DENSE_ROWS", 0)
+
+
 def orthonormal(n: int, k: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(n, k, dtype=torch.float64, generator=generator)).Q
@@ -131,6 +137,16 @@ def test_well_separated_triplets_are_those_of_lapack():
     torch.testing.assert_close(values.double(), reference_values[:8], rtol=1e-5, atol=0)
     torch.testing.assert_close(left.double(), reference_left[:, :8] * signs, rtol=0, atol=1e-4)
     torch.testing.assert_close(right.double(), reference_right[:8] * signs[:, None], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["slow decay", "decay", "gaussian"])
+def test_weights_of_up_to_512_rows_have_the_exact_subspace(name, monkeypatch):
+    monkeypatch.setattr(linalg, "DENSE_ROWS", 512)
+    weight = make(name)
+    left = truncated_svd(weight, 16)[0]
+    reference = torch.linalg.svd(weight).U[:, :16]
+    sine = torch.linalg.matrix_norm(left - reference @ (reference.T @ left), ord=2)
+    assert sine < 1e-10
 
 
 @pytest.mark.parametrize("shape", [(9, 31), (31, 9), (16, 16), (1, 5), (5, 1)], ids=str)
