@@ -183,9 +183,8 @@ def _curve(record: dict[str, Any]) -> list[str]:
     keys = list(dict.fromkeys(key for metrics in evaluations.values() for key in metrics))
     if not keys:
         return []
-    cells = {
-        round: (f"{metrics[key]:.4f}" if key in metrics else "-" for key in keys)
+    rows = [
+        " | ".join([str(round), *(f"{metrics[key]:.4f}" if key in metrics else "-" for key in keys)])
         for round, metrics in evaluations.items()
-    }
-    rows = [f"| {round} | {' | '.join(row)} |" for round, row in cells.items()]
-    return [f"| round | {' | '.join(keys)} |", "|---" * (1 + len(keys)) + "|", *rows]
+    ]
+    return [f"| round | {' | '.join(keys)} |", "|---" * (1 + len(keys)) + "|", *(f"| {row} |" for row in rows)]

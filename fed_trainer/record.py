@@ -75,7 +75,7 @@ def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:
         number: {
             key: metrics[key]
             for key in sorted(metrics, key=lambda key: not key.endswith("loss"))
-            if isinstance(metrics[key], (int, float)) and not key.endswith(_SPEED)
+            if key.startswith("eval_") and not key.endswith(_SPEED) and isinstance(metrics[key], (int, float))
         }
         for number, metrics in evaluations.items()
         if metrics is not None

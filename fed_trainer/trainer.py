@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,7 +237,8 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         if isinstance(model, PeftModel):
             raise ValueError("`model` is a `PeftModel` already, but a `peft_config` was given too. Give one of them.")
         set_seed(self.args.seed)  # adapters start at random
-        return {"model": get_peft_model(model, peft_config)}
+        # a copy: for a classifier PEFT adds the head to `modules_to_save` of the config, each time it gets it
+        return {"model": get_peft_model(model, copy.deepcopy(peft_config))}
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         """Tokenise one client's data; the base trainer's own preparation, where it has one."""

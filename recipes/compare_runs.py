@@ -32,7 +32,8 @@ def main() -> None:
 
     curves = {
         name: [
-            {round: metrics[arguments.metric] for round, metrics in held_out_metrics(record).items()} for record in records
+            {round: metrics[arguments.metric] for round, metrics in held_out_metrics(record).items()}
+            for record in records
         ]
         for name, records in columns.items()
     }

@@ -58,7 +58,7 @@ class RecipeArguments:
         max_length (`int`, *optional*, defaults to `128`):
             Longer texts are cut to so many tokens.
         max_eval_samples (`int`, *optional*):
-            Evaluate on the first so many test rows only.
+            Evaluate on so many test rows only, drawn with `seed`: test splits are often sorted by class.
         partition_method (`str`, *optional*, defaults to `"dirichlet"`):
             How the training split becomes clients: `"dirichlet"`, `"pathological"` or `"iid"`, see `fed_trainer.partition`.
         num_clients (`int`, *optional*, defaults to `10`):
@@ -224,7 +224,7 @@ def main() -> None:
     clients, args.partition = split(data["train"], recipe, args.seed)
     test = data["test"]
     if recipe.max_eval_samples is not None:
-        test = test.select(range(min(recipe.max_eval_samples, len(test))))
+        test = test.shuffle(seed=args.seed).select(range(min(recipe.max_eval_samples, len(test))))
 
     trainer = FederatedTaskTrainer(
         model=make_model(recipe, classes, args.seed),
