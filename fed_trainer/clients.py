@@ -152,7 +152,7 @@ def check_model_columns(clients: dict[str, Dataset], inputs: set[str], model: st
     for name, dataset in clients.items():
         if not (inputs - {"labels"}) & set(dataset.column_names):
             raise ValueError(
-                f"{kind} {name!r} has the columns {sorted(dataset.column_names)}, none of which is an input of {model}. Tokenise "
+                f"{kind} {name!r} has the columns {sorted(dataset.column_names)}, none of which is an input of {model}. Tokenise (or process) "
                 "first, as for `Trainer`: `dataset.map(lambda rows: tokenizer(rows['text'], truncation=True), batched=True)`. "
                 "If your collator does it, set `remove_unused_columns=False`."
             )

@@ -63,6 +63,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
 
     _config_class = FederatedConfig
     args: FederatedConfig
+    model: PeftModel
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         if peft_config is None and not isinstance(model, PeftModel):

@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
@@ -120,7 +121,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         self._prepared_clients: dict[str, Dataset] = {}
         self._keep_prepared(first, self.train_dataset)  # `super().__init__` has tokenised it
         self._live_adapter = LiveAdapter(self.model) if isinstance(self.model, PeftModel) else LiveModel(self.model)
-        self._refuse_untracked_parameters()
+        self._refuse_what_would_leak()
         if adapter_folder is not None:
             self._start_from(adapter_folder)
         self._global_state = self._live_adapter.read()
@@ -368,7 +369,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
     # Refusals
 
-    def _refuse_untracked_parameters(self) -> None:
+    def _refuse_what_would_leak(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError(
                 f"Nothing is trainable in the `{'PeftModel' if isinstance(self.model, PeftModel) else type(self.model).__name__}` "
@@ -381,6 +382,19 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
             raise ValueError(
                 f"{len(stray)} parameters are trainable but not part of the adapter (the first: {stray[0]}): they would "
                 "leak from one client to the next. Freeze them, or name their modules in `modules_to_save`."
+            )
+        statistics = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm)
+            and module.running_mean is not None
+            and id(module.running_mean) not in tracked
+            and "original_module" not in name.split(".")
+        ]
+        if statistics:
+            raise ValueError(
+                f"Training updates the running statistics of {statistics[0]}, which is not part of the adapter: they would leak "
+                "from one client to the next, and would not be saved. Name it in `modules_to_save`."
             )
 
     def _start_from(self, folder: Path) -> None:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
     Trainer,
@@ -76,13 +77,23 @@ def accuracy(prediction):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(output="out", model=None, peft_config=None, clients=None, callbacks=None, eval_dataset=None, **settings):
+    def make(
+        output="out",
+        model=None,
+        peft_config=None,
+        clients=None,
+        callbacks=None,
+        eval_dataset=None,
+        data_collator=None,
+        **settings,
+    ):
         args = FederatedTaskConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
         return FederatedTaskTrainer(
             model=model if model is not None else bert(),
             args=args,
             train_dataset=clients or {f"client_{client}": rows_of(client) for client in range(3)},
             eval_dataset=eval_dataset if eval_dataset is not None else rows_of(4, 12),
+            data_collator=data_collator,
             compute_metrics=accuracy,
             peft_config=peft_config,
             callbacks=callbacks,
@@ -232,6 +243,50 @@ def test_the_example_in_the_card_loads_what_was_trained(make_trainer, tmp_path, 
     assert card.data.library_name == ("transformers" if peft_config is None else "peft")
 
 
+def test_a_whole_model_is_published(make_trainer, hub):
+    trainer = make_trainer(push_to_hub=True, hub_model_id="user/classifier", num_rounds=1)
+    trainer.train()
+    _, title, files = hub.commits("user/classifier")[-1]
+    assert title == "Round 1, end of training"
+    published = {
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "federation.json",
+        "model.safetensors",
+        "trainer_state.json",
+    }
+    assert files.keys() == published
+    loaded = AutoModelForSequenceClassification.from_pretrained("user/classifier")
+    assert same(loaded.state_dict(), {key: tensor.cpu() for key, tensor in trainer.model.state_dict().items()})
+
+
+def test_running_statistics_outside_the_adapter_are_refused(make_trainer):
+    class Normed(BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.norm = torch.nn.BatchNorm1d(4)
+
+    with pytest.raises(ValueError, match="Training updates the running statistics of base_model.model.norm"):
+        make_trainer(model=Normed(bert().config), peft_config=LORA)
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["norm"], task_type="SEQ_CLS")
+    trainer = make_trainer(model=Normed(bert().config), peft_config=config)
+    assert "base_model.model.norm.running_mean" in trainer._global_state
+
+
+def test_a_collator_may_tokenise(make_trainer):
+    def collate(rows):
+        tokens = torch.tensor([[ord(letter) - 97 for letter in row["text"]] for row in rows])
+        return {"input_ids": tokens, "labels": torch.tensor([row["label"] for row in rows])}
+
+    raw = Dataset.from_dict({"text": ["abcd", "dcba"] * 4, "label": [0, 1] * 4})
+    trainer = make_trainer(
+        clients={"a": raw}, eval_dataset=raw, num_rounds=1, remove_unused_columns=False, data_collator=collate
+    )
+    trainer.train()
+    assert trainer._record["rounds"][0]["eval"]["eval_accuracy"] >= 0.5
+
+
 def test_a_plain_run_is_not_resumed_with_other_parameters_trained(make_trainer):
     make_trainer(model=bert(BIASES), num_rounds=1).train()
     with pytest.raises(ValueError, match="belongs to another run .*num_trainable_parameters: "):
@@ -294,7 +349,9 @@ def test_refusals_before_training(make_trainer, tmp_path):
         ValueError, match=r"Client 'a' has the columns \['label', 'text'\], none of which is an input of Bert"
     ):
         make_trainer(clients={"a": raw})
-    with pytest.raises(ValueError, match="Held-out set 'eval_dataset' has the columns .* Tokenise first"):
+    with pytest.raises(
+        ValueError, match=r"Held-out set 'eval_dataset' has the columns .* Tokenise \(or process\) first"
+    ):
         make_trainer(eval_dataset=raw)
     with pytest.raises(ValueError, match=r"but client 'a' has .* Give all clients the same columns"):
         make_trainer(clients={"a": rows_of(0), "b": rows_of(1).remove_columns("label")})
