@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+import peft_scl
 from fed_trainer import FederatedConfig, FederatedMixin, FederatedTaskConfig, FederatedTaskTrainer
 from fed_trainer.clients import client_seed
 from fed_trainer.live_model import LiveModel
@@ -41,6 +42,9 @@ LOCAL = {
 }
 LORA = LoraConfig(r=4, lora_dropout=0.1, target_modules=["query", "value"], task_type="SEQ_CLS")
 SCL = SclConfig(r=4, task_type="SEQ_CLS")
+HAS_FEDERA = hasattr(peft_scl, "FederaConfig")
+FEDERA = peft_scl.FederaConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS") if HAS_FEDERA else None
+federa = pytest.mark.skipif(not HAS_FEDERA, reason="peft_scl has no FederaConfig")
 
 
 def bert(trained=""):
@@ -174,8 +178,8 @@ def test_metrics_reach_the_log_the_record_the_report_and_the_card(make_trainer, 
 
 @pytest.mark.parametrize(
     ("peft_config", "trained"),
-    [(LORA, ""), (SCL, ""), (None, ""), (None, BIASES)],
-    ids=["lora", "scl", "full", "bitfit"],
+    [(LORA, ""), (SCL, ""), pytest.param(FEDERA, "", marks=federa), (None, ""), (None, BIASES)],
+    ids=["lora", "scl", "federa", "full", "bitfit"],
 )
 def test_a_run_that_died_resumes_to_the_same_model(make_trainer, tmp_path, peft_config, trained):
     class Dies(TrainerCallback):
