@@ -128,7 +128,7 @@ def model_card(
     )
     base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
     loader = LOADERS.get(task_type or "", "AutoPeftModel") if method else model_class
-    # the base model is loaded without a head that has been trained, so its size is not known
+    # the config of the base model knows nothing of the head that was trained
     labels = f", num_labels={num_labels}" if task_type in ("SEQ_CLS", "TOKEN_CLS") and num_labels is not None else ""
     rounds = record["rounds"]
     paper = (

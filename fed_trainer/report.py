@@ -129,9 +129,7 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     axes.set_ylabel("loss")
     for panel in panels:
         _finish_axes(panel)
-    if 1 + len(keys) <= MAX_INNER_LEGEND or (
-        other_keys and max(1 + len(loss_keys), len(other_keys)) <= MAX_INNER_LEGEND
-    ):
+    if max(1 + len(loss_keys), len(other_keys)) <= MAX_INNER_LEGEND:
         for panel in panels:
             panel.legend(frameon=False)
     else:

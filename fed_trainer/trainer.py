@@ -371,10 +371,14 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
     def _refuse_what_would_leak(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            if not isinstance(self.model, PeftModel):
+                raise ValueError(
+                    f"No parameter of the `{type(self.model).__name__}` that was given requires gradients. Give a `peft_config`, "
+                    "or set `requires_grad` where it is to be trained."
+                )
             raise ValueError(
-                f"Nothing is trainable in the `{'PeftModel' if isinstance(self.model, PeftModel) else type(self.model).__name__}` "
-                "that was given. `PeftModel.from_pretrained` freezes the adapter: pass `is_trainable=True` to it, or leave the "
-                "loading to `initial_adapter`."
+                "Nothing is trainable in the `PeftModel` that was given. `PeftModel.from_pretrained` freezes the adapter: pass "
+                "`is_trainable=True` to it, or leave the loading to `initial_adapter`."
             )
         tracked = self._live_adapter.tensor_ids
         stray = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in tracked]

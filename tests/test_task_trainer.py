@@ -363,7 +363,7 @@ def test_refusals_before_training(make_trainer, tmp_path):
         make_trainer(model="some/model", remove_unused_columns=False)
     with pytest.raises(ValueError, match="is a `PeftModel` already, but a `peft_config` was given too"):
         make_trainer(model=get_peft_model(bert(), deepcopy(LORA)), peft_config=LORA)
-    with pytest.raises(ValueError, match="Nothing is trainable in the `BertForSequenceClassification`"):
+    with pytest.raises(ValueError, match="No parameter of the `BertForSequenceClassification` .* requires gradients"):
         make_trainer(model=bert("^nothing$"))
     with pytest.raises(ValueError, match="Client 'a' has 3 examples, fewer than one local batch of 4"):
         make_trainer(clients={"a": rows_of(0, 3)})
