@@ -3,7 +3,7 @@
 """Federated fine-tuning of adapters with the trainers of TRL and transformers."""
 
 from .aggregation import ClientUpdate
-from .config import FederatedConfig
+from .config import FederatedConfig, FederatedTaskConfig
 from .partition import (
     dirichlet_partition,
     iid_partition,
@@ -13,13 +13,17 @@ from .partition import (
     pathological_partition,
     quantity_skew_partition,
 )
-from .trainer import FederatedMixin, FederatedTrainer
+from .sft_trainer import FederatedTrainer
+from .task_trainer import FederatedTaskTrainer
+from .trainer import FederatedMixin
 
 
 __all__ = [
     "ClientUpdate",
     "FederatedConfig",
     "FederatedMixin",
+    "FederatedTaskConfig",
+    "FederatedTaskTrainer",
     "FederatedTrainer",
     "dirichlet_partition",
     "iid_partition",

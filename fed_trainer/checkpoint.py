@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .adapter_state import AdapterState
+from .live_model import MODEL_WEIGHTS
 from .record import RECORD_NAME, read_record
 
 
 __all__ = [
+    "ADAPTER_WEIGHTS",
     "find_checkpoint",
     "load_adapter",
     "refuse_another_run",
@@ -66,9 +68,11 @@ def rotate_checkpoints(output_dir: str | os.PathLike, save_total_limit: int | No
         shutil.rmtree(folder)
 
 
-def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str | bool) -> Path:
+def find_checkpoint(
+    output_dir: str | os.PathLike, resume_from_checkpoint: str | bool, weights: str = ADAPTER_WEIGHTS
+) -> Path:
     """
-    The folder that `train(resume_from_checkpoint=...)` means.
+    The folder that `train(resume_from_checkpoint=...)` means; one that is given has to hold the file `weights`.
 
     Raises:
         ValueError: If there is no checkpoint in `output_dir` (`True`), or the given folder is not one.
@@ -82,9 +86,9 @@ def find_checkpoint(output_dir: str | os.PathLike, resume_from_checkpoint: str |
             )
         return Path(last)
     folder = Path(str(resume_from_checkpoint))
-    if not (folder / ADAPTER_WEIGHTS).is_file():
+    if not (folder / weights).is_file():
         raise ValueError(
-            f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {ADAPTER_WEIGHTS}. Pass a `checkpoint-<round>` "
+            f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
             "folder of a federation, or `True` for the last one in `output_dir`."
         )
     return folder
@@ -117,9 +121,8 @@ def refuse_another_run(output_dir: str | os.PathLike) -> None:
     way_on = "Continue it with `train(resume_from_checkpoint=True)`, choose"
     if not found:  # a run that ended before its first checkpoint, or an adapter saved without one
         way_on = "Choose"
-        if (Path(output_dir) / ADAPTER_WEIGHTS).is_file():
-            found = [ADAPTER_WEIGHTS]
-        elif read_record(output_dir).get("rounds"):
+        found = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if (Path(output_dir) / name).is_file()]
+        if not found and read_record(output_dir).get("rounds"):
             found = [RECORD_NAME]
     if found:
         raise FileExistsError(

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from .config import FederatedConfig
+from .config import FederationArguments, joins_examples
 
 
-__all__ = ["ClientSampler", "check_clients", "check_sft_columns", "client_seed", "local_batch"]
+__all__ = ["ClientSampler", "check_clients", "check_model_columns", "check_sft_columns", "client_seed", "local_batch"]
 
 
 class ClientSampler:
@@ -59,12 +59,12 @@ def client_seed(seed: int, round: int, client: str) -> int:
     return int(np.random.SeedSequence([seed, round, zlib.crc32(client.encode())]).generate_state(1)[0])
 
 
-def local_batch(args: FederatedConfig) -> int:
+def local_batch(args: FederationArguments) -> int:
     """Examples of one optimiser step over all processes."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def check_clients(clients: Any, args: FederatedConfig) -> None:
+def check_clients(clients: Any, args: FederationArguments) -> None:
     """
     Refuse clients that no local round could train.
 
@@ -100,7 +100,7 @@ def check_clients(clients: Any, args: FederatedConfig) -> None:
                 f"Client {name!r} has no examples, so it has nothing to train on. Leave it out, or split with a larger "
                 "`min_examples`."
             )
-        if len(dataset) < batch and not args.packing:
+        if len(dataset) < batch and not joins_examples(args):
             raise ValueError(
                 f"Client {name!r} has {len(dataset)} examples, fewer than one local batch of {batch} "
                 f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
@@ -121,7 +121,6 @@ def check_sft_columns(clients: dict[str, Dataset], text_field: str, kind: str = 
         ValueError: Naming the client and its columns.
     """
     formats = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {text_field})
-    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
     for name, dataset in clients.items():
         columns = set(dataset.column_names)
         if not any(needed <= columns for needed in formats):
@@ -130,6 +129,40 @@ def check_sft_columns(clients: dict[str, Dataset], text_field: str, kind: str = 
                 f"'completion', 'messages', or the text column {text_field!r}. Rename its columns, or set "
                 "`dataset_text_field`."
             )
+    _refuse_different_columns(clients)
+
+
+def check_model_columns(clients: dict[str, Dataset], inputs: set[str], model: str, kind: str = "Client") -> None:
+    """
+    Refuse clients of which [`~transformers.Trainer`] would pass nothing but labels to the model, or that differ in columns.
+
+    Args:
+        clients (`dict[str, Dataset]`):
+            Data by client.
+        inputs (`set[str]`):
+            Names of the arguments of the model's `forward`.
+        model (`str`):
+            Class of the model, for the message.
+        kind (`str`, *optional*, defaults to `"Client"`):
+            What the names are names of.
+
+    Raises:
+        ValueError: Naming the client and its columns.
+    """
+    for name, dataset in clients.items():
+        if not (inputs - {"labels"}) & set(dataset.column_names):
+            raise ValueError(
+                f"{kind} {name!r} has the columns {sorted(dataset.column_names)}, none of which is an input of {model}. Tokenise (or process) "
+                "first, as for `Trainer`: `dataset.map(lambda rows: tokenizer(rows['text'], truncation=True), batched=True)`. "
+                "If your collator does it, set `remove_unused_columns=False`."
+            )
+    _refuse_different_columns(clients)
+
+
+def _refuse_different_columns(clients: dict[str, Dataset]) -> None:
+    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
+    for name, dataset in clients.items():
+        columns = set(dataset.column_names)
         if columns != reference:
             raise ValueError(
                 f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "

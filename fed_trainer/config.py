@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import get_scheduler
+from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
@@ -12,62 +13,20 @@ from trl import SFTConfig
 from .aggregation import AGGREGATIONS
 
 
-__all__ = ["FederatedConfig", "round_lr_factors"]
+__all__ = ["FederatedConfig", "FederatedTaskConfig", "FederationArguments", "joins_examples", "round_lr_factors"]
+
+if TYPE_CHECKING:
+    _Arguments = TrainingArguments
+else:  # as a base it would bring its defaults, over those of `SFTConfig`
+    _Arguments = object
 
 
 @dataclass
-class FederatedConfig(SFTConfig):
+class FederationArguments(_Arguments):
     """
-    Configuration of a [`FederatedTrainer`]: every field of [`~trl.SFTConfig`], plus what a federation adds.
+    What a federation adds to any [`~transformers.TrainingArguments`]: `class MyConfig(FederationArguments, SomeConfig)`.
 
-    The inherited fields keep their names and describe the *local* work of one client in one round: `max_steps` or
-    `num_train_epochs` is the budget per client and round, `per_device_train_batch_size` and
-    `gradient_accumulation_steps` the local batch, `learning_rate` and `lr_scheduler_type` the local optimiser, which
-    starts afresh in every local round. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
-    whole run.
-
-    Parameters:
-        > Parameters that control the federation
-
-        num_rounds (`int`, *optional*, defaults to `10`):
-            Number of communication rounds.
-        clients_per_round (`int` or `float`, *optional*):
-            Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of clients
-            (`1` or more), or a fraction of all clients (below `1`). All clients if not given.
-        aggregation (`str`, *optional*, defaults to `"fedavg"`):
-            How client updates become the next global adapter. `"fedavg"`: mean weighted by the clients' numbers of
-            examples (McMahan et al., 2017).
-        round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
-            Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
-            arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times
-            the factor of step `t - 1` of `T`.
-        initial_adapter (`str`, *optional*):
-            Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings its
-            own PEFT config.
-        initial_adapter_revision (`str`, *optional*):
-            Branch, tag or commit of `initial_adapter` on the Hub.
-
-        > Parameters that control evaluation and saving
-
-        eval_rounds (`int`, *optional*, defaults to `1`):
-            Evaluate the global adapter on `eval_dataset` every so many rounds, and always after round `num_rounds`.
-        save_rounds (`int`, *optional*, defaults to `1`):
-            Write a checkpoint (`checkpoint-<round>`) every so many rounds, and always after the last.
-
-        > Parameters that describe the run
-
-        partition (`str`, *optional*):
-            How the data was split into clients, in words (`"dirichlet(alpha=0.1) over category"`), for the record and the
-            model card.
-        label_column (`str`, *optional*):
-            Column whose values are counted per client for the record and the heat map of the split. Nothing is counted
-            if not given: such counts leave the clients.
-
-    > [!NOTE]
-    > These parameters have default values different from [`~trl.SFTConfig`]:
-    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`, which would fall to zero within every round.
-    > - `eval_on_start`: Defaults to `True` instead of `False`: a curve over rounds starts before the first.
-    > - `bf16`: Defaults to `True` only where an accelerator supports it.
+    The fields are explained in [`FederatedConfig`].
     """
 
     lr_scheduler_type: str = field(
@@ -157,7 +116,79 @@ class FederatedConfig(SFTConfig):
             )
 
 
-def round_lr_factors(args: FederatedConfig) -> list[float]:
+@dataclass
+class FederatedConfig(FederationArguments, SFTConfig):
+    """
+    Configuration of a [`FederatedTrainer`]: every field of [`~trl.SFTConfig`], plus what a federation adds.
+
+    The inherited fields keep their names and describe the *local* work of one client in one round: `max_steps` or
+    `num_train_epochs` is the budget per client and round, `per_device_train_batch_size` and
+    `gradient_accumulation_steps` the local batch, `learning_rate` and `lr_scheduler_type` the local optimiser, which
+    starts afresh in every local round. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
+    whole run.
+
+    Parameters:
+        > Parameters that control the federation
+
+        num_rounds (`int`, *optional*, defaults to `10`):
+            Number of communication rounds.
+        clients_per_round (`int` or `float`, *optional*):
+            Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of clients
+            (`1` or more), or a fraction of all clients (below `1`). All clients if not given.
+        aggregation (`str`, *optional*, defaults to `"fedavg"`):
+            How client updates become the next global adapter. `"fedavg"`: mean weighted by the clients' numbers of
+            examples (McMahan et al., 2017).
+        round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
+            arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times
+            the factor of step `t - 1` of `T`.
+        initial_adapter (`str`, *optional*):
+            Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings its
+            own PEFT config.
+        initial_adapter_revision (`str`, *optional*):
+            Branch, tag or commit of `initial_adapter` on the Hub.
+
+        > Parameters that control evaluation and saving
+
+        eval_rounds (`int`, *optional*, defaults to `1`):
+            Evaluate the global adapter on `eval_dataset` every so many rounds, and always after round `num_rounds`.
+        save_rounds (`int`, *optional*, defaults to `1`):
+            Write a checkpoint (`checkpoint-<round>`) every so many rounds, and always after the last.
+
+        > Parameters that describe the run
+
+        partition (`str`, *optional*):
+            How the data was split into clients, in words (`"dirichlet(alpha=0.1) over category"`), for the record and the
+            model card.
+        label_column (`str`, *optional*):
+            Column whose values are counted per client for the record and the heat map of the split. Nothing is counted
+            if not given: such counts leave the clients.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.SFTConfig`]:
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`, which would fall to zero within every round.
+    > - `eval_on_start`: Defaults to `True` instead of `False`: a curve over rounds starts before the first.
+    > - `bf16`: Defaults to `True` only where an accelerator supports it.
+    """
+
+
+@dataclass
+class FederatedTaskConfig(FederationArguments, TrainingArguments):
+    """
+    Configuration of a [`FederatedTaskTrainer`]: every field of [`~transformers.TrainingArguments`], plus what a federation
+    adds.
+
+    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type` and `eval_on_start`
+    are those of [`FederatedConfig`]. `bf16` keeps its default, `False`.
+    """
+
+
+def joins_examples(args: FederationArguments) -> bool:
+    """Whether a training sequence holds several examples: the packing of [`~trl.SFTTrainer`]."""
+    return isinstance(args, SFTConfig) and args.packing
+
+
+def round_lr_factors(args: FederationArguments) -> list[float]:
     """
     Factor on `learning_rate` in each round, by `round_lr_scheduler_type`.
 

@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapsho
 
 from peft_scl.card import IMPORT_LINE, LOADERS
 
-from .record import held_out_losses
+from .record import held_out_metrics
 
 
 __all__ = ["PUBLISHED_FILES", "fetch_adapter", "model_card", "publish"]
@@ -23,6 +23,7 @@ __all__ = ["PUBLISHED_FILES", "fetch_adapter", "model_card", "publish"]
 # what a run writes, by name: `output_dir` may hold files of the user's too
 PUBLISHED_FILES = [
     "README.md", "adapter_config.json", "adapter_model.safetensors", "federation.json", "trainer_state.json",
+    "config.json", "generation_config.json", "model.safetensors",  # without an adapter
     "added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
 ]  # fmt: skip
 
@@ -86,6 +87,8 @@ def model_card(
     model_name: str | None = None,
     dataset_name: str | None = None,
     tags: list[str] | None = None,
+    model_class: str | None = None,
+    num_labels: int | None = None,
 ) -> ModelCard:
     """
     The model card of a run.
@@ -105,17 +108,28 @@ def model_card(
             Hub id of the dataset, for the metadata.
         tags (`list[str]`, *optional*):
             Further tags.
+        model_class (`str`, *optional*):
+            Class of `transformers` that loads a model trained without an adapter.
+        num_labels (`int`, *optional*):
+            Number of labels of a classifier, which an adapter's example has to name.
     """
-    scl = record["peft_type"] == "SCL"
-    own_tags = ["federated-learning", "fed_trainer", record["peft_type"].lower(), *(["peft_scl"] if scl else [])]
+    method, scl = record["peft_type"], record["peft_type"] == "SCL"
+    own_tags = [
+        "federated-learning",
+        "fed_trainer",
+        *([method.lower()] if method else []),
+        *(["peft_scl"] if scl else []),
+    ]
     data = ModelCardData(
         base_model=base_model_id,
-        library_name="peft",
+        library_name="peft" if method else "transformers",
         datasets=dataset_name,
         tags=own_tags + [tag for tag in tags or [] if tag not in own_tags],
     )
     base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
-    loader = LOADERS.get(task_type or "", "AutoPeftModel")
+    loader = LOADERS.get(task_type or "", "AutoPeftModel") if method else model_class
+    # the config of the base model knows nothing of the head that was trained
+    labels = f", num_labels={num_labels}" if task_type in ("SEQ_CLS", "TOKEN_CLS") and num_labels is not None else ""
     rounds = record["rounds"]
     paper = (
         "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
@@ -125,12 +139,12 @@ def model_card(
     lines = [
         f"# {model_name or (repo_id or 'Federated adapter').split('/')[-1]}",
         "",
-        f"A {record['peft_type']} adapter for {base}, fine-tuned by federated learning with `fed_trainer`.",
+        f"{f'A {method} adapter for {base}' if method else f'{model_class} from {base}'}, fine-tuned by federated learning with `fed_trainer`.",
         "",
         "| | |",
         "|---|---|",
         f"| base model | {base} |",
-        f"| method | {paper if scl else record['peft_type']} |",
+        f"| method | {paper if scl else method or 'fine-tuning without an adapter'} |",
         f"| aggregation | `{record['aggregation']}` |",
         f"| rounds | {len(rounds)} of {record['num_rounds']} |",
         f"| clients | {len(per_client)}, {record['num_sampled']} per round |",
@@ -144,15 +158,15 @@ def model_card(
         "",
         "```python",
         *([IMPORT_LINE] if scl else []),
-        f"from peft import {loader}",
+        f"from {'peft' if method else 'transformers'} import {loader}",
         "",
         "",
-        f'model = {loader}.from_pretrained("{repo_id or "path/to/this/folder"}")',
+        f'model = {loader}.from_pretrained("{repo_id or "path/to/this/folder"}"{labels})',
         "```",
         "",
     ]
     if curve := _curve(record):
-        lines += ["## Held-out loss of the global adapter", "", "| round | eval_loss |", "|---|---|", *curve, ""]
+        lines += [f"## Held-out metrics of the global {'adapter' if method else 'model'}", "", *curve, ""]
     lines += ["The whole record of the run is in `federation.json`.", ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
@@ -165,8 +179,12 @@ def _megabytes(rounds: list[dict[str, Any]]) -> str:
 
 
 def _curve(record: dict[str, Any]) -> list[str]:
-    return [
-        f"| {round} | {losses['eval_loss']:.4f} |"
-        for round, losses in held_out_losses(record).items()
-        if "eval_loss" in losses
+    evaluations = held_out_metrics(record)
+    keys = list(dict.fromkeys(key for metrics in evaluations.values() for key in metrics))
+    if not keys:
+        return []
+    rows = [
+        " | ".join([str(round), *(f"{metrics[key]:.4f}" if key in metrics else "-" for key in keys)])
+        for round, metrics in evaluations.items()
     ]
+    return [f"| round | {' | '.join(keys)} |", "|---" * (1 + len(keys)) + "|", *(f"| {row} |" for row in rows)]

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 
 from .adapter_state import AdapterState, LiveAdapter
+from .live_model import LiveModel
 
 
 __all__ = ["LocalRoundMixin"]
@@ -29,7 +30,7 @@ class LocalRoundMixin(Trainer):
     """
 
     optimizer: torch.optim.Optimizer
-    _live_adapter: LiveAdapter
+    _live_adapter: LiveAdapter | LiveModel
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0
@@ -53,7 +54,7 @@ class LocalRoundMixin(Trainer):
                 Factor on `learning_rate` in this round.
 
         Returns:
-            `tuple`: the trained adapter, and `train_loss` (mean per step, nats per token), `num_steps` and `seconds`.
+            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps` and `seconds`.
         """
         start = time.perf_counter()
         self._live_adapter.write(state)

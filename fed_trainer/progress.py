@@ -36,10 +36,10 @@ class RoundProgress:
                 f"{int(metrics['num_steps']):>5} steps  loss {metrics['train_loss']:.4f}  {metrics['seconds']:.1f} s"
             )
 
-    def round(self, train_loss: float, eval_metrics: dict[str, float] | None) -> None:
-        """The round is over."""
+    def round(self, train_loss: float, eval_metrics: dict[str, float]) -> None:
+        """The round is over; `eval_metrics` are those of [`held_out_metrics`], none if it was not evaluated."""
         shown = {"train_loss": f"{train_loss:.4f}"}
-        shown |= {key: f"{value:.4f}" for key, value in (eval_metrics or {}).items() if key.endswith("loss")}
+        shown |= {key: f"{value:.4f}" for key, value in eval_metrics.items()}
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 

@@ -18,7 +18,7 @@ from transformers import TrainingArguments
 __all__ = [
     "RECORD_NAME",
     "composition",
-    "held_out_losses",
+    "held_out_metrics",
     "local_settings",
     "peft_fields",
     "peft_type_name",
@@ -28,6 +28,9 @@ __all__ = [
 
 
 RECORD_NAME = "federation.json"
+
+# What `Trainer.evaluate` measures of itself rather than of the model.
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "compilation_time", "preparation_time")
 
 _LOCAL_SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
@@ -61,12 +64,19 @@ def local_settings(args: TrainingArguments) -> dict[str, Any]:
     return {name: json.loads(json.dumps(getattr(args, name, None), default=str)) for name in _LOCAL_SETTINGS}
 
 
-def held_out_losses(record: dict[str, Any]) -> dict[int, dict[str, float]]:
-    """The held-out losses by round, 0 before training, of the rounds that were evaluated."""
+def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:
+    """
+    What the evaluations measured by round, 0 before training, of the rounds that were evaluated: the losses first, then the
+    figures of `compute_metrics`, without the speed of the evaluation.
+    """
     evaluations = {0: record["start"]["eval"]}
     evaluations.update({entry["round"]: entry["eval"] for entry in record["rounds"]})
     return {
-        number: {key: value for key, value in metrics.items() if key.endswith("loss")}
+        number: {
+            key: metrics[key]
+            for key in sorted(metrics, key=lambda key: not key.endswith("loss"))
+            if key.startswith("eval_") and not key.endswith(_SPEED) and isinstance(metrics[key], (int, float))
+        }
         for number, metrics in evaluations.items()
         if metrics is not None
     }

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .partition import format_table
-from .record import RECORD_NAME, held_out_losses
+from .record import RECORD_NAME, held_out_metrics
 
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -54,24 +55,25 @@ def round_table(federation: dict[str, Any]) -> str:
 
     Returns:
         `str`: The table, without a line break at the end. Its columns are the round (0 is the evaluation before
-        training), the number of clients that trained, the training loss, the loss on each held-out set, the data sent
+        training), the number of clients that trained, the training loss, the loss and the other metrics on each held-out
+        set, the data sent
         by all clients (up) and to all clients (down) in MB (10^6 bytes), and the seconds the round took. A value that
         was not measured is `-`.
     """
-    evaluations = held_out_losses(federation)
+    evaluations = held_out_metrics(federation)
     # Without an evaluation the column stays, so that the table of every run has one.
-    loss_keys = _loss_keys(evaluations) or ["eval_loss"]
-    header = ["round", "clients", "train loss", *map(_loss_name, loss_keys), "MB up", "MB down", "seconds"]
+    keys = _metric_keys(evaluations) or ["eval_loss"]
+    header = ["round", "clients", "train loss", *map(_metric_name, keys), "MB up", "MB down", "seconds"]
     rows = []
     if 0 in evaluations:
-        rows.append(["0", "-", "-", *_loss_cells(evaluations[0], loss_keys), "-", "-", "-"])
+        rows.append(["0", "-", "-", *_metric_cells(evaluations[0], keys), "-", "-", "-"])
     for entry in federation["rounds"]:
         rows.append(
             [
                 str(entry["round"]),
                 str(len(entry["clients"])),
                 _number(entry["train_loss"], 4),
-                *_loss_cells(evaluations.get(entry["round"], {}), loss_keys),
+                *_metric_cells(evaluations.get(entry["round"], {}), keys),
                 _number(entry["bytes_up"] / 1e6, 3),
                 _number(entry["bytes_down"] / 1e6, 3),
                 _number(sum(entry["seconds"].values()), 1),
@@ -82,7 +84,8 @@ def round_table(federation: dict[str, Any]) -> str:
 
 def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     """
-    Draws the training loss and the loss on each held-out set over the rounds.
+    Draws the training loss and the loss on each held-out set over the rounds, and beside it the other held-out metrics, if
+    there are any.
 
     Args:
         federation (`dict[str, Any]`):
@@ -94,15 +97,16 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
         `ImportError`: If matplotlib is not installed.
         `ValueError`: If the run has neither a finished round nor an evaluation before training.
     """
-    evaluations = held_out_losses(federation)
+    evaluations = held_out_metrics(federation)
     rounds = federation["rounds"]
     if not rounds and not evaluations:
         raise ValueError("The run has no finished round and no evaluation, so there is no curve to draw: train first.")
 
-    figure = _new_figure(8.0, 4.8)
-    from matplotlib.ticker import MaxNLocator
-
-    axes = figure.add_subplot()
+    keys = _metric_keys(evaluations)
+    loss_keys, other_keys = [key for key in keys if _is_loss(key)], [key for key in keys if not _is_loss(key)]
+    figure = _new_figure(14.0 if other_keys else 8.0, 4.8)
+    panels = figure.subplots(1, 2 if other_keys else 1, squeeze=False)[0]
+    axes = panels[0]
     # Points that touch would hide the dashes. They stay visible, since a loss measured once is a point without a line.
     marker_size = 4 if len(rounds) <= MAX_LARGE_POINTS else 2
     if rounds:
@@ -114,23 +118,22 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
             markersize=marker_size,
             label="train loss",
         )
-    loss_keys = _loss_keys(evaluations)
-    for key in loss_keys:
-        points = [(number, losses[key]) for number, losses in evaluations.items() if key in losses]
-        axes.plot(
-            *zip(*points, strict=True), marker="s", markersize=marker_size, linestyle="--", label=_loss_name(key)
+    for key in keys:
+        points = [(number, metrics[key]) for number, metrics in evaluations.items() if key in metrics]
+        panels[0 if _is_loss(key) else -1].plot(
+            *zip(*points, strict=True), marker="s", markersize=marker_size, linestyle="--", label=_metric_name(key)
         )
 
-    axes.set_title(f"{federation['peft_type']}, {federation['aggregation']}, {len(federation['clients'])} clients")
-    axes.set_xlabel("round")
+    method = federation["peft_type"] or "no adapter"
+    axes.set_title(f"{method}, {federation['aggregation']}, {len(federation['clients'])} clients")
     axes.set_ylabel("loss")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    if 1 + len(loss_keys) <= MAX_INNER_LEGEND:
-        axes.legend(frameon=False)
+    for panel in panels:
+        _finish_axes(panel)
+    if max(1 + len(loss_keys), len(other_keys)) <= MAX_INNER_LEGEND:
+        for panel in panels:
+            panel.legend(frameon=False)
     else:
-        figure.set_figheight(4.8 + 0.25 * (len(loss_keys) // 2))
+        figure.set_figheight(4.8 + 0.25 * (len(keys) // 2))
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, format="png", dpi=DPI)
 
@@ -275,18 +278,34 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
     return federation
 
 
-def _loss_keys(evaluations: dict[int, dict[str, float]]) -> list[str]:
-    return list(dict.fromkeys(key for losses in evaluations.values() for key in losses))
+def _metric_keys(evaluations: dict[int, dict[str, float]]) -> list[str]:
+    return list(dict.fromkeys(key for metrics in evaluations.values() for key in metrics))
 
 
-def _loss_name(key: str) -> str:
-    """Returns `eval loss` for `eval_loss`, and `eval medquad loss` for `eval_medquad_loss`."""
-    name = key.removeprefix("eval_").removesuffix("loss").removesuffix("_")
+def _is_loss(key: str) -> bool:
+    return key.endswith("loss")
+
+
+def _metric_name(key: str) -> str:
+    """`eval loss` for `eval_loss`, `eval medquad loss` for `eval_medquad_loss`, `eval macro_f1` for `eval_macro_f1`."""
+    name = key.removeprefix("eval_")
+    if not _is_loss(key):
+        return f"eval {name}"
+    name = name.removesuffix("loss").removesuffix("_")
     return f"eval {name} loss" if name else "eval loss"
 
 
-def _loss_cells(losses: dict[str, float], loss_keys: Sequence[str]) -> list[str]:
-    return [_number(losses.get(key), 4) for key in loss_keys]
+def _metric_cells(metrics: dict[str, float], keys: Sequence[str]) -> list[str]:
+    return [_number(metrics.get(key), 4) for key in keys]
+
+
+def _finish_axes(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("round")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _compositions(federation: dict[str, Any]) -> dict[str, dict[str, int]]:

@@ -12,12 +12,12 @@ import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import PeftConfig, PeftModel
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import get_config_model_id
 
 from .adapter_state import AdapterState, base_digest
 from .clients import ClientSampler
-from .config import FederatedConfig
+from .config import FederationArguments
 from .hub import model_card, publish
 from .record import RECORD_NAME, composition, local_settings, peft_fields, peft_type_name, write_json
 
@@ -28,8 +28,8 @@ __all__ = ["RunFilesMixin"]
 class RunFilesMixin(Trainer):
     """Saving, model card, record and publishing of a federation; files are safetensors, JSON and Markdown only."""
 
-    args: FederatedConfig
-    model: PeftModel
+    args: FederationArguments
+    model: PeftModel | PreTrainedModel
     sampler: ClientSampler
     hub_model_id: Any  # `None` until the repository exists
     _folder: Path
@@ -98,14 +98,17 @@ class RunFilesMixin(Trainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
     ) -> ModelCard:
         base = get_config_model_id(self.model.config)
+        peft_config = self._peft_config
         return model_card(
             self._record,
-            self._peft_config.task_type,
+            peft_config.task_type if peft_config is not None else None,
             self.hub_model_id,
             base if base and not os.path.isdir(base) else None,
             model_name,
             dataset_name,
             tags,
+            model_class=type(self.model).__name__ if peft_config is None else None,
+            num_labels=getattr(self.model.config, "num_labels", None),
         )
 
     def _write_record(self, folder: Path) -> None:
@@ -115,15 +118,16 @@ class RunFilesMixin(Trainer):
 
     def _new_record(self) -> dict[str, Any]:
         column, base = self.args.label_column, get_config_model_id(self.model.config)
+        peft_config = self._peft_config
         return {
             "format": 1,
             # of a local folder only the name
             "base_model": os.path.basename(os.path.normpath(base)) if os.path.isdir(base) else base,
-            "base_digest": base_digest(self.model),
-            "peft_type": peft_type_name(self._peft_config),
+            "base_digest": self._base_digest,
+            "peft_type": peft_type_name(peft_config) if peft_config is not None else None,
             "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
             "aggregation": self.args.aggregation,
-            "peft_config": peft_fields(self._peft_config),
+            "peft_config": peft_fields(peft_config) if peft_config is not None else {},
             "settings": local_settings(self.args),
             "seed": self.args.seed,
             "num_rounds": self.args.num_rounds,
@@ -142,5 +146,11 @@ class RunFilesMixin(Trainer):
         }
 
     @property
-    def _peft_config(self) -> PeftConfig:
-        return self.model.peft_config[self.model.active_adapters[0]]
+    def _base_digest(self) -> str | None:
+        """That of the base of an adapter; a plain model has no base beside what is trained and saved."""
+        return base_digest(self.model) if isinstance(self.model, PeftModel) else None
+
+    @property
+    def _peft_config(self) -> PeftConfig | None:
+        """That of the adapter; `None` for a plain model."""
+        return self.model.peft_config[self.model.active_adapters[0]] if isinstance(self.model, PeftModel) else None

@@ -1,30 +1,33 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
+"""The rounds of a federation, over any trainer."""
+
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import EarlyStoppingCallback
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
-from trl import SFTTrainer
 from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
-from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes, subtract
+from .adapter_state import AdapterState, LiveAdapter, check_same_layout, state_bytes, subtract
 from .aggregation import AGGREGATIONS, ClientUpdate
 from .checkpoint import (
+    ADAPTER_WEIGHTS,
     find_checkpoint,
     load_adapter,
     refuse_another_run,
@@ -32,16 +35,17 @@ from .checkpoint import (
     rotate_checkpoints,
     write_checkpoint,
 )
-from .clients import ClientSampler, check_clients, check_sft_columns, client_seed, local_batch
-from .config import FederatedConfig, round_lr_factors
+from .clients import ClientSampler, check_clients, client_seed, local_batch
+from .config import FederationArguments, joins_examples, round_lr_factors
 from .hub import fetch_adapter, publish
+from .live_model import MODEL_WEIGHTS, LiveModel, load_model
 from .local_round import LocalRoundMixin
 from .progress import RoundProgress
-from .record import RECORD_NAME, read_record
+from .record import RECORD_NAME, held_out_metrics, read_record
 from .run_files import RunFilesMixin
 
 
-__all__ = ["FederatedMixin", "FederatedTrainer"]
+__all__ = ["FederatedMixin"]
 
 logger = logging.get_logger(__name__)
 
@@ -53,24 +57,24 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
     `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the one live
-    model. See [`FederatedTrainer`] for the arguments.
+    model. See [`FederatedTrainer`] and [`FederatedTaskTrainer`] for the arguments.
     """
 
-    args: FederatedConfig
+    _config_class: type[FederationArguments] = FederationArguments
 
     def __init__(
         self,
-        model: str | nn.Module,
-        args: FederatedConfig,
+        model: str | nn.Module | None,
+        args: FederationArguments,
         train_dataset: dict[str, Dataset],
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, FederatedConfig):
+        if not isinstance(args, self._config_class):
             raise TypeError(
-                f"`args` should be a `FederatedConfig` but is a {type(args).__name__}. It takes every field of `SFTConfig`, plus "
-                "`num_rounds` and the like."
+                f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every field of "
+                f"`{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
             )
         if any(isinstance(callback, EarlyStoppingCallback) for callback in kwargs.get("callbacks") or []):
             raise ValueError(
@@ -80,7 +84,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
-        self._check_clients(train_dataset, eval_dataset, **kwargs)
+        self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
         self.aggregator = AGGREGATIONS[args.aggregation]()
 
@@ -94,21 +98,15 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
             adapter_folder = fetch_adapter(args.initial_adapter, args.initial_adapter_revision, args.hub_token)
             peft_config = PeftConfig.from_pretrained(str(adapter_folder))
             peft_config.inference_mode = False
-        if peft_config is None and not isinstance(model, PeftModel):
-            raise ValueError(
-                "A federation sends adapters around, but neither a `peft_config` nor a `PeftModel` was given. Pass for "
-                "instance `peft_config=SclConfig(r=16, task_type='CAUSAL_LM')`."
-            )
 
         self._folder = Path(args.output_dir or "")
         self._clients = dict(sorted(train_dataset.items()))
         first = next(iter(self._clients))
-        super().__init__(  # type: ignore[call-arg]
-            model=model,  # type: ignore[arg-type]
+        super().__init__(
+            **self._model_arguments(model, peft_config),
             args=args,
             train_dataset=self._clients[first],
             eval_dataset=eval_dataset,
-            peft_config=peft_config,
             **kwargs,
         )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -122,8 +120,8 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
         self._prepared_clients: dict[str, Dataset] = {}
         self._keep_prepared(first, self.train_dataset)  # `super().__init__` has tokenised it
-        self._live_adapter = LiveAdapter(self.model)
-        self._refuse_untracked_parameters()
+        self._live_adapter = LiveAdapter(self.model) if isinstance(self.model, PeftModel) else LiveModel(self.model)
+        self._refuse_what_would_leak()
         if adapter_folder is not None:
             self._start_from(adapter_folder)
         self._global_state = self._live_adapter.read()
@@ -185,7 +183,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                         self._save_round(round)
                     self.log({"seconds_checkpoint": seconds["checkpoint"]})  # known only now
                     self._write_record(self._folder)
-                progress.round(self._record["rounds"][-1]["train_loss"], evaluation)
+                progress.round(self._record["rounds"][-1]["train_loss"], held_out_metrics(self._record).get(round, {}))
                 if self.control.should_training_stop:  # a callback
                     break
         return self._end()
@@ -203,7 +201,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
     def _num_examples(self, client: str) -> int:
         """Examples that are trained on; preparation drops those without a label, and packing joins them."""
-        return len(self._clients[client] if self.args.packing else self._prepared_client(client))
+        return len(self._clients[client] if joins_examples(self.args) else self._prepared_client(client))
 
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept."""
@@ -217,7 +215,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                 f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: every "
                 "label is masked. Raise `max_length` (prompts may fill it), or leave the client out."
             )
-        if len(dataset) < local_batch(self.args) and not self.args.packing:
+        if len(dataset) < local_batch(self.args) and not joins_examples(self.args):
             raise ValueError(
                 f"Client {client!r} has {len(self._clients[client])} examples, but only {len(dataset)} are left after "
                 f"preparation (the others have no label), fewer than one local batch of {local_batch(self.args)}. Raise "
@@ -225,8 +223,23 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
             )
         self._prepared_clients[client] = dataset
 
-    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, **kwargs: Any) -> None:
+    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
+
+    def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
+        """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""
+        if not isinstance(model, nn.Module if peft_config is not None else (PreTrainedModel, PeftModel)):
+            raise TypeError(
+                f"`model` should be a `PreTrainedModel` or a `PeftModel` but is a {type(model).__name__}. Load it first, for "
+                "instance with `AutoModelForSequenceClassification.from_pretrained(...)`."
+            )
+        if peft_config is None:
+            return {"model": model}
+        if isinstance(model, PeftModel):
+            raise ValueError("`model` is a `PeftModel` already, but a `peft_config` was given too. Give one of them.")
+        set_seed(self.args.seed)  # adapters start at random
+        # a copy: for a classifier PEFT adds the head to `modules_to_save` of the config, each time it gets it
+        return {"model": get_peft_model(model, copy.deepcopy(peft_config))}
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         """Tokenise one client's data; the base trainer's own preparation, where it has one."""
@@ -293,14 +306,16 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         return 0
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
-        folder = find_checkpoint(self._folder, resume_from_checkpoint)
+        weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
+        folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
         record = read_record(folder)
         fresh = self._new_record()
         _refuse_another_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
-        state = load_adapter(folder)
-        check_same_layout(state, self._live_adapter.read(include_frozen=True), f"The adapter in {str(folder)!r}")
+        state = load_adapter(folder) if isinstance(self.model, PeftModel) else load_model(folder, self.model)
+        source = f"The {'adapter' if isinstance(self.model, PeftModel) else 'model'} in {str(folder)!r}"
+        check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         self._live_adapter.write(state)
         self._global_state = self._live_adapter.read()
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
@@ -354,8 +369,13 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
     # Refusals
 
-    def _refuse_untracked_parameters(self) -> None:
+    def _refuse_what_would_leak(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            if not isinstance(self.model, PeftModel):
+                raise ValueError(
+                    f"No parameter of the `{type(self.model).__name__}` that was given requires gradients. Give a `peft_config`, "
+                    "or set `requires_grad` where it is to be trained."
+                )
             raise ValueError(
                 "Nothing is trainable in the `PeftModel` that was given. `PeftModel.from_pretrained` freezes the adapter: pass "
                 "`is_trainable=True` to it, or leave the loading to `initial_adapter`."
@@ -367,13 +387,26 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                 f"{len(stray)} parameters are trainable but not part of the adapter (the first: {stray[0]}): they would "
                 "leak from one client to the next. Freeze them, or name their modules in `modules_to_save`."
             )
+        statistics = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm)
+            and module.running_mean is not None
+            and id(module.running_mean) not in tracked
+            and "original_module" not in name.split(".")
+        ]
+        if statistics:
+            raise ValueError(
+                f"Training updates the running statistics of {statistics[0]}, which is not part of the adapter: they would leak "
+                "from one client to the next, and would not be saved. Name it in `modules_to_save`."
+            )
 
     def _start_from(self, folder: Path) -> None:
         state = load_adapter(folder)
         source = f"The adapter {self.args.initial_adapter!r}"
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         record = read_record(folder)
-        theirs, ours = record.get("base_digest"), base_digest(self.model)
+        theirs, ours = record.get("base_digest"), self._base_digest
         if theirs is not None and ours is not None and theirs != ours:
             raise ValueError(
                 f"{source} was trained on another base model ({record['base_model']!r}) than "
@@ -383,83 +416,9 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         self._live_adapter.write(state)
 
 
-class FederatedTrainer(FederatedMixin, SFTTrainer):
-    """
-    Federated supervised fine-tuning: a [`~trl.SFTTrainer`] whose training data is spread over clients.
-
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Base model, as in `SFTTrainer`. It is loaded once and stays alive over all clients and rounds.
-        args ([`FederatedConfig`]):
-            Settings of the federation and of the local rounds.
-        train_dataset (`dict[str, Dataset]`):
-            Training data by client, in any format that `SFTTrainer` takes.
-        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            Held-out data on which the global adapter is evaluated.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to train; not needed for a `PeftModel` or with `args.initial_adapter`.
-        kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of `SFTTrainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
-            `optimizer_cls_and_kwargs`, `formatting_func`, ... Callbacks see a round as a step of the run (`on_log`,
-            `on_evaluate`, `on_save`), and the optimiser steps of all local rounds (`on_step_end`, ...).
-
-    Raises:
-        ValueError: For an empty or too small client, unknown columns, more clients per round than there are, an adapter of
-            another base model; the message says what to do.
-
-    Example:
-
-    ```python
-    >>> from fed_trainer import FederatedConfig, FederatedTrainer, dirichlet_partition
-    >>> from peft_scl import SclConfig
-
-    >>> trainer = FederatedTrainer(
-    ...     model="HuggingFaceTB/SmolLM2-135M",
-    ...     args=FederatedConfig(output_dir="out", num_rounds=15, clients_per_round=5, max_steps=10),
-    ...     train_dataset=dirichlet_partition(dataset, num_clients=10, alpha=0.1, column="category"),
-    ...     eval_dataset=held_out,
-    ...     peft_config=SclConfig(r=16, task_type="CAUSAL_LM"),
-    ... )
-    >>> trainer.train()
-    ```
-    """
-
-    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, **kwargs: Any) -> None:
-        if kwargs.get("formatting_func") is not None:
-            return
-        check_sft_columns(clients, self.args.dataset_text_field)
-        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in held_out.items():
-            if dataset is not None:
-                check_sft_columns({name: dataset}, self.args.dataset_text_field, kind="Held-out set")
-
-    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
-        with _without_dataset_bars():
-            return self._prepare_dataset(
-                dataset,
-                self.processing_class,  # type: ignore[arg-type]
-                self.args,
-                self.args.packing,
-                self._formatting_func,
-                f"client {client}",
-            )
-
-
 def _step(state: AdapterState, delta: AdapterState) -> AdapterState:
     """`state + delta`, summed in float32 and kept in the dtypes of `state`."""
     return {key: (tensor + delta[key]).to(tensor.dtype) for key, tensor in state.items()}
-
-
-@contextmanager
-def _without_dataset_bars() -> Iterator[None]:
-    """Four bars per client would bury the bar over rounds."""
-    were_on = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
 
 
 @contextmanager
@@ -489,7 +448,7 @@ def _refuse_another_run(record: dict[str, Any], ours: dict[str, Any], folder: Pa
 
 def _comparable(record: dict[str, Any]) -> dict[str, Any]:
     """What has to agree for a run to be continued, one level deep, so that a difference can be named."""
-    keys = ("base_digest", "peft_type", "aggregation", "seed", "num_sampled", "clients")
+    keys = ("base_digest", "peft_type", "num_trainable_parameters", "aggregation", "seed", "num_sampled", "clients")
     return {key: record.get(key) for key in keys} | record.get("peft_config", {}) | record.get("settings", {})
 
 

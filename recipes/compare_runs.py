@@ -1,16 +1,17 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Held-out loss over rounds of several runs as a Markdown table: mean and standard deviation over the seeds of each method.
+Held-out loss, or another metric, over rounds of several runs as a Markdown table: mean and standard deviation over the seeds of each method.
 
     python recipes/compare_runs.py SCL=out/scl-0,out/scl-1,out/scl-2 LoRA=out/lora-0,out/lora-1,out/lora-2
+    python recipes/compare_runs.py --metric eval_accuracy LoRA=out/lora-0 BitFit=out/bitfit-0
 """
 
 import argparse
 import statistics
 from typing import Any
 
-from fed_trainer.record import held_out_losses, read_record
+from fed_trainer.record import held_out_metrics, read_record
 
 
 def cell(values: list[float]) -> str:
@@ -20,15 +21,20 @@ def cell(values: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", metavar="NAME=FOLDER,FOLDER,...")
+    parser.add_argument("--metric", default="eval_loss")
+    arguments = parser.parse_args()
     columns: dict[str, list[dict[str, Any]]] = {}
-    for method in parser.parse_args().methods:
+    for method in arguments.methods:
         name, _, folders = method.partition("=")
         columns[name] = [read_record(folder) for folder in folders.split(",")]
         if not all(columns[name]):
             parser.error(f"not every folder of {name} holds a federation.json: {folders}")
 
     curves = {
-        name: [{round: losses["eval_loss"] for round, losses in held_out_losses(record).items()} for record in records]
+        name: [
+            {round: metrics[arguments.metric] for round, metrics in held_out_metrics(record).items()}
+            for record in records
+        ]
         for name, records in columns.items()
     }
     rounds = sorted(set.intersection(*(set(curve) for runs in curves.values() for curve in runs)))

@@ -160,6 +160,21 @@ class TestPlotCurves:
         assert {line.get_label() for line in figures[0].axes[0].lines} == {"train loss", "eval loss", *names}
         assert set(names) <= set(texts(figures[0]))
 
+    def test_other_metrics_have_a_panel_of_their_own(self, federation, figures, tmp_path):
+        federation["peft_type"] = None
+        federation["start"]["eval"] |= {"eval_macro_f1": 0.0}
+        federation["rounds"][2]["eval"] |= {"eval_accuracy": 0.5, "eval_macro_f1": 0.25, "epoch": 3}
+        plot_curves(federation, tmp_path / "curves.png")
+        pixels(tmp_path / "curves.png")
+        left, right = figures[0].axes
+        assert [line.get_label() for line in left.lines] == ["train loss", "eval loss"]
+        curves = {line.get_label(): line.get_xydata().tolist() for line in right.lines}
+        assert curves == {"eval accuracy": [[3, 0.5]], "eval macro_f1": [[0, 0.0], [3, 0.25]]}
+        assert "no adapter, fedavg, 3 clients" in texts(figures[0])
+        header, *rows = round_table(federation).splitlines()
+        assert "eval loss  eval macro_f1  eval accuracy  MB up" in header
+        assert rows[-1].split()[3:6] == ["1.7500", "0.2500", "0.5000"]
+
     def test_one_round_has_whole_numbers_on_its_axis(self, federation, figures, tmp_path):
         federation["start"]["eval"] = None
         federation["rounds"] = federation["rounds"][:1]

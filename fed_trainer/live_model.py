@@ -1,0 +1,84 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The travelling state of a model without an adapter: every parameter that is trained, all of them or some."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .adapter_state import AdapterState
+
+
+__all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
+
+
+MODEL_WEIGHTS = "model.safetensors"
+
+
+class LiveModel:
+    """
+    What a plain model trains as an [`AdapterState`], read and written in place like a [`LiveAdapter`].
+
+    The parameters that require gradients travel, and the buffers that training changes (running statistics). Full
+    fine-tuning trains all parameters, BitFit the biases; whoever makes the model decides by `requires_grad`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]):
+            A model without adapters.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        saved = model.state_dict(keep_vars=True)
+        first_name = {id(tensor): key for key, tensor in reversed(saved.items())}
+        # a tied parameter has several names and travels once
+        self._tensors: dict[str, torch.Tensor] = {
+            key: tensor for key, tensor in saved.items() if first_name[id(tensor)] == key
+        }
+        parameters = {id(parameter) for parameter in model.parameters()}
+        self._frozen = {
+            key
+            for key, tensor in self._tensors.items()
+            if not (tensor.requires_grad if id(tensor) in parameters else tensor.is_floating_point())
+        }
+
+    @property
+    def tensor_ids(self) -> set[int]:
+        """`id` of every parameter and buffer that is saved."""
+        return {id(tensor) for tensor in self._tensors.values()}
+
+    @torch.no_grad()
+    def read(self, include_frozen: bool = False) -> AdapterState:
+        """A copy on CPU: what is trained of the model, or all of it."""
+        return {
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in self._tensors.items()
+            if include_frozen or key not in self._frozen
+        }
+
+    @torch.no_grad()
+    def write(self, state: AdapterState) -> None:
+        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
+        for key, tensor in state.items():
+            self._tensors[key].copy_(tensor)
+
+
+def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterState:
+    """
+    The tensors of a model of the class and dtype of `model` saved by `save_pretrained`, as `LiveModel.read` gives them.
+
+    It is loaded as a model, since the names in the file need not be those in memory. Only safetensors are read.
+    """
+    loaded: Any = type(model).from_pretrained(
+        folder, use_safetensors=True, output_loading_info=True, dtype=model.dtype
+    )
+    saved, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(
+            f"The model in {str(folder)!r} does not fit: it lacks {len(info['missing_keys'])} tensors of "
+            f"{type(model).__name__} and {len(info['mismatched_keys'])} have another shape. It is not the model of this run."
+        )
+    return LiveModel(saved).read(include_frozen=True)

@@ -1,0 +1,106 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from trl import SFTTrainer
+
+from .clients import check_sft_columns
+from .config import FederatedConfig
+from .trainer import FederatedMixin
+
+
+__all__ = ["FederatedTrainer"]
+
+
+class FederatedTrainer(FederatedMixin, SFTTrainer):
+    """
+    Federated supervised fine-tuning: a [`~trl.SFTTrainer`] whose training data is spread over clients.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Base model, as in `SFTTrainer`. It is loaded once and stays alive over all clients and rounds.
+        args ([`FederatedConfig`]):
+            Settings of the federation and of the local rounds.
+        train_dataset (`dict[str, Dataset]`):
+            Training data by client, in any format that `SFTTrainer` takes.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            Held-out data on which the global adapter is evaluated.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter to train; not needed for a `PeftModel` or with `args.initial_adapter`.
+        kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `SFTTrainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
+            `optimizer_cls_and_kwargs`, `formatting_func`, ... Callbacks see a round as a step of the run (`on_log`,
+            `on_evaluate`, `on_save`), and the optimiser steps of all local rounds (`on_step_end`, ...).
+
+    Raises:
+        ValueError: For an empty or too small client, unknown columns, more clients per round than there are, an adapter of
+            another base model; the message says what to do.
+
+    Example:
+
+    ```python
+    >>> from fed_trainer import FederatedConfig, FederatedTrainer, dirichlet_partition
+    >>> from peft_scl import SclConfig
+
+    >>> trainer = FederatedTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M",
+    ...     args=FederatedConfig(output_dir="out", num_rounds=15, clients_per_round=5, max_steps=10),
+    ...     train_dataset=dirichlet_partition(dataset, num_clients=10, alpha=0.1, column="category"),
+    ...     eval_dataset=held_out,
+    ...     peft_config=SclConfig(r=16, task_type="CAUSAL_LM"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _config_class = FederatedConfig
+    args: FederatedConfig
+    model: PeftModel
+
+    def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
+        if peft_config is None and not isinstance(model, PeftModel):
+            raise ValueError(
+                "A federation sends adapters around, but neither a `peft_config` nor a `PeftModel` was given. Pass for "
+                "instance `peft_config=SclConfig(r=16, task_type='CAUSAL_LM')`."
+            )
+        return {"model": model, "peft_config": peft_config}  # `SFTTrainer` loads and wraps
+
+    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
+        if kwargs.get("formatting_func") is not None:
+            return
+        check_sft_columns(clients, self.args.dataset_text_field)
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in held_out.items():
+            if dataset is not None:
+                check_sft_columns({name: dataset}, self.args.dataset_text_field, kind="Held-out set")
+
+    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        with _without_dataset_bars():
+            return self._prepare_dataset(
+                dataset,
+                self.processing_class,  # type: ignore[arg-type]
+                self.args,
+                self.args.packing,
+                self._formatting_func,
+                f"client {client}",
+            )
+
+
+@contextmanager
+def _without_dataset_bars() -> Iterator[None]:
+    """Four bars per client would bury the bar over rounds."""
+    were_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()

@@ -1,0 +1,82 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import Trainer
+
+from .clients import check_model_columns
+from .config import FederatedTaskConfig
+from .trainer import FederatedMixin
+
+
+__all__ = ["FederatedTaskTrainer"]
+
+
+class FederatedTaskTrainer(FederatedMixin, Trainer):
+    """
+    Federated training for classification and the like: a [`~transformers.Trainer`] whose training data is spread over
+    clients.
+
+    Without a `peft_config`, a plain model is trained as `Trainer` does it: every parameter that requires gradients travels,
+    and whole models are saved. That is full fine-tuning, or BitFit if only the biases and the head require gradients.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model. A new head is drawn at random when the model is made: call `set_seed` before, so that a run that is
+            resumed starts from the same one.
+        args ([`FederatedTaskConfig`]):
+            Settings of the federation and of the local rounds.
+        train_dataset (`dict[str, Dataset]`):
+            Training data by client, tokenised (or processed) as for `Trainer`.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
+            Held-out data on which the global model is evaluated.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            The adapter to train. With `task_type="SEQ_CLS"` PEFT trains the classification head along; it is averaged and
+            saved with the adapter. Modules of other names belong into `modules_to_save`.
+        kwargs (`dict[str, Any]`, *optional*):
+            Further arguments of `Trainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`, ... The
+            figures of `compute_metrics` stand beside the loss in the log, the record, the report and the model card.
+
+    Raises:
+        ValueError: For an empty or too small client, data that is not tokenised, more clients per round than there are, an
+            adapter of another base model; the message says what to do.
+
+    Example:
+
+    ```python
+    >>> from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer, dirichlet_partition
+    >>> from peft import LoraConfig
+    >>> from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+    >>> tokenizer = AutoTokenizer.from_pretrained("FacebookAI/roberta-base")
+    >>> rows = dataset.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True)
+    >>> set_seed(0)
+    >>> trainer = FederatedTaskTrainer(
+    ...     model=AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=77),
+    ...     args=FederatedTaskConfig(output_dir="out", num_rounds=20, clients_per_round=5, max_steps=10, learning_rate=1e-3),
+    ...     train_dataset=dirichlet_partition(rows["train"], num_clients=10, alpha=0.1, column="label"),
+    ...     eval_dataset=rows["test"],
+    ...     processing_class=tokenizer,
+    ...     peft_config=LoraConfig(r=8, task_type="SEQ_CLS"),
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _config_class = FederatedTaskConfig
+
+    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
+        if not self.args.remove_unused_columns:  # whatever the columns are, the collator gets them
+            return
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        inputs = set(inspect.signature(base.forward).parameters)
+        check_model_columns(clients, inputs, type(base).__name__)
+        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in held_out.items():
+            if dataset is not None:
+                check_model_columns({name: dataset}, inputs, type(base).__name__, kind="Held-out set")
