@@ -10,7 +10,7 @@ Two federated tasks on small pretrained models, and the round loop in which adap
   ten sentences each, so that there is a quality before training.
 
 The loop is FedAvg over local AdamW on plain PyTorch: TRL's trainer costs more than the model on models as small as these.
-Aggregation and adapter access are those of `fed_trainer`.
+Aggregation is that of `fed_trainer`. What travels are the parameters that require a gradient, be they of an adapter or not.
 """
 
 import math
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from sklearn.metrics import f1_score
 from torch import nn
 from transformers import (
@@ -36,8 +36,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fed_trainer import dirichlet_partition, natural_partition
-from fed_trainer.adapter_state import LiveAdapter, subtract
+from fed_trainer import dirichlet_partition, iid_partition, natural_partition
+from fed_trainer.adapter_state import AdapterState, subtract
 from fed_trainer.aggregation import ClientUpdate, FedAvg
 
 
@@ -52,7 +52,7 @@ class Example:
     labels: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
     """Data of a federation, the model it starts from, and how much a local round does."""
 
@@ -67,7 +67,7 @@ class Task:
     local_steps: int
     num_rounds: int
     clients_per_round: int
-    prepare: Callable[[PeftModel], None] = lambda model: None  # before the first round
+    prepare: Callable[[nn.Module], None] = lambda model: None  # before the first round
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Run:
     trainable: int = 0
     curve: dict[int, dict[str, float]] = field(default_factory=dict)  # round -> test figures; 0 is before training
     validation: dict[str, float] = field(default_factory=dict)  # after the last round
-    cross_terms: list[float] = field(
-        default_factory=list
-    )  # per round, relative to the mean change; linear methods only
+    # per round, relative to the mean change; linear adapters only
+    cross_terms: list[float] = field(default_factory=list)
+    movement: list[dict[str, float]] = field(default_factory=list)  # per round, see `moved`
 
 
 def medquad_task(model: str, data: str, max_length: int = 128) -> Task:
@@ -117,8 +117,8 @@ def medquad_task(model: str, data: str, max_length: int = 128) -> Task:
     )
 
 
-def banking77_task(model: str, data: str, alpha: float, seed: int) -> Task:
-    """Intent classification on BANKING77; `alpha` and `seed` make the Dirichlet split over ten clients."""
+def banking77_task(model: str, data: str, alpha: float | None, seed: int) -> Task:
+    """Intent classification on BANKING77; `alpha` and `seed` make the Dirichlet split over ten clients (IID if None)."""
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def encode(row: dict[str, Any]) -> Example:
@@ -127,13 +127,18 @@ def banking77_task(model: str, data: str, alpha: float, seed: int) -> Task:
     splits = load_dataset(data)
     rows = splits["train"].shuffle(seed=0)
     training = rows.select(range(300, len(rows)))
-    clients = dirichlet_partition(training, num_clients=10, alpha=alpha, column="label", seed=seed, min_examples=32)
+    if alpha is None:
+        clients = iid_partition(training, num_clients=10, seed=seed)
+    else:
+        clients = dirichlet_partition(
+            training, num_clients=10, alpha=alpha, column="label", seed=seed, min_examples=32
+        )
     per_label: dict[int, list[Example]] = {}
     for example in _examples(training, encode):
         per_label.setdefault(example.labels[0], []).append(example)
     some = [example for label in sorted(per_label) for example in per_label[label][:10]]
     return Task(
-        name=f"banking77, Dirichlet {alpha}",
+        name="banking77, " + ("IID" if alpha is None else f"Dirichlet {alpha}"),
         clients={name: _examples(part, encode) for name, part in clients.items()},
         validation=_examples(rows.select(range(300)), encode),
         test=_examples(splits["test"].shuffle(seed=0).select(range(600)), encode),
@@ -176,10 +181,10 @@ class MeanPooledClassifier(BertPreTrainedModel):
 
 
 @torch.no_grad()
-def start_from_class_means(model: PeftModel, examples: list[Example], pad_id: int) -> None:
+def start_from_class_means(model: nn.Module, examples: list[Example], pad_id: int) -> None:
     """Set the head to 20 times the unit class means of `examples` (0.05 is the temperature of MiniLM's training)."""
-    base: Any = model.get_base_model()
-    head = base.classifier.modules_to_save["default"]
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.classifier.modules_to_save["default"] if isinstance(model, PeftModel) else base.classifier
     sums = torch.zeros_like(head.weight)
     model.eval()
     for start in range(0, len(examples), 50):
@@ -231,28 +236,36 @@ def evaluate(model: nn.Module, task: Task, examples: list[Example]) -> dict[str,
 
 def federate(
     task: Task,
-    peft_config: PeftConfig,
+    adapt: Callable[[PreTrainedModel], nn.Module],
     learning_rate: float,
     seed: int,
     eval_rounds: int,
     num_rounds: int | None = None,
 ) -> Run:
     """
-    FedAvg over `task` from the base model; the seed draws the adapter's start, the clients of a round and their batches.
+    FedAvg over `task` from the pretrained model as `adapt` makes it trainable; the seed draws the adapter's start, the
+    clients of a round and their batches.
 
-    Every client of a round starts from the global adapter with a fresh AdamW and takes `local_steps` steps (gradient
+    Every client of a round starts from the global state with a fresh AdamW and takes `local_steps` steps (gradient
     norm clipped to 1, constant learning rate, no weight decay).
     """
+    pretrained = task.build()
     set_seed(seed)
-    model = get_peft_model(task.build(), peft_config)
+    model = adapt(task.build())
     task.prepare(model)
-    live, run = LiveAdapter(model), Run(trainable=sum(p.numel() for p in model.parameters() if p.requires_grad))
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    run = Run(trainable=sum(parameter.numel() for parameter in trained.values()))
     num_rounds = num_rounds or task.num_rounds
     run.curve[0] = evaluate(model, task, task.test)
     sampler = random.Random(seed)
+    first = before = weights(model, pretrained)
     for index in range(1, num_rounds + 1):
         clients = sampler.sample(sorted(task.clients), task.clients_per_round)
-        run.cross_terms += _round(model, live, task, clients, learning_rate, f"{seed}-{index}")
+        run.cross_terms += _round(model, pretrained, trained, task, clients, learning_rate, f"{seed}-{index}")
+        after = weights(model, pretrained)
+        if after:
+            run.movement.append({**moved(before, after, "round"), **moved(first, after, "total")})
+        before = after
         if index % eval_rounds == 0 or index == num_rounds:
             run.curve[index] = evaluate(model, task, task.test)
             if not math.isfinite(run.curve[index]["loss"]):
@@ -261,34 +274,50 @@ def federate(
     return run
 
 
+@torch.no_grad()
+def _read(trained: dict[str, nn.Parameter]) -> AdapterState:
+    return {name: parameter.clone() for name, parameter in trained.items()}
+
+
+@torch.no_grad()
+def _write(trained: dict[str, nn.Parameter], state: AdapterState) -> None:
+    for name, parameter in trained.items():
+        parameter.copy_(state[name])
+
+
 def _round(
-    model: PeftModel, live: LiveAdapter, task: Task, clients: list[str], learning_rate: float, seed: str
+    model: nn.Module,
+    pretrained: nn.Module,
+    trained: dict[str, nn.Parameter],
+    task: Task,
+    clients: list[str],
+    learning_rate: float,
+    seed: str,
 ) -> list[float]:
-    """One round in place; the cross term of the averaging if all adapters are linear."""
-    start, aggregation = live.read(), FedAvg()
+    """One round in place; the cross term of the averaging if there are adapters and all are linear."""
+    start, aggregation = _read(trained), FedAvg()
     aggregation.begin(start)
-    linear = all(getattr(config, "is_mergeable", True) for config in model.peft_config.values())
-    before = effective_weights(model) if linear else {}
+    before = weights(model, pretrained) if isinstance(model, PeftModel) else {}
     mean = {name: torch.zeros_like(weight) for name, weight in before.items()}
     total = sum(len(task.clients[name]) for name in clients)
     for client in clients:
-        live.write(start)
+        _write(trained, start)
         examples = task.clients[client]
         train(model, task, random.Random(f"{seed}-{client}"), examples, learning_rate)
-        aggregation.add(ClientUpdate(client, len(examples), subtract(live.read(), start)))
-        for name, weight in effective_weights(model).items() if linear else ():
+        aggregation.add(ClientUpdate(client, len(examples), subtract(_read(trained), start)))
+        for name, weight in weights(model, pretrained).items() if before else ():
             mean[name] += len(examples) / total * weight
     delta = aggregation.finish()
-    live.write({key: start[key] + delta[key] for key in start})
-    if not linear:
+    _write(trained, {key: start[key] + delta[key] for key in start})
+    if not before:
         return []
-    after = effective_weights(model)
+    after = weights(model, pretrained)
     cross = math.fsum((mean[name] - after[name]).square().sum().item() for name in mean)
     change = math.fsum((mean[name] - before[name]).square().sum().item() for name in mean)
     return [math.sqrt(cross / change)] if change else []
 
 
-def train(model: PeftModel, task: Task, rng: random.Random, examples: list[Example], learning_rate: float) -> None:
+def train(model: nn.Module, task: Task, rng: random.Random, examples: list[Example], learning_rate: float) -> None:
     """The local round of one client, in place."""
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -302,10 +331,41 @@ def train(model: PeftModel, task: Task, rng: random.Random, examples: list[Examp
 
 
 @torch.no_grad()
-def effective_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Per adapted layer the weight that the adapter amounts to, less the frozen one: `(out, in)`, float64."""
+def weights(model: nn.Module, pretrained: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The trained weight matrices, `(out, in)` in float64: of a model with linear adapters those of the adapted layers, with
+    what the adapter adds; of one without, those of the linear layers that require a gradient. Empty for other adapters.
+    """
+    if isinstance(model, PeftModel):
+        if not all(getattr(config, "is_mergeable", True) for config in model.peft_config.values()):
+            return {}
+        # an adapter may have taken its start out of the base layer: its change is relative to the pretrained weight
+        layers = {
+            name.removeprefix("base_model.model."): module
+            for name, module in model.named_modules()
+            if hasattr(module, "get_delta_weight")
+        }
+        return {
+            name: pretrained.get_parameter(f"{name}.weight").double() + layer.get_delta_weight("default").double()
+            for name, layer in layers.items()
+        }
     return {
-        name: module.get_delta_weight("default").double()
+        name: module.weight.double()
         for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight")
+        if isinstance(module, nn.Linear) and module.weight.requires_grad
+    }
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
+    """
+    How far the rows of the weights moved in length (mean absolute change) and in direction (mean of 1 - cosine), as DoRA
+    takes weights apart (arXiv 2402.09353, section 3).
+    """
+    lengths, directions = [], []
+    for name, weight in after.items():
+        lengths.append((weight.norm(dim=1) - before[name].norm(dim=1)).abs())
+        directions.append(1 - nn.functional.cosine_similarity(weight, before[name]))
+    return {
+        f"{prefix}_magnitude": torch.cat(lengths).mean().item(),
+        f"{prefix}_direction": torch.cat(directions).mean().item(),
     }

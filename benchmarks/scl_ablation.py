@@ -19,17 +19,17 @@ With `--json` the last line is one JSON object.
 import argparse
 import json
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 import transformers
-from federated_tasks import Task, banking77_task, federate, medquad_task
+from comparison import Member, Runs, Setting, compare, table
+from federated_tasks import Task, banking77_task, medquad_task
 from peft import LoraConfig, PeftConfig, get_peft_model
 
 from peft_scl import SclConfig
@@ -38,17 +38,26 @@ from peft_scl import SclConfig
 DATA_HELP = "folder or Hub id of MedQuAD (question, answer, collection, focus) or BANKING77 (text, label)"
 
 
-@dataclass(frozen=True)
-class Method:
-    """A family of adapters; `make(r, layers)` is one of them, `layers` the indices of the adapted layers or None for all."""
+@dataclass(frozen=True, eq=False)
+class AdapterFamily:
+    """`make(r, layers)` is one of the family, `layers` the indices of the adapted layers or None for all."""
 
     name: str
     make: Callable[[int, list[int] | None], PeftConfig]
     max_rank: int | None = None  # if given, the fewest layers are adapted that can hold the budget at ranks up to this
-    every_budget: bool = False  # the others are run at the middle budget only
+    every_budget: bool = False
+    learning_rate: float | None = None
+
+    def member(self, task: Task, budget: int) -> Member | None:
+        fitted = fit(task, self, budget)
+        if fitted is None:
+            return None
+        rank, layers = fitted
+        parameters = trainable(task, self.make(rank, layers))
+        return Member(lambda model: get_peft_model(model, self.make(rank, layers)), parameters, rank, layers)
 
 
-def methods(task: Task) -> list[Method]:
+def methods(task: Task) -> list[AdapterFamily]:
     """All methods of the comparison for the modules of the task's model."""
     model = task.build()
     hidden = model.config.hidden_size
@@ -78,25 +87,27 @@ def methods(task: Task) -> list[Method]:
         return lambda r, layers: SclConfig(r=r, layers_to_transform=layers, task_type=task.task_type, **options)
 
     return [
-        Method("LoRA, down", lora("down"), every_budget=True),
-        Method("LoRA, up", lora("up")),
-        Method("LoRA, q and v", lora("q, v")),
-        Method("LoRA, all-linear", lora("all-linear"), every_budget=True),
-        Method("LoRA, down, few layers", lora("down"), max_rank=hidden),
-        Method("LoRA, all-linear, PiSSA start", lora("all-linear", init_lora_weights="pissa")),
-        Method("SCL compress, residual kept", scl(variant="compress"), every_budget=True),
-        Method("SCL compress, residual kept, SiLU", scl(variant="compress", activation="silu")),
-        Method("SCL compress, residual dropped", scl(variant="compress", keep_residual=False), every_budget=True),
-        Method(
+        AdapterFamily("LoRA, down", lora("down"), every_budget=True),
+        AdapterFamily("LoRA, up", lora("up")),
+        AdapterFamily("LoRA, q and v", lora("q, v")),
+        AdapterFamily("LoRA, all-linear", lora("all-linear"), every_budget=True),
+        AdapterFamily("LoRA, down, few layers", lora("down"), max_rank=hidden),
+        AdapterFamily("LoRA, all-linear, PiSSA start", lora("all-linear", init_lora_weights="pissa")),
+        AdapterFamily("SCL compress, residual kept", scl(variant="compress"), every_budget=True),
+        AdapterFamily("SCL compress, residual kept, SiLU", scl(variant="compress", activation="silu")),
+        AdapterFamily(
+            "SCL compress, residual dropped", scl(variant="compress", keep_residual=False), every_budget=True
+        ),
+        AdapterFamily(
             "SCL compress, residual dropped, few layers",
             scl(variant="compress", keep_residual=False),
             max_rank=hidden,
             every_budget=True,
         ),
-        Method("SCL bottleneck, delta none", scl(variant="bottleneck", train_down_proj="none")),
-        Method("SCL bottleneck, delta low_rank", scl(variant="bottleneck", train_down_proj="low_rank")),
-        Method("SCL bottleneck, delta low_rank, GELU", scl(variant="bottleneck", activation="gelu")),
-        Method(
+        AdapterFamily("SCL bottleneck, delta none", scl(variant="bottleneck", train_down_proj="none")),
+        AdapterFamily("SCL bottleneck, delta low_rank", scl(variant="bottleneck", train_down_proj="low_rank")),
+        AdapterFamily("SCL bottleneck, delta low_rank, GELU", scl(variant="bottleneck", activation="gelu")),
+        AdapterFamily(
             "SCL bottleneck, delta full, few layers",
             scl(variant="bottleneck", train_down_proj="full"),
             max_rank=hidden // 4,
@@ -110,24 +121,25 @@ def trainable(task: Task, config: PeftConfig) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "modules_to_save" not in n)
 
 
-def fit(task: Task, method: Method, budget: int) -> tuple[int, list[int] | None] | None:
-    """Rank and layers that come closest to the budget; None if the method cannot get near it."""
+@cache
+def fit(task: Task, family: AdapterFamily, budget: int) -> tuple[int, list[int] | None] | None:
+    """Rank and layers that come closest to the budget; None if the family cannot get near it."""
     num_layers = task.build().config.num_hidden_layers
 
     def best_rank(layers: list[int] | None) -> tuple[int, int]:
-        one, two = (trainable(task, method.make(r, layers)) for r in (1, 2))
+        one, two = (trainable(task, family.make(r, layers)) for r in (1, 2))
         return max(1, round((budget - (2 * one - two)) / (two - one))), two - one
 
-    if method.max_rank is None:
+    if family.max_rank is None:
         rank, step = best_rank(None)
         # compress cannot exceed the rank of what it replaces
         return (
-            (rank, None) if abs(trainable(task, method.make(rank, None)) - budget) <= max(step, budget // 10) else None
+            (rank, None) if abs(trainable(task, family.make(rank, None)) - budget) <= max(step, budget // 10) else None
         )
     for count in range(1, num_layers + 1):
         layers = spread(count, num_layers)
         rank, _ = best_rank(layers)
-        if rank <= method.max_rank:
+        if rank <= family.max_rank:
             return rank, layers
     return None
 
@@ -135,169 +147,6 @@ def fit(task: Task, method: Method, budget: int) -> tuple[int, list[int] | None]
 def spread(count: int, num_layers: int) -> list[int]:
     """`count` layers at even distances: 2 of 5 are 1 and 3."""
     return [int((index + 0.5) * num_layers / count) for index in range(count)]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is run on one task: budgets of trainable parameters, the first guess of the learning rate, and when to look."""
-
-    tasks: list[Task]  # variants of the data; the learning rate is chosen on the first
-    budgets: list[int]
-    learning_rate: float
-    factor: float
-    eval_rounds: int
-    metric: str
-    sign: int  # 1 if small is good, -1 if large is
-
-    @property
-    def middle(self) -> int:
-        return self.budgets[len(self.budgets) // 2]
-
-
-class Runs:
-    """Finished runs by their key, in a file that grows by a line per run."""
-
-    def __init__(self, path: Path, num_rounds: int | None) -> None:
-        self.path, self.num_rounds = path, num_rounds
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self.finished: dict[str, dict[str, Any]] = {record["key"]: record for record in map(json.loads, lines)}
-
-    def __call__(
-        self, setting: Setting, task: Task, method: Method, budget: int, learning_rate: float, seed: int
-    ) -> dict[str, Any] | None:
-        """The figures of a run; None if the method has no member at this budget."""
-        key = f"{task.name} | {method.name} | {budget} | {learning_rate:.3g} | {seed} | {self.num_rounds or task.num_rounds}"
-        if key not in self.finished:
-            fitted = fit(task, method, budget)
-            if fitted is None:
-                return None
-            rank, layers = fitted
-            start = time.perf_counter()
-            run = federate(
-                task,
-                method.make(rank, layers),
-                learning_rate,
-                seed,
-                eval_rounds=setting.eval_rounds,
-                num_rounds=self.num_rounds,
-            )
-            record = {
-                "key": key,
-                "task": task.name,
-                "method": method.name,
-                "budget": budget,
-                "rank": rank,
-                "layers": layers,
-                "learning_rate": learning_rate,
-                "seed": seed,
-                "adapter_parameters": trainable(task, method.make(rank, layers)),
-                "seconds": round(time.perf_counter() - start, 1),
-                **asdict(run),
-            }
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            self.finished[key] = json.loads(json.dumps(record))
-            last = run.curve[max(run.curve)]
-            print(f"{record['seconds']:>6.1f} s  {key}  {setting.metric} {last[setting.metric]:.4f}", flush=True)
-        return self.finished[key]
-
-
-def choose_learning_rate(
-    runs: Runs, setting: Setting, method: Method, budget: int, first: float, search: bool
-) -> float | None:
-    """The best learning rate on the validation split with seed 0; climbs from `first` until both neighbours are worse."""
-
-    def score(step: int) -> float:
-        run = runs(setting, setting.tasks[0], method, budget, first * setting.factor**step, 0)
-        assert run is not None
-        value = setting.sign * run["validation"][setting.metric]
-        return value if value == value else float("inf")  # a run that diverged
-
-    if fit(setting.tasks[0], method, budget) is None:
-        return None
-    best = 0
-    while search and (step := min((best - 1, best, best + 1), key=score)) != best:
-        best = step
-    return first * setting.factor**best
-
-
-def compare(
-    runs: Runs, setting: Setting, compared: list[Method], seeds: Iterable[int], search: bool
-) -> list[dict[str, Any]]:
-    """All runs of a setting; one row per task, budget and method with a figure per seed."""
-    rows = []
-    first: dict[str, float] = {}
-    for budget in sorted(setting.budgets, key=lambda budget: budget != setting.middle):
-        for method in compared:
-            if budget != setting.middle and not method.every_budget:
-                continue
-            guess = first.get(method.name, setting.learning_rate)
-            rate = choose_learning_rate(runs, setting, method, budget, guess, search)
-            if rate is None:
-                continue
-            first.setdefault(method.name, rate)
-            for task in setting.tasks:
-                records = [runs(setting, task, method, budget, rate, seed) for seed in seeds]
-                if all(records):
-                    rows.append(summarise(setting, task, method, budget, [record for record in records if record]))
-    return rows
-
-
-def summarise(
-    setting: Setting, task: Task, method: Method, budget: int, records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    first = records[0]
-    rounds = sorted(first["curve"], key=int)
-    curve = {
-        index: [record["curve"][index][setting.metric] for record in records if index in record["curve"]]
-        for index in rounds
-    }
-    return {
-        "task": task.name,
-        "method": method.name,
-        "budget": budget,
-        "rank": first["rank"],
-        "layers": first["layers"],
-        "adapter_parameters": first["adapter_parameters"],
-        "learning_rate": first["learning_rate"],
-        "curve": {index: statistics.mean(values) for index, values in curve.items()},
-        "sd": statistics.stdev(curve[rounds[-1]]) if len(records) > 1 else None,
-        "last": {
-            name: statistics.mean(r["curve"][rounds[-1]][name] for r in records) for name in first["curve"][rounds[-1]]
-        },
-        "cross_term": {
-            label: statistics.mean(record["cross_terms"][index] for record in records)
-            for label, index in (("first", 0), ("last", -1))
-            if first["cross_terms"]
-        },
-        "seconds": statistics.median(record["seconds"] for record in records),
-    }
-
-
-def table(rows: list[dict[str, Any]], metric: str, sign: int) -> str:
-    """A Markdown table per task and budget, best first."""
-    lines = []
-    for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in rows):
-        group = [row for row in rows if (row["task"], row["budget"]) == (task, budget)]
-        rounds = list(group[0]["curve"])
-        lines += [f"\n{task}, about {budget} trainable parameters; {metric}\n"]
-        lines += [
-            "| method | r | layers | parameters | lr | "
-            + " | ".join(f"round {i}" for i in rounds)
-            + " | sd | cross term |"
-        ]
-        lines += ["|" + "---|" * (7 + len(rounds))]
-        for row in sorted(group, key=lambda row: sign * row["curve"][rounds[-1]]):
-            layers = "all" if row["layers"] is None else ", ".join(map(str, row["layers"]))
-            curve = " | ".join(f"{row['curve'][index]:.3f}" if index in row["curve"] else "-" for index in rounds)
-            cross = row["cross_term"]
-            lines += [
-                f"| {row['method']} | {row['rank']} | {layers} | {row['adapter_parameters']} | {row['learning_rate']:.2g} | {curve} | "
-                + ("-" if row["sd"] is None else f"{row['sd']:.3f}")
-                + (f" | {cross['first']:.3f} to {cross['last']:.3f} |" if cross else " | - |")
-            ]
-    return "\n".join(lines)
 
 
 def parse() -> argparse.Namespace:
