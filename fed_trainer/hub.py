@@ -117,10 +117,12 @@ def model_card(
     base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
     loader = LOADERS.get(task_type or "", "AutoPeftModel")
     rounds = record["rounds"]
-    paper = (
-        "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
-        "`peft_scl`"
-    )
+    methods = {
+        "SCL": "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
+        "`peft_scl`",
+        "FEDERA": "FeDeRA ([arXiv 2404.18848](https://huggingface.co/papers/2404.18848)), trained with `peft_scl` and saved as a "
+        "plain LoRA",
+    }
     per_client = [client["num_examples"] for client in record["clients"].values()]
     lines = [
         f"# {model_name or (repo_id or 'Federated adapter').split('/')[-1]}",
@@ -130,7 +132,7 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| base model | {base} |",
-        f"| method | {paper if scl else record['peft_type']} |",
+        f"| method | {methods.get(record['peft_type'], record['peft_type'])} |",
         f"| aggregation | `{record['aggregation']}` |",
         f"| rounds | {len(rounds)} of {record['num_rounds']} |",
         f"| clients | {len(per_client)}, {record['num_sampled']} per round |",

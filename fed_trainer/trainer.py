@@ -299,9 +299,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         _refuse_another_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
-        state = load_adapter(folder)
-        check_same_layout(state, self._live_adapter.read(include_frozen=True), f"The adapter in {str(folder)!r}")
-        self._live_adapter.write(state)
+        self._live_adapter.load(load_adapter(folder), f"The adapter in {str(folder)!r}")
         self._global_state = self._live_adapter.read()
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))

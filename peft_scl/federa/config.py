@@ -127,8 +127,10 @@ class FederaConfig(LoraConfig):
                 As in [`~peft.PeftConfig.save_pretrained`].
         """
         folder = Path(save_directory)
+        auto_mapping = kwargs.get("auto_mapping_dict")
         self.to_lora_config().save_pretrained(os.fspath(folder), **kwargs)
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
+        values["auto_mapping"] = auto_mapping or self.auto_mapping
         (folder / FEDERA_CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
         # PEFT and transformers write the model card before the config, and the config is what we own of the two
         update_federa_card(folder, self)

@@ -184,6 +184,9 @@ class FederaModel(LoraModel):
             if isinstance(module, FederaLayer) and adapter_name in module.keep_base:
                 key = f"{name.removeprefix(prefix)}.lora_start_"
                 module.load_start(adapter_name, given[f"{key}A.{adapter_name}"], given[f"{key}B.{adapter_name}"])
+                if not module.keep_base[adapter_name]:  # PEFT saves that of a targeted embedding, with `keep_base=True`
+                    for base_key in (f"{name}.base_layer.weight", f"{prefix}{name}.base_layer.weight"):
+                        remapped.pop(base_key, None)
         return remapped
 
     @classmethod
