@@ -134,7 +134,11 @@ def to_lora(
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, padding)).to(dtype)
         lora_B = nn.functional.pad(lora_B, (0, padding)).to(dtype)
         norms[name] = _norms(change, lora_B.double(), lora_A.double())
-        keys = ("lora_embedding_A", "lora_embedding_B") if isinstance(layer, Embedding) else ("lora_A.weight", "lora_B.weight")
+        keys = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if isinstance(layer, Embedding)
+            else ("lora_A.weight", "lora_B.weight")
+        )
         for key, factor in zip(keys, (lora_A, lora_B), strict=True):
             state_dict[f"{prefix}{name}.{key}"] = factor.cpu().contiguous()
         if change.shift is not None:

@@ -150,16 +150,16 @@ def test_federa_travels_as_it_is_trained(
     assert restored.tensor_ids == ids
     assert bits(fresh.state_dict()) == bits(model.state_dict())
     with pytest.raises(ValueError, match="The checkpoint does not fit: "):
-        LiveAdapter(make(["q_proj"])).load(load_file(tmp_path / "start" / "adapter_model.safetensors"), "The checkpoint")
+        LiveAdapter(make(["q_proj"])).load(
+            load_file(tmp_path / "start" / "adapter_model.safetensors"), "The checkpoint"
+        )
 
 
 def test_the_digest_of_a_residual_base_is_that_of_the_model(tiny_model_dir: Path) -> None:
     digests = set()
     for keep_base in (False, True):
         base = LlamaForCausalLM.from_pretrained(tiny_model_dir)
-        digests.add(
-            base_digest(get_peft_model(base, FederaConfig(target_modules=["q_proj"], keep_base=keep_base)))
-        )
+        digests.add(base_digest(get_peft_model(base, FederaConfig(target_modules=["q_proj"], keep_base=keep_base))))
     digests.add(base_digest(make_model(tiny_model_dir, "lora")))
     assert len(digests) == 1
 

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..access import is_at_hand, offload_hook
@@ -44,10 +45,13 @@ class FederaLayer(lora.LoraLayer):
         "lora_start_B",
     )
 
+    in_features: int
+    out_features: int
+
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: FederaConfig, r: int, lora_alpha: int, **kwargs: Any
     ) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # type: ignore[arg-type]
         lora.LoraLayer.__init__(self, base_layer, **kwargs)
         self.keep_base: dict[str, bool] = {}
         self.start_scaling: dict[str, float] = {}  # `set_scale` changes `scaling`, but not the start
@@ -65,7 +69,9 @@ class FederaLayer(lora.LoraLayer):
             layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+        self.update_layer(
+            adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=kwargs.get("target_name", "")
+        )
 
     # The start
 
@@ -90,7 +96,7 @@ class FederaLayer(lora.LoraLayer):
         trained_A, trained_B = self.trained_factors(adapter_name)
         self.lora_start_A[adapter_name] = torch.zeros_like(trained_A.detach())
         self.lora_start_B[adapter_name] = torch.zeros_like(trained_B.detach())
-        base_weight: Any = self.get_base_layer().weight
+        base_weight = self.get_base_layer().weight
         # an empty shell, to be filled from a checkpoint
         is_shell = trained_A.is_meta or (base_weight.is_meta and self._offload_hook() is None)
         if config.init_lora_weights and not is_shell:
@@ -178,7 +184,7 @@ class FederaLayer(lora.LoraLayer):
         if not is_empty and all(torch.equal(tensor, buffer) for tensor, buffer in zip(new, buffers, strict=True)):
             return
         if not self.keep_base[name]:
-            base_weight: Any = self.get_base_layer().weight
+            base_weight = self.get_base_layer().weight
             if base_weight.is_meta:
                 raise ValueError(
                     "The base weights are on the meta device, so the residual of the loaded adapter cannot be written. Load the "
@@ -186,6 +192,11 @@ class FederaLayer(lora.LoraLayer):
                 )
             old = None if is_empty or not buffers[1].any() else buffers
             with gather_params_ctx(base_weight), torch.no_grad():
+                if base_weight.numel() != self.in_features * self.out_features or isinstance(base_weight, DTensor):
+                    raise ValueError(
+                        "The base weights are sharded over devices, so the residual of another start cannot be written. Load the "
+                        "adapter (`load_federa`) before the model is sharded."
+                    )
                 self._move_start(name, old, new)  # type: ignore[arg-type]
         if not is_empty:
             for tensor, buffer in zip(new, buffers, strict=True):
@@ -197,6 +208,10 @@ class FederaLayer(lora.LoraLayer):
         return self._original_sample
 
     # The weights
+
+    def get_base_layer(self) -> Any:
+        """The innermost layer. `Any`, because it may be one of many classes."""
+        return super().get_base_layer()
 
     def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The parameters `A (r, in)` and `B (out, r)`."""
@@ -393,7 +408,7 @@ class FederaLayer(lora.LoraLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         assert self._unmerged_weight is not None
-        base_layer: Any = self.get_base_layer()
+        base_layer = self.get_base_layer()
         if self.quantization_backend is None:
             base_layer.weight.data = self._unmerged_weight.to(base_layer.weight)
         else:
@@ -419,7 +434,7 @@ class FederaLayer(lora.LoraLayer):
         """The base layer, with the adapters merged or with the pretrained weight. Called by PEFT."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        base_layer: Any = self.get_base_layer()
+        base_layer = self.get_base_layer()
         if not self.merged and not all(self.keep_base.values()):
             base_layer.weight.data = self._full_weight(base_layer.weight.data, [])
         return base_layer
@@ -434,7 +449,9 @@ class Linear(FederaLayer, lora.Linear):
     is_target_conv_1d_layer = False
 
     def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lora_A[name].weight, self.lora_B[name].weight
+        reduce: Any = self.lora_A[name]
+        expand: Any = self.lora_B[name]
+        return reduce.weight, expand.weight
 
     def _is_plain(self, name: str) -> bool:
         has_dropout = self.training and isinstance(self.lora_dropout[name], nn.Dropout)
@@ -453,10 +470,7 @@ class Linear(FederaLayer, lora.Linear):
 class Embedding(FederaLayer, lora.Embedding):
     """FeDeRA on `nn.Embedding`, whose weight is `W^T`; no dropout, as in LoRA."""
 
-    # of LoRA's tensor parallelism, which FeDeRA refuses
-    tp_layer = None
-    input_fns: dict[str, Any] = {}
-    output_fns: dict[str, Any] = {}
+    tp_layer = None  # of LoRA's tensor parallelism, which FeDeRA refuses
 
     def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return self.lora_embedding_A[name], self.lora_embedding_B[name]
@@ -484,9 +498,7 @@ class Embedding(FederaLayer, lora.Embedding):
 
 
 @torch.no_grad()
-def _with_products(
-    weight: torch.Tensor, terms: Iterable[tuple[float, torch.Tensor, torch.Tensor]]
-) -> torch.Tensor:
+def _with_products(weight: torch.Tensor, terms: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """`weight + sum_k c_k B_k A_k` in float64, of terms `(c, A, B)`."""
     total = weight.to(torch.float64, copy=True)
     for coefficient, factor_A, factor_B in terms:

@@ -60,7 +60,7 @@ class FederaModel(LoraModel):
         - **peft_config** ([`FederaConfig`]): The configuration of the FeDeRA model.
     """
 
-    tuner_layer_cls = FederaLayer
+    tuner_layer_cls = FederaLayer  # type: ignore[assignment]
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         if (getattr(model, "_tp_size", None) or 1) > 1:
@@ -78,7 +78,14 @@ class FederaModel(LoraModel):
             )
 
     def _create_and_replace(  # type: ignore[override]
-        self, lora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str, **kwargs: Any
+        self,
+        lora_config: Any,
+        adapter_name: str,
+        target: Any,
+        target_name: str,
+        parent: Any,
+        current_key: str,
+        **kwargs: Any,
     ) -> None:
         if isinstance(target, BaseTunerLayer) and not isinstance(target, FederaLayer):
             raise TypeError(
@@ -161,6 +168,7 @@ class FederaModel(LoraModel):
         # there, too, the factors have to be those of the plain LoRA, and a residual is not the base that it is for.
         for name, module in model.named_modules():
             if isinstance(module, FederaLayer):
+                name = name.replace("_fsdp_wrapped_module.", "")  # not in the keys
                 for key in [key for key in state_dict if key.startswith(f"{name}.lora_")]:
                     del state_dict[key]
                 if not all(module.keep_base.values()):
@@ -182,9 +190,12 @@ class FederaModel(LoraModel):
         check_saved_shapes(model, given, adapter_name)
         for name, module in model.named_modules():
             if isinstance(module, FederaLayer) and adapter_name in module.keep_base:
+                name = name.replace("_fsdp_wrapped_module.", "")
                 key = f"{name.removeprefix(prefix)}.lora_start_"
                 module.load_start(adapter_name, given[f"{key}A.{adapter_name}"], given[f"{key}B.{adapter_name}"])
-                if not module.keep_base[adapter_name]:  # PEFT saves that of a targeted embedding, with `keep_base=True`
+                if not module.keep_base[
+                    adapter_name
+                ]:  # PEFT saves that of a targeted embedding, with `keep_base=True`
                     for base_key in (f"{name}.base_layer.weight", f"{prefix}{name}.base_layer.weight"):
                         remapped.pop(base_key, None)
         return remapped

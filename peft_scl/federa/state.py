@@ -111,7 +111,10 @@ def check_saved_shapes(model: nn.Module, state_dict: Mapping[str, torch.Tensor],
     Raises:
         ValueError: If a tensor is missing or has another shape.
     """
-    for key, tensor in _live_tensors(model, adapter_name, with_name=True).items():
+    ending = re.compile(rf".*\.lora_(embedding_|start_)?[AB]\.{re.escape(adapter_name)}(\.weight)?")
+    # not the parameters themselves, which FSDP shards
+    needed = {key: tensor for key, tensor in model.state_dict().items() if ending.fullmatch(key)}
+    for key, tensor in needed.items():
         key = key.removeprefix("base_model.model.")
         found = tuple(state_dict[key].shape) if key in state_dict else None
         if found is None:
@@ -141,21 +144,13 @@ def federa_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[s
         and `lora_start_B`, their start. The tensors share their memory with the model.
     """
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return state | _live_tensors(model, adapter_name)
-
-
-def _live_tensors(model: nn.Module, adapter_name: str, with_name: bool = False) -> dict[str, torch.Tensor]:
-    """Factors and start by key, with or without the name of the adapter in it."""
-    name = f".{adapter_name}" if with_name else ""
-    tensors: dict[str, torch.Tensor] = {}
-    for module_name, layer in model.named_modules():
-        if not isinstance(layer, FederaLayer) or adapter_name not in layer.keep_base:
-            continue
-        infix, suffix = ("embedding_", "") if isinstance(layer, Embedding) else ("", ".weight")
-        for letter, trained in zip("AB", layer.trained_factors(adapter_name), strict=True):
-            tensors[f"{module_name}.lora_{infix}{letter}{name}{suffix}"] = trained.detach()
-            tensors[f"{module_name}.lora_start_{letter}{name}"] = getattr(layer, f"lora_start_{letter}")[adapter_name]
-    return tensors
+    for name, layer in model.named_modules():
+        if isinstance(layer, FederaLayer) and adapter_name in layer.keep_base:
+            infix, suffix = ("embedding_", "") if isinstance(layer, Embedding) else ("", ".weight")
+            for letter, trained in zip("AB", layer.trained_factors(adapter_name), strict=True):
+                state[f"{name}.lora_{infix}{letter}{suffix}"] = trained.detach()
+                state[f"{name}.lora_start_{letter}"] = getattr(layer, f"lora_start_{letter}")[adapter_name]
+    return state
 
 
 def load_federa(

@@ -22,7 +22,13 @@ TARGETS = ["embed", "lin", "conv"]
 TOKENS = torch.arange(1, 13).view(2, 6)
 both_modes = {"residual": False, "keep_base": True}
 
-_SIZES = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+_SIZES = {
+    "hidden_size": 16,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 64,
+}
 MODELS: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "llama": (
         "LlamaForCausalLM",

@@ -341,7 +341,9 @@ def test_what_is_no_lora_is_refused(config, r, message):
 
 def test_a_merged_adapter_an_unknown_name_and_another_method_are_refused():
     model = wrapped_block({"r": 2})
-    with pytest.raises(ValueError, match=r"no SCL or FeDeRA adapter 'default'; its adapters of these kinds are \['x'\]"):
+    with pytest.raises(
+        ValueError, match=r"no SCL or FeDeRA adapter 'default'; its adapters of these kinds are \['x'\]"
+    ):
         to_lora(model)
     with pytest.raises(ValueError, match="no SCL adapter"):
         to_lora(nn.Linear(2, 2))
