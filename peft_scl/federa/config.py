@@ -165,4 +165,4 @@ class FederaConfig(LoraConfig):
                     f"There is no {FEDERA_CONFIG_NAME} in {source!r}, so it is not an adapter that FeDeRA has saved. Load it as what "
                     "its adapter_config.json says (`PeftModel.from_pretrained`)."
                 ) from error
-        return cls(**cls.from_json_file(os.fspath(path)))
+        return cls.from_peft_type(**cls.from_json_file(os.fspath(path)))

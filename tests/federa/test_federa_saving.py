@@ -378,6 +378,15 @@ def test_a_folder_without_a_federa_config_is_refused(tmp_path):
         FederaConfig.from_pretrained("someone/not-here")
 
 
+def test_fields_of_a_later_version_are_reported_and_ignored(tmp_path):
+    FederaConfig(r=3, keep_base=True).save_pretrained(tmp_path)
+    path = tmp_path / "federa_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "from_the_future": 1}))
+    with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['from_the_future'\] for class FederaConfig"):
+        config = FederaConfig.from_pretrained(tmp_path)
+    assert (type(config), config.r, config.keep_base) == (FederaConfig, 3, True)
+
+
 def test_the_saved_config_says_lora_to_everyone(tmp_path):
     adapted("llama").save_pretrained(tmp_path)
     assert type(PeftConfig.from_pretrained(tmp_path)) is LoraConfig
