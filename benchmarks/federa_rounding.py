@@ -58,7 +58,8 @@ def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     output = _output(model, tokens)
     rounding, norm, largest = 0.0, 0.0, 0.0
     names = []
-    for name, layer in model.base_model.model.named_modules():
+    adapted: Any = model.get_base_model()
+    for name, layer in adapted.named_modules():
         if not isinstance(layer, FederaLayer):
             continue
         names.append(name)

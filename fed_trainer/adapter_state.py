@@ -16,6 +16,7 @@ from torch import nn
 from peft_scl import FederaConfig, FederaLayer, SclLayer, federa_state_dict
 from peft_scl.federa.layer import evenly_spaced
 from peft_scl.federa.state import unstack_start
+from peft_scl.started import StartedLinear
 
 
 __all__ = ["AdapterState", "LiveAdapter", "base_digest", "check_same_layout", "state_bytes", "subtract"]
@@ -121,7 +122,7 @@ def _start_of(module: nn.Module) -> list[torch.Tensor]:
         return [*module.scl_start_A.values(), *module.scl_start_B.values()]
     if isinstance(module, FederaLayer):
         return [*module.lora_start_A.values(), *module.lora_start_B.values()]
-    return []
+    return [module.start] if isinstance(module, StartedLinear) else []
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:

@@ -9,6 +9,8 @@ from accelerate.hooks import AlignDevicesHook
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .started import StartedLinear
+
 
 __all__ = ["is_at_hand", "offload_hook"]
 
@@ -20,7 +22,7 @@ def is_at_hand(module: nn.Module) -> bool:
     """
     weight: Any = module.weight
     return (
-        type(module) in (nn.Linear, Conv1D)
+        type(module) in (nn.Linear, Conv1D, StartedLinear)
         and type(weight) in (torch.Tensor, nn.Parameter)
         and weight.dim() == 2
         and weight.numel() > 0

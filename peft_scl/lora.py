@@ -68,7 +68,7 @@ def to_lora(
     - `variant="compress"` that keeps its residual: the change is `s ((B0 + B) (A0 + A) - B0 A0)`, a LoRA of rank `2 r`
       with `lora_A = [A0 + A; A]` and `lora_B = [s B, s B0]`;
     - `variant="bottleneck"` with the delta `"none"` or `"low_rank"` (`D2 D1`): the change is
-      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` with `lora_A = [A; D1]` and
+      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` (`r + 2 down_proj_r` from a principal start) with `lora_A = [A; D1]` and
       `lora_B = [s (W + D2 D1) B, D2]`;
     - FeDeRA: the change is `s (B A - B0 A0)`, a LoRA of rank `2 r` (which is what `save_pretrained` writes).
 

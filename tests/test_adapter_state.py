@@ -41,6 +41,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "scl": lambda: SclConfig(r=4),
     "lora_tokens": lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
     "scl_full": lambda: SclConfig(r=4, variant="bottleneck", train_down_proj="full"),
+    "scl_principal_delta": lambda: SclConfig(r=4, variant="bottleneck", down_proj_start="principal"),
     "scl_replacing": lambda: SclConfig(r=4, keep_residual=False),
     "scl_modules_to_save": lambda: SclConfig(r=4, modules_to_save=["lm_head"]),
     "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
