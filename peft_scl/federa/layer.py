@@ -23,7 +23,7 @@ from ..quantization import MERGEABLE_BACKENDS, check_readable, dense, frozen_cop
 from .config import FederaConfig
 
 
-__all__ = ["Embedding", "FederaLayer", "Linear"]
+__all__ = ["Embedding", "FederaLayer", "Linear", "evenly_spaced"]
 
 DIGEST_SAMPLES = 64
 
