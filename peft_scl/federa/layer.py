@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..access import is_at_hand, offload_hook
 from ..layer import WeightChange
 from ..linalg import truncated_svd
-from ..quantization import MERGEABLE_BACKENDS, check_readable, dense, frozen_copy, put_back
+from ..quantization import check_readable, dense, frozen_copy, put_back
 from .config import FederaConfig
 
 
@@ -82,14 +82,6 @@ class FederaLayer(lora.LoraLayer):
                 f"The layer has FeDeRA adapters, to which {adapter_name!r}, a {type(config).__name__}, cannot be added. Merge "
                 "them first (`merge_and_unload`), or save them and load them as what they are saved as, plain LoRA adapters."
             )
-        full_rank = min(self.in_features, self.out_features)
-        if r > full_rank:
-            raise ValueError(
-                f"`r` is {r}, but {kwargs.get('target_name') or 'a target module'} has a weight of shape ({self.out_features}, "
-                f"{self.in_features}), which has no more than {full_rank} singular directions. Choose `r` up to that, or set "
-                "`rank_pattern` for this module."
-            )
-        self._check_residual_possible(config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         self.keep_base[adapter_name] = config.keep_base
         self.start_scaling[adapter_name] = self.scaling[adapter_name]
@@ -102,21 +94,6 @@ class FederaLayer(lora.LoraLayer):
         if config.init_lora_weights and not is_shell:
             with gather_params_ctx(base_weight), torch.no_grad():  # ZeRO-3: every rank gets what rank 0 writes
                 self._start(adapter_name)
-
-    def _check_residual_possible(self, config: FederaConfig) -> None:
-        if config.keep_base:
-            return
-        if self.quantization_backend is not None:
-            raise ValueError(
-                f"`keep_base=False` writes the residual into the base weights, but these are quantised by "
-                f"{self.quantization_backend.backend_name}: quantising again would change every one of them by up to a step of "
-                "the grid, and the saved adapter would be off by that. Set `keep_base=True`, which leaves them as they are."
-            )
-        if self._offload_hook() is not None:
-            raise ValueError(
-                "`keep_base=False` writes the residual into the base weights, but some of these are offloaded. Set "
-                "`keep_base=True`, or load the model without offloading."
-            )
 
     def _start(self, name: str) -> None:
         """`s B0 A0` = best rank-`r` approximation of the base weight, its singular values shared evenly."""
@@ -239,11 +216,6 @@ class FederaLayer(lora.LoraLayer):
         """The base weight, without what is merged into it, as a dense floating tensor `(out_features, in_features)`."""
         hook = self._offload_hook()
         if self.quantization_backend is not None:
-            if hook is not None:
-                raise NotImplementedError(
-                    "A target module is quantised and offloaded, so its singular vectors cannot be read. Add the adapter before "
-                    "offloading."
-                )
             check_readable(self.get_base_layer())
         if self._unmerged_weight is not None:
             weight = self._unmerged_weight
@@ -354,17 +326,11 @@ class FederaLayer(lora.LoraLayer):
 
         Raises:
             ValueError: If `safe_merge` finds non-finite values.
-            NotImplementedError: If the base layer is quantised by a library other than bitsandbytes and torchao.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.keep_base]
         if not names:
             return
         backend, base_layer = self.quantization_backend, self.get_base_layer()
-        if backend is not None and backend.backend_name not in MERGEABLE_BACKENDS:
-            raise NotImplementedError(
-                f"FeDeRA cannot be merged into weights quantised by {backend.backend_name}. Save the adapter, and merge it into "
-                "the base model without quantisation."
-            )
         if backend is not None and self._unmerged_weight is None:
             check_readable(base_layer)
         original = self._unmerged_weight

@@ -7,16 +7,16 @@ from typing import Any, NoReturn
 import torch
 from peft import PeftConfig
 from peft.tuners.lora import LoraModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import get_quantization_kwargs
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..card import FEDERA_TAG
+from .checks import check_target, layer_class
 from .config import FederaConfig
-from .layer import Embedding, FederaLayer, Linear
+from .layer import FederaLayer
 from .state import check_saved_shapes, stack_start, unstack_start
 
 
@@ -62,11 +62,16 @@ class FederaModel(LoraModel):
 
     tuner_layer_cls = FederaLayer  # type: ignore[assignment]
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if (getattr(model, "_tp_size", None) or 1) > 1:
             raise NotImplementedError(_TENSOR_PARALLEL)
         if isinstance(model, PreTrainedModel):
             model.add_model_tags([FEDERA_TAG])  # read by the model cards of PEFT and of the trainers
+        _maybe_include_all_linear_layers(peft_config, model)  # which PEFT does next
+        adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        for key, module in model.named_modules():
+            if key and not key.startswith(adapted) and self._check_target_module_exists(peft_config, key):
+                check_target(model, key, module, peft_config)
 
     def _check_new_adapter_config(self, config: Any) -> None:
         super()._check_new_adapter_config(config)
@@ -87,12 +92,7 @@ class FederaModel(LoraModel):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, BaseTunerLayer) and not isinstance(target, FederaLayer):
-            raise TypeError(
-                f"Target module {current_key} is already wrapped by another PEFT method ({type(target).__module__}."
-                f"{type(target).__name__}). FeDeRA starts from the pretrained weight and cannot be stacked on another adapter: "
-                "merge that adapter first (`merge_and_unload`), or choose other `target_modules`."
-            )
+        check_target(self.model, current_key, target, lora_config)  # again, for modules that a state dict names
         super()._create_and_replace(
             lora_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
         )
@@ -100,47 +100,11 @@ class FederaModel(LoraModel):
     def _create_new_module(  # type: ignore[override]
         self, lora_config: FederaConfig, adapter_name: str, target: Any, **kwargs: Any
     ) -> FederaLayer:
-        key = kwargs["target_name"]
-        layer_class: type[FederaLayer] | None = None
-        if isinstance(target, nn.Embedding):
-            layer_class = Embedding
-        elif isinstance(target, (nn.Linear, Conv1D)) or resolve_quantization_backend(target) is not None:
-            layer_class = Linear
-        # the output projection of nn.MultiheadAttention, whose forward is never called
-        if layer_class is None or isinstance(target, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            raise TypeError(
-                f"Target module {key} is a {type(target).__name__}, but FeDeRA wraps linear layers (`nn.Linear`, transformers' "
-                "`Conv1D`, and the quantised linear layers that PEFT supports) and `nn.Embedding` only. Choose other "
-                "`target_modules`, or use `LoraConfig`."
-            )
-        if isinstance(getattr(target, "weight", None), DTensor):
-            raise NotImplementedError(
-                f"The weight of the target module {key} is sharded over devices, so its singular vectors cannot be read. Add the "
-                "FeDeRA adapter before the model is sharded."
-            )
-        if getattr(target, "max_norm", None) is not None:
-            raise ValueError(
-                f"Target module {key} is an embedding with `max_norm`, which rescales its rows in the forward, so the start of "
-                "FeDeRA would not stay what it is. Choose other `target_modules`."
-            )
-        if not lora_config.keep_base:
-            self._check_not_shared(key, target)
+        new_class = layer_class(self.model, target)
+        assert new_class is not None  # `check_target`
         lora_config.fan_in_fan_out = isinstance(target, Conv1D)  # what plain LoRA will want to hear
         kwargs.update(get_quantization_kwargs(self.model))
-        return layer_class(target, adapter_name, config=lora_config, **kwargs)
-
-    def _check_not_shared(self, key: str, target: Any) -> None:
-        """A residual would change whatever else uses the same weight."""
-        owners = [
-            name
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            if module._parameters.get("weight") is target.weight
-        ]
-        if len(owners) > 1:
-            raise ValueError(
-                f"The weight of the target module {key} is used in several places ({', '.join(owners)}), so writing the "
-                "residual into it would change the others too. Set `keep_base=True`, or leave it out of `target_modules`."
-            )
+        return new_class(target, adapter_name, config=lora_config, **kwargs)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # not LoRA's, which would move the adapter to where the weight is, also when that is offloaded

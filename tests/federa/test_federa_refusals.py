@@ -113,6 +113,20 @@ def test_modules_that_cannot_be_wrapped(target, error, message):
         get_peft_model(_Odd(), FederaConfig(r=2, target_modules=[target]))
 
 
+def test_a_refusal_leaves_the_model_as_it_was():
+    """The last target is the one that is refused, and the same model can be used with another config."""
+    model = build("llama")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for values in ({"r": 9}, {"rank_pattern": {"layers.1.self_attn.v_proj": 9}}):
+        with pytest.raises(ValueError, match=r"layers.[01].self_attn.[kv]_proj has a weight of shape"):
+            get_peft_model(model, config_for("llama", **{**values, "target_modules": "all-linear"}))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in after.items())
+    adapted_ = get_peft_model(model, config_for("llama", target_modules="all-linear")).eval()
+    torch.testing.assert_close(logits(adapted_), logits(build("llama")), rtol=1e-4, atol=1e-6)
+
+
 def test_a_shared_weight_may_be_wrapped_if_the_base_is_kept():
     model = _Odd()
     x = torch.randn(2, 4)
