@@ -345,13 +345,13 @@ def test_a_merged_adapter_an_unknown_name_and_another_method_are_refused():
         ValueError, match=r"no SCL or FeDeRA adapter 'default'; its adapters of these kinds are \['x'\]"
     ):
         to_lora(model)
-    with pytest.raises(ValueError, match="no SCL adapter"):
+    with pytest.raises(ValueError, match="no SCL or FeDeRA adapter"):
         to_lora(nn.Linear(2, 2))
     model.merge_adapter()
     with pytest.raises(ValueError, match="Call `unmerge_adapter` first"):
         to_lora(model, "x")
     model.unmerge_adapter()
-    with pytest.raises(ValueError, match="no SCL adapter"):
+    with pytest.raises(ValueError, match="no SCL or FeDeRA adapter"):
         to_lora(_with_lora(to_lora(model, "x"), Block()))
 
 
