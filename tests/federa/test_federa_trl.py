@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from federa_reference import both_modes
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_scl import FederaConfig
@@ -68,6 +68,30 @@ def test_sft(keep_base, gradient_checkpointing, tiny_model_dir, tmp_path):
     trainer.save_model(tmp_path / "adapter")
     restored = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "adapter")
     torch.testing.assert_close(_logits(restored, tokenizer), _logits(trainer.model, tokenizer), rtol=1e-4, atol=1e-5)
+
+
+def test_sft_on_a_4_bit_base_starts_at_the_base_model(tiny_model_dir, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=quantization_config)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    trainer = SFTTrainer(
+        load(),
+        args=SFTConfig(str(tmp_path / "run"), **ARGUMENTS),
+        train_dataset=Dataset.from_dict({"text": [f"What is {n} plus 1? {n + 1}" for n in range(8)]}),
+        processing_class=tokenizer,
+        peft_config=_config(True),
+    )
+    # TRL's choice for quantised bases; the start stays in float32
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    tokens = tokenizer(["What is 3 plus 1? 4"], return_tensors="pt")
+    with torch.no_grad():  # in train mode: in eval mode, bitsandbytes repacks 4-bit layers on some CPUs
+        assert torch.equal(trainer.model.train()(**tokens).logits, load().train()(**tokens).logits)
+    losses = _losses(trainer)
+    assert losses[-1] < losses[0]
 
 
 @modes
