@@ -8,12 +8,15 @@ import hashlib
 import re
 
 import torch
-from peft import PeftModel, PeftType, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from peft_scl import SclLayer
+from peft_scl import FederaConfig, FederaLayer, SclLayer, federa_state_dict
+from peft_scl.federa.layer import evenly_spaced
+from peft_scl.federa.state import unstack_start
+from peft_scl.started import StartedLinear
 
 
 __all__ = ["AdapterState", "LiveAdapter", "base_digest", "check_same_layout", "state_bytes", "subtract"]
@@ -50,7 +53,11 @@ class LiveAdapter:
                 "model, such as SCL or LoRA."
             )
         owners = {tensor.data_ptr(): tensor for tensor in [*model.buffers(), *model.parameters()]}
-        saved = get_peft_model_state_dict(model, adapter_name=active[0])
+        self._model, self._name = model, active[0]
+        self._is_federa = isinstance(model.peft_config[active[0]], FederaConfig)
+        # PEFT saves FeDeRA as a plain LoRA of twice the rank, which is not what is trained
+        state_dict = federa_state_dict if self._is_federa else get_peft_model_state_dict
+        saved = state_dict(model, adapter_name=active[0])
         self._tensors: dict[str, torch.Tensor] = {}
         for key, tensor in sorted(saved.items()):
             if tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() not in owners:
@@ -60,13 +67,8 @@ class LiveAdapter:
                 )
             self._tensors[key] = owners[tensor.data_ptr()]
         # What no client trains is the same everywhere and does not travel: frozen parameters, and the start of SCL
-        # compressions. Other buffers change in training, such as running statistics.
-        constants = {
-            id(tensor)
-            for module in model.modules()
-            if isinstance(module, SclLayer)
-            for tensor in [*module.scl_start_A.values(), *module.scl_start_B.values()]
-        }
+        # compressions and of FeDeRA. Other buffers change in training, such as running statistics.
+        constants = {id(tensor) for module in model.modules() for tensor in _start_of(module)}
         self._frozen = {
             key
             for key, owner in self._tensors.items()
@@ -92,6 +94,35 @@ class LiveAdapter:
         """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
         for key, tensor in state.items():
             self._tensors[key].copy_(tensor)
+
+    def load(self, saved: AdapterState, source: str) -> None:
+        """
+        Write an adapter as PEFT saves it, whole, into the model.
+
+        Args:
+            saved (`dict[str, torch.Tensor]`):
+                The tensors of an adapter file.
+            source (`str`):
+                Where they came from, for the error message.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        state = unstack_start(saved) if self._is_federa else saved
+        check_same_layout(state, self.read(include_frozen=True), source)
+        if self._is_federa:  # another start moves the base model with it
+            set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
+        else:
+            self.write(state)
+
+
+def _start_of(module: nn.Module) -> list[torch.Tensor]:
+    """The constants that a layer starts from."""
+    if isinstance(module, SclLayer):
+        return [*module.scl_start_A.values(), *module.scl_start_B.values()]
+    if isinstance(module, FederaLayer):
+        return [*module.lora_start_A.values(), *module.lora_start_B.values()]
+    return [module.start] if isinstance(module, StartedLinear) else []
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:
@@ -142,7 +173,8 @@ def base_digest(model: PeftModel) -> str | None:
     SHA-256 over names, shapes and a sample of the base weights, to tell whether two runs hold the same base model.
 
     64 evenly spaced values of every tensor are rounded to bfloat16 first, so that loading the same checkpoint in float32
-    or bfloat16 gives the same digest. It detects another checkpoint, not a manipulated one.
+    or bfloat16 gives the same digest. It detects another checkpoint, not a manipulated one. A base that holds the residual
+    of a FeDeRA adapter counts as what it was before.
 
     Returns:
         `str` or `None`: The digest, or `None` for a quantised base, whose stored values are not the checkpoint's.
@@ -151,10 +183,13 @@ def base_digest(model: PeftModel) -> str | None:
     if getattr(base, "is_quantized", False):
         return None
     digest = hashlib.sha256()
+    residuals = {
+        id(module.get_base_layer().weight): module.original_sample
+        for module in base.modules()
+        if isinstance(module, FederaLayer) and module.original_sample is not None
+    }
     for name, parameter in sorted(_base_parameters(base).items()):
-        sample = parameter.detach().flatten()
-        if sample.numel() > 64:
-            sample = sample[torch.linspace(0, sample.numel() - 1, 64, device=sample.device).long()]
+        sample = residuals.get(id(parameter), evenly_spaced(parameter))
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

@@ -131,10 +131,12 @@ def model_card(
     # the config of the base model knows nothing of the head that was trained
     labels = f", num_labels={num_labels}" if task_type in ("SEQ_CLS", "TOKEN_CLS") and num_labels is not None else ""
     rounds = record["rounds"]
-    paper = (
-        "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
-        "`peft_scl`"
-    )
+    methods = {
+        "SCL": "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
+        "`peft_scl`",
+        "FEDERA": "FeDeRA ([arXiv 2404.18848](https://huggingface.co/papers/2404.18848)), trained with `peft_scl` and saved as a "
+        "plain LoRA",
+    }
     per_client = [client["num_examples"] for client in record["clients"].values()]
     lines = [
         f"# {model_name or (repo_id or 'Federated adapter').split('/')[-1]}",
@@ -144,7 +146,7 @@ def model_card(
         "| | |",
         "|---|---|",
         f"| base model | {base} |",
-        f"| method | {paper if scl else method or 'fine-tuning without an adapter'} |",
+        f"| method | {methods.get(method, method or 'fine-tuning without an adapter')} |",
         f"| aggregation | `{record['aggregation']}` |",
         f"| rounds | {len(rounds)} of {record['num_rounds']} |",
         f"| clients | {len(per_client)}, {record['num_sampled']} per round |",

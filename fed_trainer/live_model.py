@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .adapter_state import AdapterState
+from .adapter_state import AdapterState, check_same_layout
 
 
 __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
@@ -64,6 +64,11 @@ class LiveModel:
         """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
         for key, tensor in state.items():
             self._tensors[key].copy_(tensor)
+
+    def load(self, saved: AdapterState, source: str) -> None:
+        """Write a whole model, as [`load_model`] gives it; `source` is where it came from, for the error message."""
+        check_same_layout(saved, self.read(include_frozen=True), source)
+        self.write(saved)
 
 
 def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterState:

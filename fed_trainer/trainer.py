@@ -313,10 +313,9 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         _refuse_another_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
-        state = load_adapter(folder) if isinstance(self.model, PeftModel) else load_model(folder, self.model)
-        source = f"The {'adapter' if isinstance(self.model, PeftModel) else 'model'} in {str(folder)!r}"
-        check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
-        self._live_adapter.write(state)
+        saved = load_adapter(folder) if isinstance(self.model, PeftModel) else load_model(folder, self.model)
+        kind = "adapter" if isinstance(self.model, PeftModel) else "model"
+        self._live_adapter.load(saved, f"The {kind} in {str(folder)!r}")
         self._global_state = self._live_adapter.read()
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))

@@ -1,15 +1,30 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Sequential Compression Layers as a PEFT tuner. Importing this package registers the PEFT type `SCL`."""
+"""
+Sequential Compression Layers and FeDeRA as PEFT tuners. Importing this package registers the PEFT types `SCL` and `FEDERA`.
+"""
 
 from .registration import register_tuner  # noqa: I001  (the type must exist before the config refers to it)
 from .config import SclConfig
+from .federa import FederaConfig, FederaLayer, FederaModel, federa_state_dict, load_federa
 from .layer import SclLayer
 from .lora import LoraExport, to_lora
 from .model import SclModel
 
 
-__all__ = ["LoraExport", "SclConfig", "SclLayer", "SclModel", "to_lora"]
+__all__ = [
+    "FederaConfig",
+    "FederaLayer",
+    "FederaModel",
+    "LoraExport",
+    "SclConfig",
+    "SclLayer",
+    "SclModel",
+    "federa_state_dict",
+    "load_federa",
+    "to_lora",
+]
 __version__ = "0.1.0.dev0"
 
 register_tuner("scl", SclConfig, SclModel)
+register_tuner("federa", FederaConfig, FederaModel, prefix="lora_")

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a model card that says how to load an SCL adapter."""
+"""The part of a model card that says how to load an SCL adapter, or what a FeDeRA adapter is."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
     from .config import SclConfig
+    from .federa.config import FederaConfig
 
 
-__all__ = ["IMPORT_LINE", "LOADERS", "TAG", "update_model_card"]
+__all__ = ["FEDERA_TAG", "IMPORT_LINE", "LOADERS", "TAG", "update_federa_card", "update_model_card"]
 
 
 IMPORT_LINE = "import peft_scl  # registers the PEFT type SCL"
 TAG = "scl"
+FEDERA_TAG = "federa"
 
 LOADERS = {  # task type -> class of PEFT
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
@@ -43,31 +45,58 @@ def update_model_card(folder: str | os.PathLike, config: SclConfig) -> None:
         config ([`SclConfig`]):
             Its configuration, for the base model and the task.
     """
+    _update(folder, _new_card(config, "SCL"), TAG, "import peft_scl", _section(config))
+
+
+def update_federa_card(folder: str | os.PathLike, config: FederaConfig) -> None:
+    """
+    Add to the `README.md` of `folder` what kind of LoRA the adapter is, and the tag `federa`; create the file if there is
+    none.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Folder of the adapter.
+        config ([`FederaConfig`]):
+            Its configuration.
+    """
+    section = [
+        "## Trained with FeDeRA",
+        "",
+        f"A LoRA of rank {2 * config.r} for the base model, which PEFT loads like any other. It was trained as FeDeRA "
+        f"([arXiv:2404.18848](https://arxiv.org/abs/2404.18848)), with factors of rank {config.r} that start from the principal "
+        "singular directions of the weights: `peft_scl.load_federa` continues that training.",
+        "",
+    ]
+    _update(folder, _new_card(config, "FeDeRA"), FEDERA_TAG, section[0], section)
+
+
+def _update(folder: str | os.PathLike, new: ModelCard, tag: str, marker: str, section: list[str]) -> None:
+    """Add `tag`, and `section` unless `marker` is in the text already, to the card of `folder`, or to `new`."""
     path = Path(folder, "README.md")
-    card = ModelCard.load(path) if path.exists() else _new_card(config)
+    card = ModelCard.load(path) if path.exists() else new
     before = str(card)
     data: Any = card.data
-    if TAG not in (data.tags or []):
-        data.tags = sorted([*(data.tags or []), TAG])
-    if "import peft_scl" not in card.text:
+    if tag not in (data.tags or []):
+        data.tags = sorted([*(data.tags or []), tag])
+    if marker not in card.text:
         lines = card.text.splitlines()
         position = _first_section(lines)
         if position > 0 and lines[position - 1]:
             lines.insert(position, "")
             position += 1
-        card.text = "\n".join([*lines[:position], *_section(config), *lines[position:]])
+        card.text = "\n".join([*lines[:position], *section, *lines[position:]])
     if not path.exists() or str(card) != before:
         card.save(path)
 
 
-def _new_card(config: SclConfig) -> ModelCard:
+def _new_card(config: SclConfig | FederaConfig, method: str) -> ModelCard:
     base = config.base_model_name_or_path
     data = ModelCardData(
         library_name="peft",
         base_model=base if base and not os.path.isdir(base) else None,
         tags=[f"base_model:adapter:{base}"] if base else None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# SCL adapter{f' for `{base}`' if base else ''}\n\n")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {method} adapter{f' for `{base}`' if base else ''}\n\n")
 
 
 def _section(config: SclConfig) -> list[str]:

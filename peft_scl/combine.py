@@ -109,11 +109,15 @@ def _check_replacements(names: list[str], weights: Sequence[float], layers: Mapp
 def _combined_delta(configs: list[SclConfig]) -> dict[str, Any]:
     kinds = {config.train_down_proj for config in configs}
     if "full" in kinds:
-        return {"train_down_proj": "full", "down_proj_r": None}
+        return {"train_down_proj": "full", "down_proj_r": None, "down_proj_start": "zero"}
     if "low_rank" in kinds:
-        ranks = [config.down_proj_r or config.r for config in configs if config.train_down_proj == "low_rank"]
-        return {"train_down_proj": "low_rank", "down_proj_r": sum(ranks)}
-    return {"train_down_proj": "none", "down_proj_r": None}
+        ranks = [
+            (config.down_proj_r or config.r) * (2 if config.down_proj_start == "principal" else 1)
+            for config in configs
+            if config.train_down_proj == "low_rank"
+        ]
+        return {"train_down_proj": "low_rank", "down_proj_r": sum(ranks), "down_proj_start": "zero"}
+    return {"train_down_proj": "none", "down_proj_r": None, "down_proj_start": "zero"}
 
 
 @torch.no_grad()

@@ -63,6 +63,10 @@ class SclConfig(PeftConfig):
             the adapter. Ignored by `"compress"`, whose maps stand for the down projection.
         down_proj_r (`int`, *optional*):
             Rank of the low-rank delta, defaults to `r`.
+        down_proj_start (`str`, *optional*, defaults to `"zero"`):
+            Where the low-rank delta starts: `"zero"` as a LoRA does (`B = 0`), `"principal"` as FeDeRA does, at
+            `delta = (B0 + B) (A0 + A) - B0 A0` with the principal singular factors of the down projection. The delta is zero
+            at the start either way. The frozen start is saved with the adapter, and an export to LoRA has twice this rank.
         target_modules (`list[str]` or `str`, *optional*):
             Names of the down projections: a list matches suffixes, a string is a regular expression. If not given, they
             are known per architecture, or found by the sizes in the model's config (and reported with a warning).
@@ -114,6 +118,13 @@ class SclConfig(PeftConfig):
     down_proj_r: int | None = field(
         default=None, metadata={"help": "Rank of the low-rank delta of the down projection, defaults to r."}
     )
+    down_proj_start: Literal["zero", "principal"] = field(
+        default="zero",
+        metadata={
+            "help": "Where the low-rank delta starts: 'zero' as a LoRA does, 'principal' as FeDeRA does (principal singular "
+            "factors of the down projection, whose product is subtracted)."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -158,6 +169,15 @@ class SclConfig(PeftConfig):
                 raise ValueError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
         _check_choice("variant", self.variant, ("compress", "bottleneck"))
         _check_choice("train_down_proj", self.train_down_proj, ("none", "low_rank", "full"))
+        _check_choice("down_proj_start", self.down_proj_start, ("zero", "principal"))
+        if self.down_proj_start == "principal" and (
+            self.variant != "bottleneck" or self.train_down_proj != "low_rank"
+        ):
+            raise ValueError(
+                "`down_proj_start='principal'` is the start of the low-rank delta behind a bottleneck, but `variant` is "
+                f"{self.variant!r} and `train_down_proj` {self.train_down_proj!r}. Set `variant='bottleneck'` and "
+                "`train_down_proj='low_rank'`, or leave it out: `variant='compress'` starts at the principal part anyway."
+            )
         if self.activation not in ACT2FN:
             raise ValueError(
                 f"`activation` should be one of {sorted(ACT2FN)} but the value passed is {self.activation!r}"

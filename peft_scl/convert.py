@@ -1,7 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The command `scl-to-lora`: writes a linear SCL adapter as a LoRA adapter that loads without `peft_scl`.
+The command `scl-to-lora`: writes a linear SCL adapter as a LoRA adapter that loads without `peft_scl`, or recompresses a
+FeDeRA adapter, which is one already, to another rank.
 
     scl-to-lora ADAPTER OUTPUT [--base_model ID] [--r N] [--dtype float32] [--overwrite]
 """
@@ -20,6 +21,7 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel
 
 from .config import SclConfig
+from .federa import FEDERA_CONFIG_NAME, FederaConfig, load_federa
 from .lora import LoraExport, to_lora
 
 
@@ -53,9 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scl-to-lora",
-        description="Write a linear SCL adapter as a LoRA adapter, which loads without peft_scl.",
+        description="Write a linear SCL adapter as a LoRA adapter, which loads without peft_scl, or a FeDeRA adapter as one of "
+        "another rank.",
     )
-    parser.add_argument("adapter", help="folder or Hub id of the SCL adapter")
+    parser.add_argument("adapter", help="folder or Hub id of the adapter")
     parser.add_argument("output", help="folder for the LoRA adapter")
     parser.add_argument(
         "--base_model", help="folder or Hub id of the base model; by default the one the adapter names"
@@ -68,18 +71,21 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check_output(output: str, adapter: str, overwrite: bool) -> None:
     if Path(output).resolve() == Path(adapter).resolve():
-        raise ValueError(f"The output {output!r} is the folder of the SCL adapter itself. Choose another one.")
+        raise ValueError(f"The output {output!r} is the folder of the adapter itself. Choose another one.")
     if os.path.isdir(output) and os.listdir(output) and not overwrite:
         raise ValueError(f"The folder {output!r} is not empty. Choose another one, or pass `--overwrite`.")
 
 
 def _load(adapter: str, base_model: str | None) -> PeftModel:
-    """The SCL adapter on its base model, in the dtype the base model is stored in."""
+    """The adapter on its base model, in the dtype the base model is stored in."""
     if not os.path.isdir(adapter):
         adapter = snapshot_download(adapter, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, SclConfig):
-        raise ValueError(f"{adapter!r} holds an adapter of type {config.peft_type.value}, not an SCL adapter.")
+    is_federa = Path(adapter, FEDERA_CONFIG_NAME).is_file()
+    config = FederaConfig.from_pretrained(adapter) if is_federa else PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, (SclConfig, FederaConfig)):
+        raise ValueError(
+            f"{adapter!r} holds an adapter of type {config.peft_type.value}, not one that SCL or FeDeRA has saved."
+        )
     config.base_model_name_or_path = base_model or config.base_model_name_or_path
     if not config.base_model_name_or_path:
         raise ValueError(f"The adapter {adapter!r} does not name its base model. Pass it as `--base_model`.")
@@ -91,10 +97,10 @@ def _load(adapter: str, base_model: str | None) -> PeftModel:
         vocabulary = len(transformers.AutoTokenizer.from_pretrained(adapter))
         if vocabulary > base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(vocabulary)
-    return PeftModel.from_pretrained(base, adapter, config=config)
+    return load_federa(base, adapter) if is_federa else PeftModel.from_pretrained(base, adapter, config=config)
 
 
-def _model_class(config: SclConfig) -> Any:
+def _model_class(config: SclConfig | FederaConfig) -> Any:
     if config.task_type is not None:
         return _AUTO_CLASSES[config.task_type]
     mapping = config.auto_mapping or {}

@@ -15,9 +15,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from .access import offload_hook
 from .config import SclConfig
 from .linalg import truncated_svd
 from .quantization import MERGEABLE_BACKENDS, check_readable, dense
+from .started import StartedLinear
 
 
 __all__ = ["SclLayer", "WeightChange"]
@@ -117,8 +119,12 @@ class SclLayer(BaseTunerLayer):
             self.scl_delta[adapter_name] = nn.Linear(m, d, bias=False)
         elif not compress and config.train_down_proj == "low_rank":
             delta_r = config.down_proj_r or r
-            self.scl_delta_A[adapter_name] = nn.Linear(m, delta_r, bias=False)
-            self.scl_delta_B[adapter_name] = nn.Linear(delta_r, d, bias=False)
+            if config.down_proj_start == "principal":
+                self.scl_delta_A[adapter_name] = StartedLinear(m, delta_r, reads=True)
+                self.scl_delta_B[adapter_name] = StartedLinear(delta_r, d, reads=False)
+            else:
+                self.scl_delta_A[adapter_name] = nn.Linear(m, delta_r, bias=False)
+                self.scl_delta_B[adapter_name] = nn.Linear(delta_r, d, bias=False)
 
         self.reset_scl_parameters(adapter_name, init_weights=config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -131,10 +137,9 @@ class SclLayer(BaseTunerLayer):
         return (device if hook is None else torch.device(hook.execution_device)), dtype
 
     def _offload_hook(self) -> AlignDevicesHook | None:
-        hook = getattr(self.get_base_layer(), "_hf_hook", None)
-        return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
+        return offload_hook(self.get_base_layer())
 
-    def _maps(self, adapter_name: str) -> list[nn.Linear]:
+    def _maps(self, adapter_name: str) -> list[Any]:
         """All trained maps of an adapter."""
         by_kind = (getattr(self, kind) for kind in self.adapter_layer_names)
         return [entries[adapter_name] for entries in by_kind if adapter_name in entries]
@@ -146,7 +151,8 @@ class SclLayer(BaseTunerLayer):
     def reset_scl_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """Start as `SclConfig` describes, or with every trained map at random."""
         for module in self._maps(adapter_name):
-            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            started = isinstance(module, StartedLinear)
+            nn.init.kaiming_uniform_(module.change if started else module.weight, a=math.sqrt(5))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         down, up = self.scl_A[adapter_name].weight, self.scl_B[adapter_name].weight
@@ -156,11 +162,21 @@ class SclLayer(BaseTunerLayer):
             nn.init.kaiming_uniform_(start_down, a=math.sqrt(5))
             if not down.is_meta:
                 self._write_principal_part(start_down, self.scl_start_B[adapter_name], self.scaling[adapter_name])
+        delta = [entries[adapter_name] for entries in (self.scl_delta_A, self.scl_delta_B) if adapter_name in entries]
+        starts_at_principal = any(isinstance(module, StartedLinear) for module in delta)
+        if starts_at_principal:
+            nn.init.kaiming_uniform_(delta[0].start, a=math.sqrt(5))
+            if not down.is_meta:
+                self._write_principal_part(delta[0].start, delta[1].start, 1.0)
         if not init_weights:
             return
-        for entries in (self.scl_delta, self.scl_delta_B):
-            if adapter_name in entries:
-                nn.init.zeros_(entries[adapter_name].weight)
+        if starts_at_principal:
+            for module in delta:
+                nn.init.zeros_(module.change)
+        else:
+            for entries in (self.scl_delta, self.scl_delta_B):
+                if adapter_name in entries:
+                    nn.init.zeros_(entries[adapter_name].weight)
         if keeps_residual:
             nn.init.zeros_(down)
         if keeps_residual or self.variant[adapter_name] == "bottleneck":
@@ -193,7 +209,7 @@ class SclLayer(BaseTunerLayer):
         if hook is not None and self.quantization_backend is not None:
             raise NotImplementedError(
                 "The down projection is quantised and offloaded, so its singular vectors cannot be read. Add the adapter "
-                "before offloading, or use `variant='bottleneck'`, which does not read the weight."
+                "before offloading, or use `variant='bottleneck'` with `down_proj_start='zero'`, which does not read the weight."
             )
         if self.quantization_backend is not None:
             check_readable(self.get_base_layer())
@@ -205,8 +221,8 @@ class SclLayer(BaseTunerLayer):
         if weight.numel() == 0:
             raise ValueError(
                 "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it "
-                "cannot be read. Use `variant='bottleneck'`, which trains without reading it, and export or merge outside of "
-                "ZeRO-3."
+                "cannot be read. Use `variant='bottleneck'` with `down_proj_start='zero'`, which trains without reading it, and "
+                "export or merge outside of ZeRO-3."
             )
         return weight.T if self.fan_in_fan_out else weight
 

@@ -9,8 +9,8 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from .access import is_at_hand
 from .config import SclConfig
 from .fused import changed_linear, is_fusable
 from .layer import SclLayer
@@ -81,7 +81,7 @@ class Linear(nn.Module, SclLayer):
         down, up, scaling = self.scl_A[name], self.scl_B[name], self.scaling[name]
         start_down, start_up = self.scl_start_A[name].to(x.dtype), self.scl_start_B[name].to(x.dtype)
         x = self.scl_dropout[name](x)
-        at_hand = _is_at_hand(down) and _is_at_hand(up)
+        at_hand = is_at_hand(down) and is_at_hand(up)
         if at_hand:  # one pass over the wide `x` for both
             weight = torch.cat([start_down, down.weight.to(x.dtype)])
             start_code, moved = nn.functional.linear(x, weight).chunk(2, dim=-1)
@@ -110,9 +110,9 @@ class Linear(nn.Module, SclLayer):
             and self.activation[name] == "linear"
             and down.bias is None
             and not (isinstance(dropout, nn.Dropout) and dropout.training)
-            and _is_at_hand(down)
-            and _is_at_hand(up)
-            and _is_at_hand(self.base_layer)
+            and is_at_hand(down)
+            and is_at_hand(up)
+            and is_at_hand(self.base_layer)
             and is_fusable(self.base_layer, x)
         )
 
@@ -144,8 +144,8 @@ class Linear(nn.Module, SclLayer):
         # the base layer takes `rank` rows more: too many for the one token of a step of generation
         return (
             x.numel() > rank * x.shape[-1]
-            and all(_is_at_hand(module) for name in names for module in self._maps(name))
-            and (self.bias is None or _is_at_hand(self.get_base_layer()))
+            and all(is_at_hand(module) for name in names for module in self._maps(name))
+            and (self.bias is None or is_at_hand(self.get_base_layer()))
         )
 
     def _forward_narrow(self, names: list[str], x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -331,23 +331,7 @@ def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """
     if module.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return module(x)
-    if not _is_at_hand(module):
+    if not is_at_hand(module):
         return module(x.to(module.weight.dtype)).to(x.dtype)
     bias = None if module.bias is None else module.bias.to(x.dtype)
     return nn.functional.linear(x, module.weight.to(x.dtype), bias)
-
-
-def _is_at_hand(module: nn.Module) -> bool:
-    """
-    Whether the weight of a module can be read outside of its forward: it is not sharded, partitioned, offloaded or
-    quantised. FSDP puts another module around it, or another class in its place, and frees the storage.
-    """
-    weight: Any = module.weight
-    return (
-        type(module) in (nn.Linear, Conv1D)
-        and type(weight) in (torch.Tensor, nn.Parameter)
-        and weight.dim() == 2
-        and weight.numel() > 0
-        and not weight.is_meta
-        and weight.untyped_storage().size() > 0
-    )

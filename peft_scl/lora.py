@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A linear SCL adapter as a plain LoRA adapter of the same base model, for all that reads LoRA but not SCL."""
+"""A linear SCL or a FeDeRA adapter as a plain LoRA adapter of the same base model, exact or of a named rank."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .config import SclConfig
+from .federa.config import FederaConfig
+from .federa.layer import Embedding, FederaLayer
 from .layer import SclLayer, WeightChange
 from .linalg import truncated_svd
 
@@ -27,7 +29,7 @@ __all__ = ["LoraExport", "to_lora"]
 
 class LoraExport(NamedTuple):
     """
-    A LoRA adapter in memory, and how far it is from the SCL adapter it was made of.
+    A LoRA adapter in memory, and how far it is from the adapter it was made of.
 
     Args:
         config ([`~peft.LoraConfig`]):
@@ -59,15 +61,16 @@ def to_lora(
     model: nn.Module, adapter_name: str = "default", r: int | None = None, dtype: torch.dtype = torch.float32
 ) -> LoraExport:
     """
-    Export a linear SCL adapter as a LoRA adapter for the untouched base model.
+    Export a linear SCL adapter or a FeDeRA adapter as a LoRA adapter for the untouched base model.
 
     Exact up to the rounding to `dtype` are
 
     - `variant="compress"` that keeps its residual: the change is `s ((B0 + B) (A0 + A) - B0 A0)`, a LoRA of rank `2 r`
       with `lora_A = [A0 + A; A]` and `lora_B = [s B, s B0]`;
     - `variant="bottleneck"` with the delta `"none"` or `"low_rank"` (`D2 D1`): the change is
-      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` with `lora_A = [A; D1]` and
-      `lora_B = [s (W + D2 D1) B, D2]`.
+      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` (`r + 2 down_proj_r` from a principal start) with `lora_A = [A; D1]` and
+      `lora_B = [s (W + D2 D1) B, D2]`;
+    - FeDeRA: the change is `s (B A - B0 A0)`, a LoRA of rank `2 r` (which is what `save_pretrained` writes).
 
     The change of a full delta and of a compression without its residual has full rank; its best approximation is
     exported when a rank is named.
@@ -91,7 +94,7 @@ def to_lora(
         [`LoraExport`]: The tuple `(config, state_dict, error, errors)`, with a method `save_pretrained`.
 
     Raises:
-        ValueError: If the model has no SCL adapter of this name, if it is non-linear, merged or offloaded, if its change
+        ValueError: If the model has no such adapter of this name, if it is non-linear, merged or offloaded, if its change
             has full rank and no `r` is given, or if `r` is not positive or larger than the rank of the change.
 
     Example:
@@ -102,17 +105,19 @@ def to_lora(
         ```
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, SclConfig):
-        names = [name for name, other in getattr(model, "peft_config", {}).items() if isinstance(other, SclConfig)]
+    if not isinstance(config, (SclConfig, FederaConfig)):
+        configs = getattr(model, "peft_config", {}).items()
+        names = [name for name, other in configs if isinstance(other, (SclConfig, FederaConfig))]
         raise ValueError(
-            f"The model has no SCL adapter {adapter_name!r}; its SCL adapters are {names}. Pass the model with its adapter "
-            "(`get_peft_model`, `PeftModel.from_pretrained`) and the name of one of them as `adapter_name`."
+            f"The model has no SCL or FeDeRA adapter {adapter_name!r}; its adapters of these kinds are {names}. Pass the model "
+            "with its adapter (`get_peft_model`, `PeftModel.from_pretrained`, `load_federa`) and the name of one of them as "
+            "`adapter_name`."
         )
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     layers: dict[str, Any] = {
         name: module
         for name, module in root.named_modules()
-        if isinstance(module, SclLayer) and adapter_name in module.scl_A
+        if isinstance(module, (SclLayer, FederaLayer)) and adapter_name in module.r
     }
     ranks = {name: _rank(layer, adapter_name) for name, layer in layers.items()}
     lora_r = max(ranks.values()) if r is None else r
@@ -129,21 +134,27 @@ def to_lora(
         lora_A = nn.functional.pad(lora_A, (0, 0, 0, padding)).to(dtype)
         lora_B = nn.functional.pad(lora_B, (0, padding)).to(dtype)
         norms[name] = _norms(change, lora_B.double(), lora_A.double())
-        state_dict[f"{prefix}{name}.lora_A.weight"] = lora_A.cpu().contiguous()
-        state_dict[f"{prefix}{name}.lora_B.weight"] = lora_B.cpu().contiguous()
+        keys = (
+            ("lora_embedding_A", "lora_embedding_B")
+            if isinstance(layer, Embedding)
+            else ("lora_A.weight", "lora_B.weight")
+        )
+        for key, factor in zip(keys, (lora_A, lora_B), strict=True):
+            state_dict[f"{prefix}{name}.{key}"] = factor.cpu().contiguous()
         if change.shift is not None:
             state_dict[f"{prefix}{name}.lora_B.bias"] = change.shift.to(dtype).cpu()
 
     # What else PEFT saves: trained tokens and modules. `clone`, because safetensors refuses tied ones.
     for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
         key = key.removeprefix(prefix)
-        if key.partition(".scl_")[0] not in layers:
+        if re.split(r"\.(?:scl|lora)_", key)[0] not in layers:
             state_dict[prefix + key] = tensor.detach().cpu().clone()
 
     lora_config = LoraConfig(
         r=lora_r,
         lora_alpha=lora_r,
-        lora_bias=config.scl_bias,
+        lora_bias=isinstance(config, SclConfig) and config.scl_bias,
+        bias="none" if isinstance(config, SclConfig) else config.bias,
         fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
@@ -163,16 +174,18 @@ def to_lora(
     return LoraExport(lora_config, state_dict, _ratio(total, distance), errors)
 
 
-def _is_dense(layer: SclLayer, name: str) -> bool:
+def _is_dense(layer: SclLayer | FederaLayer, name: str) -> bool:
     """Whether the change of the weight is not a product of thin factors."""
+    if isinstance(layer, FederaLayer):
+        return False
     return layer.replaces(name) or name in layer.scl_delta
 
 
-def _rank(layer: SclLayer, name: str) -> int:
+def _rank(layer: SclLayer | FederaLayer, name: str) -> int:
     """The smallest rank that is exact whatever the weights of the adapter are."""
     if _is_dense(layer, name):
         return min(layer.in_features, layer.out_features)
-    if name in layer.scl_start_A:
+    if isinstance(layer, FederaLayer) or name in layer.scl_start_A:
         return 2 * layer.r[name]
     delta_r = layer.scl_delta_A[name].weight.shape[0] if name in layer.scl_delta_A else 0
     return layer.r[name] + delta_r
@@ -193,7 +206,7 @@ def _check_rank(r: int | None, largest: int, layers: dict[str, Any], adapter_nam
         raise ValueError(f"`r` should be a positive integer value but the value passed is {r!r}")
     elif r > largest:
         raise ValueError(
-            f"`r` is {r}, but the weight changes of the SCL adapter {adapter_name!r} have no rank above {largest}. Leave `r` "
+            f"`r` is {r}, but the weight changes of the adapter {adapter_name!r} have no rank above {largest}. Leave `r` "
             f"out, or choose up to {largest}."
         )
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Makes `SCL` a PEFT type like any other.
+"""Makes `SCL` and `FEDERA` PEFT types like any other.
 
 `peft.PeftType` is a closed enum without a plugin mechanism, and `peft.utils.register_peft_method`, the only official
 entry, accepts names that are members of it. Code in peft and transformers reads `peft_type.value`, so a plain string
@@ -16,7 +16,9 @@ from peft.utils import PeftType, register_peft_method
 __all__ = ["register_tuner"]
 
 
-def register_tuner(name: str, config_cls: type[peft.PeftConfig], model_cls: type[BaseTuner]) -> None:
+def register_tuner(
+    name: str, config_cls: type[peft.PeftConfig], model_cls: type[BaseTuner], prefix: str | None = None
+) -> None:
     """
     Add `name` to [`~peft.PeftType`] and register its config and model classes; a second call changes nothing.
 
@@ -28,6 +30,8 @@ def register_tuner(name: str, config_cls: type[peft.PeftConfig], model_cls: type
             Subclass of [`~peft.PeftConfig`].
         model_cls (`type`):
             Subclass of [`~peft.tuners.tuners_utils.BaseTuner`].
+        prefix (`str`, *optional*):
+            State dict prefix of a method that shares the one of another.
 
     Raises:
         ImportError: If PEFT itself, or another package, already owns a method of this name.
@@ -54,7 +58,7 @@ def register_tuner(name: str, config_cls: type[peft.PeftConfig], model_cls: type
     PeftType._member_map_[value] = member
     type.__setattr__(PeftType, value, member)
     PeftType._value2member_map_[value] = member
-    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls, prefix=prefix)
 
 
 def _qualified(cls: type) -> str:

@@ -38,7 +38,7 @@ from fed_trainer import (
     pathological_partition,
 )
 from fed_trainer.report import write_report
-from peft_scl import SclConfig
+from peft_scl import FederaConfig, SclConfig
 
 
 @dataclass
@@ -188,8 +188,6 @@ def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     given: Mapping[str, Any] = recipe.peft_config if isinstance(recipe.peft_config, dict) else {}
     match recipe.method:
         case "federa":
-            from peft_scl import FederaConfig  # type: ignore[attr-defined]
-
             return FederaConfig(**{**common, **lora, **given})
         case "lora":
             return LoraConfig(**{**common, **lora, **given})

@@ -28,7 +28,7 @@ from fed_trainer.adapter_state import (
     state_bytes,
     subtract,
 )
-from peft_scl import SclConfig
+from peft_scl import FederaConfig, SclConfig
 
 
 TOKENS = torch.arange(4, 20).unsqueeze(0)
@@ -41,6 +41,7 @@ CONFIGS: dict[str, Callable[[], PeftConfig]] = {
     "scl": lambda: SclConfig(r=4),
     "lora_tokens": lambda: LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
     "scl_full": lambda: SclConfig(r=4, variant="bottleneck", train_down_proj="full"),
+    "scl_principal_delta": lambda: SclConfig(r=4, variant="bottleneck", down_proj_start="principal"),
     "scl_replacing": lambda: SclConfig(r=4, keep_residual=False),
     "scl_modules_to_save": lambda: SclConfig(r=4, modules_to_save=["lm_head"]),
     "ia3": lambda: IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
@@ -105,6 +106,63 @@ def test_the_frozen_start_of_a_compression_does_not_travel(tiny_model_dir: Path)
     state = random_like(saved)
     live.write(state)
     assert bits(live.read(include_frozen=True)) == bits(state)
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+@dtypes
+def test_federa_travels_as_it_is_trained(
+    tiny_model_dir: Path, tmp_path: Path, keep_base: bool, dtype: torch.dtype
+) -> None:
+    """PEFT saves the factors and their start as one LoRA; clients train, send and average the factors alone."""
+
+    def make(targets: list[str]) -> PeftModel:
+        base = LlamaForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype)
+        config = FederaConfig(
+            r=4, lora_alpha=8, target_modules=targets, modules_to_save=["lm_head"], keep_base=keep_base
+        )
+        return get_peft_model(base, config, autocast_adapter_dtype=False).eval()
+
+    targets = ["q_proj", "down_proj", "embed_tokens"]
+    model = make(targets)
+    live, at_start = LiveAdapter(model), make(targets)
+    travels = live.read()
+    stays = live.read(include_frozen=True).keys() - travels.keys()
+    assert {key for key in stays if not key.endswith("embed_tokens.base_layer.weight")} == {
+        key for key in live.read(include_frozen=True) if ".lora_start_" in key
+    }
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert sum(tensor.numel() for tensor in travels.values()) == trained
+    move(model)
+    state = live.read()
+    assert bits(state) != bits(travels)
+
+    other = LiveAdapter(at_start)
+    other.write(state)
+    assert torch.equal(at_start(TOKENS).logits, model(TOKENS).logits)
+    live.write(travels)  # as a later round does
+    model.save_pretrained(tmp_path / "start")
+    live.write(state)
+    model.save_pretrained(tmp_path / "trained")
+    fresh = make(targets)
+    restored = LiveAdapter(fresh)
+    ids = restored.tensor_ids
+    restored.load(load_file(tmp_path / "trained" / "adapter_model.safetensors"), "The checkpoint")
+    assert bits(restored.read(include_frozen=True)) == bits(live.read(include_frozen=True))
+    assert restored.tensor_ids == ids
+    assert bits(fresh.state_dict()) == bits(model.state_dict())
+    with pytest.raises(ValueError, match="The checkpoint does not fit: "):
+        LiveAdapter(make(["q_proj"])).load(
+            load_file(tmp_path / "start" / "adapter_model.safetensors"), "The checkpoint"
+        )
+
+
+def test_the_digest_of_a_residual_base_is_that_of_the_model(tiny_model_dir: Path) -> None:
+    digests = set()
+    for keep_base in (False, True):
+        base = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+        digests.add(base_digest(get_peft_model(base, FederaConfig(target_modules=["q_proj"], keep_base=keep_base))))
+    digests.add(base_digest(make_model(tiny_model_dir, "lora")))
+    assert len(digests) == 1
 
 
 @all_configs

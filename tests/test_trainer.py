@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.clients import client_seed
-from peft_scl import SclConfig
+from peft_scl import FederaConfig, SclConfig, load_federa
 
 
 LOCAL = {
@@ -176,6 +176,39 @@ def test_resuming_refuses_another_run_and_leaves_it_alone(make_trainer, tmp_path
     with pytest.raises(FileExistsError, match=r"already holds a run \(checkpoint-1\)"):
         make_trainer(num_rounds=1).train()
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+def test_federa_resumes_exactly_and_ends_as_a_plain_lora(make_trainer, tiny_model_dir, tmp_path, keep_base):
+    def make(output, num_rounds):
+        config = FederaConfig(r=4, target_modules=["q_proj", "down_proj"], keep_base=keep_base, task_type="CAUSAL_LM")
+        return make_trainer(output, num_rounds=num_rounds, peft_config=config)
+
+    whole = make("whole", 3)
+    whole.train()
+    make("parts", 1).train()
+    parts = make("parts", 3)
+    parts.train(resume_from_checkpoint=True)
+    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))
+    assert same(whole.model.state_dict(), parts.model.state_dict())
+    # clients and server exchange factors of rank 4; what is saved has their start beside them
+    sent = sum(tensor.numel() * tensor.element_size() for tensor in whole._global_state.values())
+    assert whole._record["rounds"][0]["bytes_up"] == 3 * sent
+    assert sum(tensor.numel() for tensor in adapter(tmp_path / "whole").values()) * 4 == 2 * sent
+
+    loss = whole.evaluate()["eval_loss"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    plain = PeftModel.from_pretrained(base, tmp_path / "whole")
+    assert type(plain.peft_config["default"]) is LoraConfig
+    whole.model.eval(), plain.eval()
+    tokens = torch.arange(4, 20).unsqueeze(0)
+    torch.testing.assert_close(plain(tokens).logits, whole.model(tokens).logits, rtol=1e-4, atol=1e-5)
+    again = load_federa(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "whole")
+    assert torch.equal(again.eval()(tokens).logits, whole.model(tokens).logits)
+    assert "FeDeRA ([arXiv 2404.18848]" in (tmp_path / "whole" / "README.md").read_text()
+
+    continued = make_trainer("continued", initial_adapter=str(tmp_path / "whole"))  # as the LoRA it was saved as
+    assert continued.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_more_rounds_can_be_added_to_a_finished_run(make_trainer, tmp_path):

@@ -66,6 +66,7 @@ _FIELDS = {
     "scl_bias": False,
     "train_down_proj": "none",
     "down_proj_r": None,
+    "down_proj_start": "zero",
 }
 
 

@@ -341,15 +341,17 @@ def test_what_is_no_lora_is_refused(config, r, message):
 
 def test_a_merged_adapter_an_unknown_name_and_another_method_are_refused():
     model = wrapped_block({"r": 2})
-    with pytest.raises(ValueError, match=r"no SCL adapter 'default'; its SCL adapters are \['x'\]"):
+    with pytest.raises(
+        ValueError, match=r"no SCL or FeDeRA adapter 'default'; its adapters of these kinds are \['x'\]"
+    ):
         to_lora(model)
-    with pytest.raises(ValueError, match="no SCL adapter"):
+    with pytest.raises(ValueError, match="no SCL or FeDeRA adapter"):
         to_lora(nn.Linear(2, 2))
     model.merge_adapter()
     with pytest.raises(ValueError, match="Call `unmerge_adapter` first"):
         to_lora(model, "x")
     model.unmerge_adapter()
-    with pytest.raises(ValueError, match="no SCL adapter"):
+    with pytest.raises(ValueError, match="no SCL or FeDeRA adapter"):
         to_lora(_with_lora(to_lora(model, "x"), Block()))
 
 
@@ -473,7 +475,7 @@ def test_the_command_overwrites_only_when_told_to(saved, tmp_path):
         "adapter_model.safetensors",
         "notes.txt",
     }
-    with pytest.raises(SystemExit, match="not an SCL adapter"):
+    with pytest.raises(SystemExit, match="not one that SCL or FeDeRA has saved"):
         main([str(output), str(tmp_path / "again")])
-    with pytest.raises(SystemExit, match="folder of the SCL adapter itself"):
+    with pytest.raises(SystemExit, match="folder of the adapter itself"):
         main([str(saved / "llama"), str(saved / "llama"), "--overwrite"])
