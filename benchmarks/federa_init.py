@@ -34,7 +34,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from tuner_step import LiveBytes
 
-from peft_scl.linalg import truncated_svd
+from peft_scl import FederaConfig
 
 
 SPECTRA = {"gaussian": 0.0, "decaying": 0.36, "steep": 1.0}
@@ -67,17 +67,7 @@ def make_weight(n: int, m: int, exponent: float) -> torch.Tensor:
 
 
 def federa(model: nn.Module, r: int) -> PeftModel:
-    # return get_peft_model(model, FederaConfig(r=r, lora_alpha=2 * r, target_modules=["linear"]))
-    adapted = get_peft_model(model, LoraConfig(r=r, lora_alpha=2 * r, target_modules=["linear"]))
-    layer = layer_of(adapted)
-    weight, scaling = layer.get_base_layer().weight.data, layer.scaling["default"]
-    left, values, right = truncated_svd(weight, r)
-    root = (values / scaling).sqrt()
-    lora_A, lora_B = root[:, None] * right, left * root
-    layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = lora_A, lora_B
-    for rows, factor in zip(weight.split(1024), lora_B.split(1024), strict=True):
-        rows.copy_(torch.addmm(rows.float(), factor, lora_A, alpha=-scaling))
-    return adapted
+    return get_peft_model(model, FederaConfig(r=r, lora_alpha=2 * r, target_modules=["linear"]))
 
 
 def pissa(model: nn.Module, r: int, init: str) -> PeftModel:

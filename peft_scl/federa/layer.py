@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .config import FederaConfig
 __all__ = ["Embedding", "FederaLayer", "Linear", "evenly_spaced"]
 
 DIGEST_SAMPLES = 64
+ROWS_PER_BLOCK = 256
 
 
 class FederaLayer(lora.LoraLayer):
@@ -133,7 +134,7 @@ class FederaLayer(lora.LoraLayer):
             self._original_sample = evenly_spaced(weight.data)
         scaling = self.start_scaling[name]
         terms = [(sign * scaling, *pair) for sign, pair in ((1, old), (-1, new)) if pair is not None]
-        weight.data.copy_(self._oriented(_with_products(self._oriented(weight.data), terms)))
+        _add_products(self._oriented(weight.data), terms, out=self._oriented(weight.data))
         if new is None:
             self._original_sample = None
 
@@ -268,7 +269,7 @@ class FederaLayer(lora.LoraLayer):
             adapted[rows] = self._adapted(result[rows], x[rows], [] if self.disable_adapters else [name])
         return adapted
 
-    def _adapted(self, result: torch.Tensor, x: torch.Tensor, active: Iterable[str]) -> torch.Tensor:
+    def _adapted(self, result: torch.Tensor, x: torch.Tensor, active: Sequence[str]) -> torch.Tensor:
         """The output of the base layer with what every adapter contributes, active or not."""
         dtype = result.dtype
         for name in self.keep_base:
@@ -364,9 +365,11 @@ class FederaLayer(lora.LoraLayer):
             coefficient = self.start_coefficient(name, is_active)
             if coefficient != 0:
                 terms.append((coefficient, self.lora_start_A[name], self.lora_start_B[name]))
-        merged = self._oriented(_with_products(self._oriented(weight), terms)).contiguous()
         # the model may have been cast since the first merge
-        return merged.to(self.get_base_layer().weight.dtype if self.quantization_backend is None else weight.dtype)
+        dtype = self.get_base_layer().weight.dtype if self.quantization_backend is None else weight.dtype
+        merged = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+        _add_products(self._oriented(weight), terms, out=self._oriented(merged))
+        return merged
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit."""
@@ -464,12 +467,24 @@ class Embedding(FederaLayer, lora.Embedding):
 
 
 @torch.no_grad()
-def _with_products(weight: torch.Tensor, terms: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """`weight + sum_k c_k B_k A_k` in float64, of terms `(c, A, B)`."""
-    total = weight.to(torch.float64, copy=True)
-    for coefficient, factor_A, factor_B in terms:
-        total.addmm_(factor_B.detach().double(), factor_A.detach().double(), alpha=coefficient)
-    return total
+def _add_products(
+    weight: torch.Tensor, terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]], out: torch.Tensor
+) -> None:
+    """
+    `out = weight + sum_k c_k B_k A_k` of terms `(c, A, B)`, summed in float64 and rounded once; `out` may be `weight`.
+
+    In blocks of rows, so that no copy of a large weight in float64 is made.
+    """
+    wide = [
+        (coefficient, factor_A.detach().double(), factor_B.detach().double())
+        for coefficient, factor_A, factor_B in terms
+    ]
+    for first in range(0, len(weight), ROWS_PER_BLOCK):
+        rows = slice(first, first + ROWS_PER_BLOCK)
+        total = weight[rows].to(torch.float64, copy=True)
+        for coefficient, factor_A, factor_B in wide:
+            total.addmm_(factor_B[rows], factor_A, alpha=coefficient)
+        out[rows] = total
 
 
 def evenly_spaced(tensor: torch.Tensor, count: int = DIGEST_SAMPLES) -> torch.Tensor:
