@@ -4,6 +4,7 @@
 
 from .aggregation import ClientUpdate
 from .config import FederatedConfig, FederatedTaskConfig
+from .joining import Invitation, invite, join
 from .partition import (
     dirichlet_partition,
     iid_partition,
@@ -25,8 +26,11 @@ __all__ = [
     "FederatedTaskConfig",
     "FederatedTaskTrainer",
     "FederatedTrainer",
+    "Invitation",
     "dirichlet_partition",
     "iid_partition",
+    "invite",
+    "join",
     "natural_partition",
     "partition_counts",
     "partition_summary",

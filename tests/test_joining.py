@@ -1,0 +1,87 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A client that joins has the server's start bit for bit, or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from fed_trainer.joining import invite, join
+from peft_scl import FederaConfig, SclConfig
+from peft_scl.federa import layer as federa_layer
+from peft_scl.linalg import truncated_svd
+
+
+TOKENS = torch.arange(1, 9)[None]
+CONFIGS = {
+    "federa": lambda: FederaConfig(r=4, target_modules=["q_proj", "down_proj"]),
+    "federa_keep_base": lambda: FederaConfig(r=4, target_modules=["q_proj", "down_proj"], keep_base=True),
+    "scl": lambda: SclConfig(r=4),
+    "lora": lambda: LoraConfig(r=4, target_modules=["q_proj"]),
+}
+
+
+def build(folder: Path, config: PeftConfig) -> PeftModel:
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).eval()
+
+
+def turned(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The singular vectors of a machine that has found the other signs."""
+    left, values, right = truncated_svd(weight, r)
+    return -left, values, -right
+
+
+@torch.no_grad()
+def train(model: PeftModel) -> None:
+    torch.manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def logits(model: PeftModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_client_takes_over_what_the_server_has(tiny_model_dir: Path, name: str, monkeypatch) -> None:
+    server = build(tiny_model_dir, CONFIGS[name]())
+    train(server)
+    monkeypatch.setattr(federa_layer, "truncated_svd", turned)
+    torch.manual_seed(7)
+    client = build(tiny_model_dir, CONFIGS[name]())
+    assert not torch.equal(logits(client), logits(server))
+    join(client, invite(server), "clinic")
+    ours, theirs = invite(client).adapter, invite(server).adapter
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    # a residual base has moved from one start to the other: two roundings
+    torch.testing.assert_close(logits(client), logits(server), rtol=1e-5, atol=1e-6)
+    with client.disable_adapter(), server.disable_adapter():
+        torch.testing.assert_close(logits(client), logits(server), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_client_with_another_base_model_is_refused_and_unchanged(tiny_model_dir: Path, name: str) -> None:
+    server = build(tiny_model_dir, CONFIGS[name]())
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight.mul_(1.5)
+    client = get_peft_model(base, CONFIGS[name]()).eval()
+    before = {key: tensor.clone() for key, tensor in client.state_dict().items()}
+    with pytest.raises(ValueError, match="Client 'clinic' holds another base model than the server"):
+        join(client, invite(server), "clinic")
+    assert all(torch.equal(before[key], tensor) for key, tensor in client.state_dict().items())
+
+
+def test_a_client_with_another_rank_is_refused(tiny_model_dir: Path) -> None:
+    server = build(tiny_model_dir, CONFIGS["federa"]())
+    client = build(tiny_model_dir, FederaConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    with pytest.raises(ValueError, match="The adapter that the server sent to client 'clinic' does not fit"):
+        join(client, invite(server), "clinic")
