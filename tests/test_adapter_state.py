@@ -29,6 +29,7 @@ from fed_trainer.adapter_state import (
     subtract,
 )
 from peft_scl import FederaConfig, SclConfig
+from peft_scl.federa.layer import evenly_spaced
 
 
 TOKENS = torch.arange(4, 20).unsqueeze(0)
@@ -409,6 +410,14 @@ def test_digest_of_other_shapes_with_the_same_values(tiny_model_dir: Path, diges
     weight = model.get_base_model().lm_head.weight
     weight.data = weight.data.reshape(weight.shape[0] // 2, -1)
     assert base_digest(model) != digest
+
+
+def test_the_sample_of_a_large_tensor_ends_with_its_last_entry() -> None:
+    size = 2**25 + 3  # not a float32
+    sample = evenly_spaced(torch.arange(size, dtype=torch.int32))
+    assert len(sample) == 64
+    assert sample[0] == 0 and sample[-1] == size - 1
+    assert (sample.diff() - size / 63).abs().max() <= 1
 
 
 def test_quantised_base_has_no_digest(tiny_model_dir: Path) -> None:

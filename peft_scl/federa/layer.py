@@ -491,5 +491,6 @@ def evenly_spaced(tensor: torch.Tensor, count: int = DIGEST_SAMPLES) -> torch.Te
     """At most `count` evenly spaced entries of a tensor, a copy."""
     flat = tensor.detach().flatten()
     if flat.numel() > count:
-        flat = flat[torch.linspace(0, flat.numel() - 1, count, device=flat.device).long()]
+        # in integers: in float32 the last index of a large tensor is rounded up to its length
+        flat = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // (count - 1)]
     return flat.clone()
