@@ -166,6 +166,7 @@ def summarise(
         for index in rounds
     }
     return {
+        "keys": [record["key"] for record in records],
         "task": task.name,
         "method": method.name,
         "budget": budget,

@@ -88,12 +88,7 @@ def rounds_to(target: float, curve: dict[str, dict[str, float]]) -> int | None:
 def details(runs: Runs, rows: list[dict[str, Any]], targets: list[float]) -> list[dict[str, Any]]:
     """Per row: final macro-F1, rounds to each target, and the movement of the weights per round; mean and spread."""
     for row in rows:
-        records = [
-            record
-            for record in runs.finished.values()
-            if (record["task"], record["method"], record["learning_rate"])
-            == (row["task"], row["method"], row["learning_rate"])
-        ]
+        records = [runs.finished[key] for key in row["keys"]]
         last = [record["curve"][max(record["curve"], key=int)]["macro_f1"] for record in records]
         row["macro_f1"], row["macro_f1_sd"] = statistics.mean(last), statistics.stdev(last) if len(last) > 1 else None
         row["rounds_to"] = {target: [rounds_to(target, record["curve"]) for record in records] for target in targets}

@@ -334,7 +334,8 @@ def train(model: nn.Module, task: Task, rng: random.Random, examples: list[Examp
 def weights(model: nn.Module, pretrained: nn.Module) -> dict[str, torch.Tensor]:
     """
     The trained weight matrices, `(out, in)` in float64: of a model with linear adapters those of the adapted layers, with
-    what the adapter adds; of one without, those of the linear layers that require a gradient. Empty for other adapters.
+    what the adapter adds; of one without, those of the linear layers that require a gradient, but for a new head. Empty for
+    other adapters.
     """
     if isinstance(model, PeftModel):
         if not all(getattr(config, "is_mergeable", True) for config in model.peft_config.values()):
@@ -352,7 +353,7 @@ def weights(model: nn.Module, pretrained: nn.Module) -> dict[str, torch.Tensor]:
     return {
         name: module.weight.double()
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad
+        if isinstance(module, nn.Linear) and module.weight.requires_grad and name != "classifier"
     }
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .access import has_hooks
+
 
 __all__ = ["changed_linear", "is_fusable"]
 
@@ -52,16 +54,11 @@ def is_fusable(layer: nn.Module, x: torch.Tensor) -> bool:
     if type(layer) is not nn.Linear or type(x) is not torch.Tensor or x.dim() < 2:
         return False
     tensors = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
-    hooks = (
-        layer._forward_hooks,
-        layer._forward_pre_hooks,
-        layer._backward_hooks,
-        layer._backward_pre_hooks,
-        "forward" in vars(layer),  # accelerate's offloading replaces it
-        _has_any_global_hook(),
-    )
+    is_watched = (
+        has_hooks(layer) or _has_any_global_hook() or "forward" in vars(layer)
+    )  # accelerate's offloading replaces it
     return (
-        not any(hooks)
+        not is_watched
         and all(t.dtype == x.dtype and t.device == x.device and not t.requires_grad for t in tensors)
         and (not torch.is_autocast_enabled(x.device.type) or torch.get_autocast_dtype(x.device.type) == x.dtype)
         # torch.func and forward-mode differentiation

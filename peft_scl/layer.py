@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .access import offload_hook
 from .config import SclConfig
-from .linalg import truncated_svd
+from .linalg import principal_factors
 from .quantization import MERGEABLE_BACKENDS, check_readable, dense
 from .started import StartedLinear
 
@@ -185,23 +185,15 @@ class SclLayer(BaseTunerLayer):
             self._write_principal_part(down, up, self.scaling[adapter_name])
 
     def _write_principal_part(self, down: torch.Tensor, up: torch.Tensor, scaling: float) -> None:
-        """
-        `scaling up down` = best rank-`r` approximation of the down projection, its singular values shared evenly.
-
-        Directions that the down projection does not have start as those of a LoRA: `down` stays as it is (random), `up` is
-        zero. With both zero they could not be trained.
-        """
+        """`scaling up down` = best rank-`r` approximation of the down projection, see [`principal_factors`]."""
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
         if base_weight is not None and base_weight.is_meta and self._offload_hook() is None:
             return  # an empty shell, to be filled from a checkpoint
         with gather_params_ctx(base_weight, modifier_rank=None), torch.no_grad():
-            rank = min(down.shape[0], self.in_features, self.out_features)
-            left, values, right = truncated_svd(self._dense_base_weight(), rank)
-            rank = int((values > 1e-6 * values[0]).sum())  # the resolution of float32
-            root = (values[:rank] / scaling).sqrt()
-            down[:rank] = root[:, None] * right[:rank]
-            up.zero_()
-            up[:, :rank] = left[:, :rank] * root
+            for factor, start in zip(
+                (down, up), principal_factors(self._dense_base_weight(), len(down), scaling), strict=True
+            ):
+                factor.copy_(start)
 
     def _dense_base_weight(self) -> torch.Tensor:
         """The base weight as a dense floating tensor `(out_features, in_features)`."""

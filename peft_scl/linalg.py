@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 
-__all__ = ["truncated_svd"]
+__all__ = ["principal_factors", "truncated_svd"]
 
 # Columns of the start beyond `r`. With fewer than `r` columns, copies of a repeated singular value would be missed; a few more
 # save steps, and more than 8 cost more in the products than they save in steps.
@@ -67,6 +67,37 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
     left, right = (images.T, vectors) if tall else (vectors.T, images)
     signs = _signs(left)
     return (left * signs).to(dtype), values.to(dtype), (right * signs[:, None]).to(dtype)
+
+
+def principal_factors(weight: torch.Tensor, r: int, scaling: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The start of FeDeRA and SCL: `scaling up @ down` is the best approximation of `weight` of rank `r`, its singular values
+    shared evenly.
+
+    Directions that `weight` does not have start as those of a LoRA: `down` random (from a generator of its own, with a fixed
+    seed), `up` zero. With both zero they could not be trained.
+
+    Args:
+        weight (`torch.Tensor`):
+            Matrix of shape `(n, m)`, any floating dtype and device.
+        r (`int`):
+            Rank; it may exceed that of `weight`.
+        scaling (`float`, *optional*, defaults to `1.0`):
+            Positive factor on the product.
+
+    Returns:
+        `tuple`: `down (r, m)` and `up (n, r)`, float32 (float64 for a float64 `weight`) on the device of `weight`.
+    """
+    n, m = weight.shape
+    left, values, right = truncated_svd(weight, min(r, n, m))
+    rank = int((values > 1e-6 * values[0]).sum())  # the resolution of float32
+    root = (values[:rank] / scaling).sqrt()
+    bound = m**-0.5
+    down = torch.empty(r, m).uniform_(-bound, bound, generator=torch.Generator().manual_seed(0)).to(right)
+    down[:rank] = root[:, None] * right[:rank]
+    up = left.new_zeros(n, r)
+    up[:, :rank] = left[:, :rank] * root
+    return down, up
 
 
 @contextmanager

@@ -12,8 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fed_trainer.joining import invite, join
-from peft_scl import FederaConfig, SclConfig
-from peft_scl.federa import layer as federa_layer
+from peft_scl import FederaConfig, SclConfig, linalg
 from peft_scl.linalg import truncated_svd
 
 
@@ -53,7 +52,7 @@ def logits(model: PeftModel) -> torch.Tensor:
 def test_the_client_takes_over_what_the_server_has(tiny_model_dir: Path, name: str, monkeypatch) -> None:
     server = build(tiny_model_dir, CONFIGS[name]())
     train(server)
-    monkeypatch.setattr(federa_layer, "truncated_svd", turned)
+    monkeypatch.setattr(linalg, "truncated_svd", turned)
     torch.manual_seed(7)
     client = build(tiny_model_dir, CONFIGS[name]())
     assert not torch.equal(logits(client), logits(server))

@@ -125,10 +125,15 @@ def _check_residual(model: nn.Module, key: str, layer: Any, backend: Any) -> Non
             f"`keep_base=False` writes the residual into the base weights, but those of {key} are offloaded. Set "
             "`keep_base=True`, or load the model without offloading."
         )
+    if layer._parameters.get("weight") is not layer.weight:
+        raise ValueError(
+            f"`keep_base=False` writes the residual into the base weights, but that of {key} is computed anew in every forward "
+            "(a parametrisation, such as `weight_norm`). Set `keep_base=True`, or remove the parametrisation."
+        )
     owners = [
         name
         for name, module in model.named_modules(remove_duplicate=False)
-        if module._parameters.get("weight") is layer.weight
+        if any(parameter is layer.weight for parameter in module._parameters.values())
     ]
     if len(owners) > 1:  # a residual would change whatever else uses the weight
         raise ValueError(

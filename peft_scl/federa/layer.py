@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..access import is_at_hand, offload_hook
 from ..layer import WeightChange
-from ..linalg import truncated_svd
+from ..linalg import principal_factors
 from ..quantization import check_readable, dense, frozen_copy, put_back
 from .config import FederaConfig
 
@@ -61,7 +61,7 @@ class FederaLayer(lora.LoraLayer):
         self.lora_start_B: Any = BufferDict({}, persistent=True)
         # Base weight before the first merge, to put it back bit for bit. Plain attribute, so that it is never saved.
         self._unmerged_weight: torch.Tensor | None = None
-        self._original_sample: torch.Tensor | None = None
+        self._original_sample: torch.Tensor | None = None  # there if, and only if, the base holds a residual
         layer = self.get_base_layer()
         self.fan_in_fan_out = isinstance(layer, Conv1D)
         # whether the base weight is stored as (in_features, out_features)
@@ -83,12 +83,13 @@ class FederaLayer(lora.LoraLayer):
                 f"The layer has FeDeRA adapters, to which {adapter_name!r}, a {type(config).__name__}, cannot be added. Merge "
                 "them first (`merge_and_unload`), or save them and load them as what they are saved as, plain LoRA adapters."
             )
+        self._put_back(adapter_name)  # if it is made anew under the same name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-        self.keep_base[adapter_name] = config.keep_base
-        self.start_scaling[adapter_name] = self.scaling[adapter_name]
         trained_A, trained_B = self.trained_factors(adapter_name)
         self.lora_start_A[adapter_name] = torch.zeros_like(trained_A.detach())
         self.lora_start_B[adapter_name] = torch.zeros_like(trained_B.detach())
+        self.start_scaling[adapter_name] = self.scaling[adapter_name]
+        self.keep_base[adapter_name] = config.keep_base
         base_weight = self.get_base_layer().weight
         # an empty shell, to be filled from a checkpoint
         is_shell = trained_A.is_meta or (base_weight.is_meta and self._offload_hook() is None)
@@ -105,13 +106,13 @@ class FederaLayer(lora.LoraLayer):
             start_B.copy_(self.lora_start_B[twin])
         else:
             weight = self._dense_base_weight()
-            left, values, right = truncated_svd(weight, start_A.shape[0])
-            root = (values / self.start_scaling[name]).sqrt()
             # Representable in the dtype of the base: the adapter may be cast to it and back (`autocast_adapter_dtype`, TRL
             # on quantised models), which must not move the factors away from their start.
             dtype = torch.bfloat16 if self.quantization_backend is not None else weight.dtype
-            start_A.copy_((root[:, None] * right).to(dtype))
-            start_B.copy_((left * root).to(dtype))
+            for start, factor in zip(
+                (start_A, start_B), principal_factors(weight, len(start_A), self.start_scaling[name]), strict=True
+            ):
+                start.copy_(factor.to(dtype))
         for trained, start in zip(self.trained_factors(name), (start_A, start_B), strict=True):
             trained.copy_(start)
         if not self.keep_base[name]:
@@ -130,13 +131,11 @@ class FederaLayer(lora.LoraLayer):
     ) -> None:
         """Residual base: put `s B0 A0` of the old start back and take the new one out, rounding once."""
         weight = self.get_base_layer().weight
-        if self._original_sample is None:
-            self._original_sample = evenly_spaced(weight.data)
+        sample = evenly_spaced(weight.data) if self._original_sample is None else self._original_sample
         scaling = self.start_scaling[name]
         terms = [(sign * scaling, *pair) for sign, pair in ((1, old), (-1, new)) if pair is not None]
         _add_products(self._oriented(weight.data), terms, out=self._oriented(weight.data))
-        if new is None:
-            self._original_sample = None
+        self._original_sample = None if new is None else sample
 
     def load_start(self, name: str, start_A: torch.Tensor, start_B: torch.Tensor) -> None:
         """
@@ -387,15 +386,18 @@ class FederaLayer(lora.LoraLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if the base is its residual, put the start back, which rounds once more."""
-        if adapter_name in self.merged_adapters:
-            raise ValueError(
-                f"The adapter {adapter_name!r} is merged and cannot be deleted. Call `unmerge_adapter` first."
-            )
-        if adapter_name in self.keep_base and not self.keep_base[adapter_name]:
-            start = self.lora_start_A[adapter_name], self.lora_start_B[adapter_name]
-            with gather_params_ctx(self.get_base_layer().weight), torch.no_grad():
-                self._move_start(adapter_name, start, None)
+        self._put_back(adapter_name)
         super().delete_adapter(adapter_name)
+
+    def _put_back(self, name: str) -> None:
+        """Make a base that is the residual of the adapter `name` the pretrained weight again, rounding once more."""
+        if name in self.merged_adapters:
+            raise ValueError(
+                f"The adapter {name!r} is merged and can be neither deleted nor made anew. Call `unmerge_adapter` first."
+            )
+        if not self.keep_base.get(name, True) and self._original_sample is not None:
+            with gather_params_ctx(self.get_base_layer().weight), torch.no_grad():
+                self._move_start(name, (self.lora_start_A[name], self.lora_start_B[name]), None)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

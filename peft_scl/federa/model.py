@@ -82,6 +82,20 @@ class FederaModel(LoraModel):
                 "adapter only. Use `keep_base=True` for a model with several FeDeRA adapters."
             )
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        before = {
+            layer for layer in model.modules() if isinstance(layer, FederaLayer) and adapter_name in layer.keep_base
+        }
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:  # out of memory, or an impatient user: no residual may stay behind
+            for layer in model.modules():
+                if isinstance(layer, FederaLayer) and layer not in before and adapter_name in layer.keep_base:
+                    layer.delete_adapter(adapter_name)
+            if not before:
+                self.peft_config.pop(adapter_name, None)
+            raise
+
     def _create_and_replace(  # type: ignore[override]
         self,
         lora_config: Any,

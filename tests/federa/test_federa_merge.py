@@ -174,5 +174,5 @@ def test_a_merged_adapter_cannot_be_deleted():
     model = adapted("llama")
     layer = federa_layers(model)["model.layers.0.mlp.down_proj"]
     layer.merge()
-    with pytest.raises(ValueError, match="is merged and cannot be deleted. Call `unmerge_adapter` first"):
+    with pytest.raises(ValueError, match="is merged and can be neither deleted nor made anew. Call `unmerge_adapter` first"):
         layer.delete_adapter("default")

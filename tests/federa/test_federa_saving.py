@@ -161,7 +161,7 @@ def test_training_goes_on_bit_for_bit(name, keep_base, dtype, low_cpu_mem_usage,
 
 def test_loading_computes_no_singular_vectors(tmp_path, monkeypatch):
     adapted("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr("peft_scl.federa.layer.truncated_svd", lambda *_: pytest.fail("computed a start"))
+    monkeypatch.setattr("peft_scl.federa.layer.principal_factors", lambda *_: pytest.fail("computed a start"))
     model = load_federa(build("llama"), tmp_path)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.peft_config["default"].init_lora_weights is True

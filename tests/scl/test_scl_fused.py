@@ -112,6 +112,16 @@ def test_hooks_of_the_base_layer_are_called(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("config", [FUSED, *NOT_FUSED], ids=config_id)
+@pytest.mark.parametrize("entries", ["scl_A", "scl_B"])
+def test_hooks_of_the_maps_are_called(config, entries, calls):
+    layer, seen = _layer(config), []
+    getattr(layer, entries)["x"].register_forward_hook(lambda *_: seen.append(1))
+    layer(_input(64)).sum().backward()
+    assert seen
+    assert not calls
+
+
 def test_a_base_layer_with_a_forward_of_its_own_is_called(calls):
     layer = _layer()
     layer.base_layer.forward = lambda x: torch.full((*x.shape[:-1], layer.out_features), 7.0, dtype=x.dtype)
