@@ -35,7 +35,7 @@ class SplitState(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorRoles:
-    """
+    r"""
     The role of every tensor, by regular expressions searched in the names PEFT saves the tensors under.
 
     - *shared*: trained by the clients, sent up, aggregated, sent down;
@@ -64,7 +64,9 @@ class TensorRoles:
 
     def __post_init__(self) -> None:
         if self.default not in ("shared", "local", "frozen"):
-            raise ValueError(f"`default` should be 'shared', 'local' or 'frozen' but the value passed is {self.default!r}")
+            raise ValueError(
+                f"`default` should be 'shared', 'local' or 'frozen' but the value passed is {self.default!r}"
+            )
         for pattern in (*self.shared, *self.local, *self.frozen):
             try:
                 re.compile(pattern)

@@ -31,6 +31,7 @@ __all__ = ["FactorAggregator", "FactorPair", "add_to_base", "check_foldable", "f
 
 LORA_LAYERS = ("Embedding", "Linear", "Linear4bit", "Linear8bitLt")
 
+
 @dataclass(frozen=True, eq=False)
 class FactorPair:
     """
@@ -112,7 +113,9 @@ def factor_pairs(model: PeftModel, adapter_name: str | None = None) -> list[Fact
             pair = _scl_pair(path, module, name)
         elif isinstance(module, LoraLayer) and (name in module.lora_A or name in module.lora_embedding_A):
             pair = _lora_pair(path, module, name)
-        elif isinstance(module, BaseTunerLayer) and not isinstance(module, (SclLayer, LoraLayer, TrainableTokensLayer)):
+        elif isinstance(module, BaseTunerLayer) and not isinstance(
+            module, (SclLayer, LoraLayer, TrainableTokensLayer)
+        ):
             raise ValueError(
                 f"{path} has an adapter of type {type(module).__name__}, which is not described by factor pairs. Aggregate it "
                 "with 'fedavg'."
@@ -173,7 +176,9 @@ def _scl_pair(path: str, layer: SclLayer, name: str) -> FactorPair:
         )
     unfoldable = None
     if layer.variant[name] == "bottleneck":
-        unfoldable = "its product acts on the input of the down projection, so adding to the base weight is another change"
+        unfoldable = (
+            "its product acts on the input of the down projection, so adding to the base weight is another change"
+        )
     elif layer.replaces(name):
         unfoldable = "`keep_residual=False` replaces the base weight, so nothing that is added to it has an effect"
     start = (layer.scl_start_A[name], layer.scl_start_B[name]) if name in layer.scl_start_A else None
@@ -193,7 +198,7 @@ def _with_base_facts(pair: FactorPair, layer: Any, model: PeftModel, owners: Cou
     base_layer = layer.get_base_layer()
     unfoldable = pair.unfoldable
     if unfoldable is None:
-        if resolve_quantization_backend(base_layer, **get_quantization_kwargs(model.base_model)) is not None:
+        if resolve_quantization_backend(base_layer, **get_quantization_kwargs(model.get_base_model())) is not None:
             unfoldable = "its base weight is quantised, so a small addition would be rounded away"
         elif owners[id(base_layer.weight)] > 1:
             unfoldable = "its base weight is tied to another module, which the addition would change too"

@@ -23,7 +23,7 @@ from .low_rank import LowRank
 
 __all__ = ["CoordinateMedian", "GeometricMedian", "Krum", "MultiKrum", "NormBounding", "TrimmedMean"]
 
-BLOCK = 2**18  # coordinates that are compared at once
+BLOCK = 2**22  # values of all clients together that are compared at once
 
 
 class _KeepingAggregator(Aggregator):
@@ -61,8 +61,9 @@ def _blocks(updates: list[ClientUpdate], state: AdapterState) -> Iterator[tuple[
     """The updates as float64 matrices `(clients, coordinates)`, a block of coordinates at a time."""
     for key, tensor in state.items():
         flat = [update.delta[key].reshape(-1) for update in updates]
-        for first in range(0, tensor.numel(), BLOCK):
-            block = slice(first, first + BLOCK)
+        size = max(1, BLOCK // len(updates))
+        for first in range(0, tensor.numel(), size):
+            block = slice(first, first + size)
             yield key, block, torch.stack([values[block].double() for values in flat])
 
 
@@ -76,8 +77,13 @@ class CoordinateMedian(_KeepingAggregator):
         return self._by_coordinate(updates)
 
     def _combine_sorted(self, values: torch.Tensor) -> torch.Tensor:
-        middle = len(values) // 2  # `torch.median` gives the lower of the middle two
-        return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+        return _median(values)
+
+
+def _median(values: torch.Tensor) -> torch.Tensor:
+    """Of sorted values; `torch.median` would give the lower of the middle two."""
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
 
 
 class TrimmedMean(_KeepingAggregator):
@@ -135,7 +141,7 @@ class GeometricMedian(_KeepingAggregator):
         shares = shares / shares.sum()
         squared = torch.zeros_like(shares)
         for _, _, values in _blocks(updates, self._state):
-            squared += (values - values.quantile(0.5, dim=0)).square().sum(dim=1)
+            squared += (values - _median(values.sort(dim=0).values)).square().sum(dim=1)
         weights = self._weights(shares, squared)
         for _ in range(self.max_iterations):
             squared = torch.zeros_like(shares)
@@ -240,7 +246,7 @@ class NormBounding(Aggregator):
     def add(self, update: ClientUpdate) -> None:
         norm = math.hypot(*(float(tensor.double().norm()) for tensor in update.delta.values()))
         if norm > self.max_norm:
-            delta = {key: tensor * (self.max_norm / norm) for key, tensor in update.delta.items()}
+            delta = {key: tensor.float() * (self.max_norm / norm) for key, tensor in update.delta.items()}
             update = ClientUpdate(**{**vars(update), "delta": delta})
         self.aggregator.add(update)
 
