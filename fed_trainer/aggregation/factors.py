@@ -39,7 +39,8 @@ class FactorPair:
 
     With the whole factors `A (r, in)` and `B (out, r)`, the map `W (out, in)` becomes `W + scaling (B A - B0 A0)`. For LoRA
     the whole factors are the tensors themselves and `B0 A0` is zero. FeDeRA keeps the start as constants and trains the whole
-    factors. SCL `compress` with a kept residual trains the changes `A - A0`, `B - B0`.
+    factors. SCL `compress` with a kept residual trains the changes `A - A0`, `B - B0`. Two pairs of SCL stand elsewhere: the
+    product of a bottleneck is in front of `W`, `W (I + scaling B A)`, and without a residual it is in the place of `W`.
 
     The start is constant, so it cancels in every difference of clients: the mean of the clients' changes is the change by
     the mean of their products, and the residual of FedEx-LoRA is the same for `A` as for `A - A0`.
