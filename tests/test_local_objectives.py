@@ -183,7 +183,7 @@ def test_fedavg_ends_beside_the_common_optimum_and_scaffold_and_feddyn_at_it() -
             local = local_steps(
                 client,
                 start,
-                lambda p, c=client, s=state: add_dynamic_regularizer(p, s, corrections[c], alpha),  # noqa: B023
+                lambda p, c=client, s=state: add_dynamic_regularizer(p, s, corrections[c], alpha),
                 steps=50,
             )
             deltas.append(local - start)

@@ -197,7 +197,7 @@ class MultiKrum(_KeepingAggregator):
             )
         squared = torch.zeros(count, count, dtype=torch.float64)
         for _, _, values in _blocks(updates, self._state):
-            # not by Grams: beside an outlier of 1e30 the distances of the others would drown in rounding
+            # not by Grams, in whose rounding the distances of close updates drown when these are far from zero
             squared += torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
         squared.fill_diagonal_(math.inf)
         scores = squared.sort(dim=1).values[:, : count - bad - 2].sum(dim=1)

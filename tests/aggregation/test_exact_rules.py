@@ -292,6 +292,16 @@ def test_hetlora_pads_smaller_ranks_with_zeros(weighting: str) -> None:
         assert_close(new[layer.keys[position]], mean)
 
 
+def test_hetlora_averages_what_clients_of_other_scalings_do() -> None:
+    """`s_k B_k A_k` is `s (s_k / s B_k) A_k` in the scaling of the server."""
+    layer = Layer("q_proj", 7, 5, 3, 1.5)
+    state, delta = random_state((layer,), "global"), random_state((layer,), 0, rank=2)
+    new, _ = aggregate(HetLoRA([layer.pair()]), state, [ClientUpdate("a", 4, delta, scalings={"q_proj": 0.6})])
+    A = (state[layer.keys[0]][:2] + delta[layer.keys[0]]).double()
+    B = state[layer.keys[1]][:, :2].double() * 1.5 / 0.6 + delta[layer.keys[1]].double()
+    assert_close(layer.change(new), 0.6 * B @ A)
+
+
 def test_hetlora_sum_starts_from_zero_and_not_from_the_old_global() -> None:
     """Trap: a sum that starts from the old global adapter keeps directions that no client has any more, and doubles others."""
     layer = Layer("q_proj", 7, 5, 3, 1.5)
