@@ -55,8 +55,13 @@ class ServerOptimizer:
             delta (`dict[str, torch.Tensor]`):
                 What the aggregation gave, for all of `state` or a part of it (RoLoRA alternates). The rest stays as it is.
         """
-        stepped = {key: (state[key] + self.lr * self._direction(key, change.float())) for key, change in delta.items()}
-        return {key: stepped[key].to(tensor.dtype) if key in stepped else tensor for key, tensor in state.items()}
+        stepped = {}
+        for key, tensor in state.items():
+            if key in delta:
+                direction = self._direction(key, delta[key].float())
+                tensor = torch.add(tensor.float(), direction, alpha=self.lr).to(tensor.dtype)
+            stepped[key] = tensor
+        return stepped
 
     def _direction(self, key: str, delta: torch.Tensor) -> torch.Tensor:
         return delta

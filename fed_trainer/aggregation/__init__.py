@@ -10,6 +10,7 @@ from .hetlora import HetLoRA, pruned_rank, pruning_penalty
 from .low_rank import LowRank, LowRankSum
 from .methods import METHODS, Method, check_frozen_factors
 from .robust import CoordinateMedian, GeometricMedian, Krum, MultiKrum, NormBounding, TrimmedMean
+from .slora import densify, lora_start, shared_mask
 from .validation import InvalidUpdateError, TooFewClientsError, require_clients, state_digest, validated
 
 
@@ -40,10 +41,13 @@ __all__ = [
     "add_to_base",
     "check_foldable",
     "check_frozen_factors",
+    "densify",
     "factor_pairs",
+    "lora_start",
     "pruned_rank",
     "pruning_penalty",
     "require_clients",
+    "shared_mask",
     "state_digest",
     "truncate_ranks",
     "validated",

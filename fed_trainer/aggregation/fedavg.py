@@ -23,17 +23,20 @@ class FedAvg(Aggregator):
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack tensors, as one that trains a subset of the layers does. The mean of a tensor is then
             over the clients that sent it; one that nobody sent stays as it is.
+        uniform (`bool`, *optional*, defaults to `False`):
+            Weight all clients alike, as SCAFFOLD and FedDyn do.
     """
 
-    def __init__(self, partial: bool = False) -> None:
+    def __init__(self, partial: bool = False, uniform: bool = False) -> None:
         self.partial = partial
+        self.uniform = uniform
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
         self._sum = {key: torch.zeros_like(tensor, dtype=torch.float32) for key, tensor in state.items()}
         self._weights = dict.fromkeys(state, 0.0)
 
     def add(self, update: ClientUpdate) -> None:
-        self._add(update, update.num_examples)
+        self._add(update, 1 if self.uniform else update.num_examples)
 
     def finish(self) -> AdapterState:
         if not any(self._weights.values()):

@@ -57,7 +57,10 @@ class Method:
         adds_to_base (`bool`, *optional*, defaults to `False`):
             Whether the rule has a `base_change`, to be added to the base of the server and of every client.
         restarts (`bool`, *optional*, defaults to `False`):
-            Whether the delta starts the adapter afresh, so that no server optimiser may come in between.
+            Whether the delta starts the adapter afresh: the trained adapter of the round is in the base.
+        takes_server_optimizer (`bool`, *optional*, defaults to `True`):
+            Whether the delta is a direction to step along. It is not where the rule sets the factors to new values, or balances
+            them with its change of the base: half a step of FedEx-LoRA does not go with the whole of its residual.
         takes_ranks (`bool`, *optional*, defaults to `False`):
             Whether every client may have a rank of its own.
         keeps_updates (`bool`, *optional*, defaults to `False`):
@@ -70,6 +73,7 @@ class Method:
     linear: bool = False
     adds_to_base: bool = False
     restarts: bool = False
+    takes_server_optimizer: bool = True
     takes_ranks: bool = False
     keeps_updates: bool = False
 
@@ -84,11 +88,21 @@ METHODS: dict[str, Method] = {
     "ffa_lora": Method(FedAvg, _ffa_lora, linear=True),
     "fedsa_lora": Method(FedAvg, _fedsa_lora, linear=True),
     "rolora": Method(FedAvg, _rolora, linear=True),
-    "flora": Method(FLoRA, uses_pairs=True, adds_to_base=True, restarts=True, takes_ranks=True, keeps_updates=True),
-    "fedex_lora": Method(FedExLoRA, uses_pairs=True, adds_to_base=True, keeps_updates=True),
-    "flexlora": Method(FlexLoRA, uses_pairs=True, takes_ranks=True, keeps_updates=True),
+    "flora": Method(
+        FLoRA,
+        uses_pairs=True,
+        adds_to_base=True,
+        restarts=True,
+        takes_server_optimizer=False,
+        takes_ranks=True,
+        keeps_updates=True,
+    ),
+    "fedex_lora": Method(
+        FedExLoRA, uses_pairs=True, adds_to_base=True, takes_server_optimizer=False, keeps_updates=True
+    ),
+    "flexlora": Method(FlexLoRA, uses_pairs=True, takes_server_optimizer=False, takes_ranks=True, keeps_updates=True),
     "hetlora": Method(HetLoRA, uses_pairs=True, takes_ranks=True),
-    "lora_fair": Method(LoRAFair, uses_pairs=True, keeps_updates=True),
+    "lora_fair": Method(LoRAFair, uses_pairs=True, takes_server_optimizer=False, keeps_updates=True),
     "median": Method(CoordinateMedian, keeps_updates=True),
     "trimmed_mean": Method(TrimmedMean, keeps_updates=True),
     "geometric_median": Method(GeometricMedian, keeps_updates=True),

@@ -23,6 +23,8 @@ from dense_clients import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fed_trainer.adapter_state import AdapterState
 from fed_trainer.aggregation import (
@@ -512,6 +514,49 @@ def test_cutting_back_keeps_memory_bounded_and_is_exact_up_to_the_rank(rule) -> 
     assert_close(
         bounded_base.get("q_proj", 0) + layer.change(bounded), base.get("q_proj", 0) + layer.change(exact), 1e-4
     )
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of entries of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tree_map_only(torch.Tensor, lambda tensor: setattr(self, "numel", max(self.numel, tensor.numel())), result)
+        return result
+
+
+@rules
+def test_no_rule_forms_the_product_of_the_factors(rule) -> None:
+    layer = Layer("q_proj", 90, 80, 2, 0.5)
+    state, updates = random_state((layer,), "global"), updates_of((layer,), NUM_EXAMPLES)
+    with LargestTensor() as largest:
+        aggregator = rule([layer.pair()])
+        aggregator.begin(state)
+        for update in updates:
+            aggregator.add(update)
+        aggregator.finish()
+    assert 90 * 2 <= largest.numel <= 90 * 2 * (len(updates) + 1)
+
+
+def test_no_server_optimiser_comes_between_a_rule_and_factors_it_sets() -> None:
+    """A step of half the length is the mean of the old and the new model only if the delta is a direction."""
+    state, updates = random_state(LORA, "global"), updates_of(LORA, NUM_EXAMPLES)
+    refusing = {name for name, method in METHODS.items() if not method.takes_server_optimizer}
+    assert refusing == {"flora", "fedex_lora", "flexlora", "lora_fair"}
+    for name in refusing:
+        rule = METHODS[name].build(pairs_of(LORA))
+        rule.begin(state)
+        for update in updates:
+            rule.add(update)
+        half = {key: state[key] + tensor / 2 for key, tensor in rule.finish().items()}
+        base = {module: (left @ right).double() for module, (left, right) in rule.base_change.items()}
+        for layer in LORA:
+            halfway = (layer.change(state) + mean_of_changes(layer, state, updates)) / 2
+            assert (base.get(layer.name, 0) + layer.change(half) - halfway).norm() > 0.1 * halfway.norm()
 
 
 # Refusals

@@ -64,6 +64,23 @@ def test_unusable_updates_are_named_and_refused(bad: ClientUpdate, message: str)
     assert info.value.client == "alice"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(value: float, dtype: torch.dtype) -> None:
+    reference = {A: torch.zeros(301, dtype=dtype)}
+    for place in (0, 7, 150, 300):
+        tensor = torch.linspace(-1, 1, 301).to(dtype)
+        assert validated(ClientUpdate("alice", 5, {A: tensor}), reference)
+        tensor[place] = value
+        with pytest.raises(InvalidUpdateError, match=f"{A} has values that are not finite"):
+            validated(ClientUpdate("alice", 5, {A: tensor}), reference)
+
+
+def test_integer_buffers_and_empty_tensors_of_the_adapter_itself_pass() -> None:
+    state = {"bn.num_batches_tracked": torch.tensor(3), "empty": torch.zeros(0, 4)}
+    assert validated(ClientUpdate("alice", 5, state), state)
+
+
 def test_second_update_of_a_client_is_refused() -> None:
     with pytest.raises(InvalidUpdateError, match="has sent one in this round already"):
         validated(update(), REFERENCE, seen={"alice"})
