@@ -348,7 +348,7 @@ class FactorAggregator(Aggregator):
     def _finish_others(self) -> AdapterState:
         if not any(self._weights.values()):
             raise ValueError("No client update with examples arrived in this round, so there is nothing to aggregate.")
-        return self._others.finish() if self._others._sum else {}
+        return self._others._mean()
 
     def _trained_pairs(self) -> list[FactorPair]:
         """Those that some client sent."""

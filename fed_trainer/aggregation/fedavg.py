@@ -41,6 +41,9 @@ class FedAvg(Aggregator):
     def finish(self) -> AdapterState:
         if not any(self._weights.values()):
             raise ValueError("No client update with examples arrived in this round, so there is nothing to average.")
+        return self._mean()
+
+    def _mean(self) -> AdapterState:
         return {key: total.div_(self._weights[key] or 1.0) for key, total in self._sum.items()}
 
     def _add(self, update: ClientUpdate, weight: float, factor: float = 1.0) -> None:

@@ -71,7 +71,7 @@ class HetLoRA(FactorAggregator):
                 "No client update with examples and a product that is not zero arrived in this round, so there is nothing to "
                 "weight by. Check that the clients train, or use `weighting='examples'`."
             )
-        delta = self._others.finish() if self._others._sum else {}
+        delta = self._others._mean()
         for pair in self.pairs:
             A, B = (self._sums[key].div_(self._total) for key in (pair.key_A, pair.key_B))
             A, B = pair.stored(A, B)

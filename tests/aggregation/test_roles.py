@@ -203,3 +203,8 @@ def test_every_method_says_which_tensors_are_shared(name: str) -> None:
     assert split.shared
     if name not in METHODS_BY_ROLES:
         assert split.shared.keys() == state.keys()
+
+
+def test_rules_that_set_the_factors_take_no_server_optimiser() -> None:
+    refusing = {name for name, method in METHODS.items() if not method.takes_server_optimizer}
+    assert refusing == {"flora", "fedex_lora", "flexlora", "lora_fair"}
