@@ -8,7 +8,7 @@ from .flexlora import FlexLoRA
 from .flora import FLoRA
 from .hetlora import HetLoRA, pruned_rank, pruning_penalty
 from .low_rank import LowRank, LowRankSum
-from .methods import METHODS, Method, check_frozen_factors
+from .methods import METHODS, Method, check_adapter
 from .robust import CoordinateMedian, GeometricMedian, Krum, MultiKrum, NormBounding, TrimmedMean
 from .slora import densify, lora_start, shared_mask
 from .validation import InvalidUpdateError, TooFewClientsError, require_clients, state_digest, validated
@@ -39,8 +39,8 @@ __all__ = [
     "TooFewClientsError",
     "TrimmedMean",
     "add_to_base",
+    "check_adapter",
     "check_foldable",
-    "check_frozen_factors",
     "densify",
     "factor_pairs",
     "lora_start",

@@ -29,6 +29,7 @@ from .low_rank import LowRank
 
 __all__ = ["FactorAggregator", "FactorPair", "add_to_base", "check_foldable", "factor_pairs", "truncate_ranks"]
 
+BLOCK = 2**22  # entries of a base weight that are in float32 at once
 LORA_LAYERS = ("Embedding", "Linear", "Linear4bit", "Linear8bitLt")
 
 
@@ -224,9 +225,9 @@ def check_foldable(pairs: Sequence[FactorPair], aggregation: str) -> None:
 @torch.no_grad()
 def add_to_base(model: PeftModel, base_change: dict[str, LowRank], pairs: Sequence[FactorPair]) -> None:
     """
-    Add what an aggregation has for the base to the base weights, in place and without a dense intermediate.
+    Add what an aggregation has for the base to the base weights, in place, a block of rows at a time.
 
-    A base in bfloat16 or float16 rounds the sum: changes below half a unit in the last place are lost.
+    The sum is taken in float32. A base in bfloat16 or float16 rounds it: changes below half a unit in the last place are lost.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -235,17 +236,22 @@ def add_to_base(model: PeftModel, base_change: dict[str, LowRank], pairs: Sequen
             `Aggregator.base_change`.
         pairs (`Sequence[FactorPair]`):
             [`factor_pairs`] of the model.
+
+    Raises:
+        ValueError: If a module cannot take an addition.
     """
-    check_foldable(pairs, "that was chosen")
     by_module = {pair.module: pair for pair in pairs}
+    check_foldable([by_module[module] for module in base_change], "that was chosen")
     base: Any = model.get_base_model()
     for module, (left, right) in base_change.items():
         weight = base.get_submodule(module).get_base_layer().weight
-        left, right = left.to(weight), right.to(weight)
+        left, right = (factor.to(weight.device, torch.float32) for factor in (left, right))
         if by_module[module].transposed:
-            weight.addmm_(right.T, left.T)
-        else:
-            weight.addmm_(left, right)
+            left, right = right.T, left.T
+        size = max(1, BLOCK // weight.shape[1])
+        for first in range(0, len(weight), size):
+            rows = slice(first, first + size)
+            weight[rows] = torch.addmm(weight[rows].float(), left[rows], right).to(weight.dtype)
 
 
 def truncate_ranks(
@@ -282,10 +288,11 @@ def truncate_ranks(
     sent = dict(state)
     for pair in pairs:
         A, B = state[pair.key_A], state[pair.key_B]
-        if rank < len(A):
-            refuse_start(pair, "truncated to a client's rank")
-        if scalings is not None:
-            B = B * (pair.scaling / scalings[pair.module])
+        ratio = 1.0 if scalings is None else pair.scaling / scalings[pair.module]
+        if rank < len(A) or ratio != 1:
+            refuse_start(pair, "of another rank or scaling at a client")
+        if ratio != 1:
+            B = B * ratio
         A, B = A[:rank], B[:, :rank]
         if pad:
             missing = len(state[pair.key_A]) - len(A)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..adapter_state import AdapterState
+from peft import PeftModel
+
+from ..adapter_state import AdapterState, LiveAdapter
 from ..tensor_roles import A_FACTORS, B_FACTORS, TensorRoles
 from .base import Aggregator
-from .factors import FactorPair
+from .factors import FactorPair, check_foldable, factor_pairs
 from .fedavg import FedAvg, FedNova
 from .fedex_lora import FedExLoRA, LoRAFair
 from .flexlora import FlexLoRA
@@ -21,7 +23,7 @@ from .hetlora import HetLoRA
 from .robust import CoordinateMedian, GeometricMedian, Krum, MultiKrum, NormBounding, TrimmedMean
 
 
-__all__ = ["METHODS", "Method", "check_frozen_factors"]
+__all__ = ["METHODS", "Method", "check_adapter"]
 
 
 def _all_shared(round: int) -> TensorRoles:
@@ -113,27 +115,43 @@ METHODS: dict[str, Method] = {
 """By the name in the config."""
 
 
-def check_frozen_factors(state: AdapterState, aggregation: str) -> None:
+def check_adapter(aggregation: str, model: PeftModel) -> list[FactorPair]:
     """
-    Refuse adapters for which a mean with one factor frozen (FFA-LoRA, RoLoRA) trains nothing or is not exact.
+    The factor pairs a method works on, after refusing adapters it does not fit.
 
     Args:
-        state (`dict[str, torch.Tensor]`):
-            The whole adapter, with its frozen tensors.
         aggregation (`str`):
-            Name of the method, for the message.
+            Name of the method.
+        model ([`~peft.PeftModel`]):
+            The live model, before its first round.
+
+    Returns:
+        `list[FactorPair]`: For [`Method.build`]; empty for methods that take any adapter.
 
     Raises:
-        ValueError: Naming the tensor.
+        ValueError: Naming the first layer or tensor that does not fit, and why.
     """
+    method = METHODS[aggregation]
+    if aggregation == "ffa_lora":
+        _check_frozen_factors(LiveAdapter(model).read(include_frozen=True))
+    if not method.uses_pairs and aggregation != "rolora":
+        return []
+    pairs = factor_pairs(model)  # with one factor fixed, RoLoRA is exact for what is linear in either
+    if method.adds_to_base:
+        check_foldable(pairs, aggregation)
+    return pairs
+
+
+def _check_frozen_factors(state: AdapterState) -> None:
+    """Refuse adapters for which FFA-LoRA would train nothing, or not be exact."""
     for key, tensor in state.items():
         if ".scl_delta" in key:
             raise ValueError(
-                f"{aggregation!r} is exact because one factor is the same everywhere, but {key} belongs to a second product, which "
+                f"'ffa_lora' is exact because one factor is the same everywhere, but {key} belongs to a second product, which "
                 "multiplies the first. Use `variant='compress'` or `train_down_proj='none'`, or 'fedavg'."
             )
         if ".lora_" in key and re.search(A_FACTORS, key) and not tensor.any():
             raise ValueError(
-                f"{aggregation!r} trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so nothing "
-                "would be trained. Leave embeddings out of `target_modules`, or use 'fedavg'."
+                f"'ffa_lora' trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so nothing would be "
+                "trained. Leave embeddings out of `target_modules`, or use 'fedavg'."
             )

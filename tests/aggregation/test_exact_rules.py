@@ -580,6 +580,11 @@ def test_factors_with_a_start_have_one_rank(rule, kind: str) -> None:
         aggregate(rule(pairs_of(layers)), state, [ClientUpdate("a", 1, random_state(layers, 1, rank=2))])
     with pytest.raises(ValueError, match="start from the principal part of the base weight"):
         truncate_ranks(state, pairs_of(layers), 1)
+    scalings = {layer.name: 2 * layer.scaling for layer in layers}
+    with pytest.raises(ValueError, match="start from the principal part of the base weight"):
+        aggregate(rule(pairs_of(layers)), state, [ClientUpdate("a", 1, random_state(layers, 1), scalings=scalings)])
+    with pytest.raises(ValueError, match="start from the principal part of the base weight"):
+        truncate_ranks(state, pairs_of(layers), 3, scalings)
 
 
 @pytest.mark.parametrize("rule", [FLoRA, FedExLoRA])

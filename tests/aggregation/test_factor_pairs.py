@@ -14,7 +14,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fed_trainer.adapter_state import AdapterState, LiveAdapter, subtract
-from fed_trainer.aggregation import METHODS, ClientUpdate, FactorPair, add_to_base, check_frozen_factors, factor_pairs
+from fed_trainer.aggregation import (
+    METHODS,
+    ClientUpdate,
+    FactorPair,
+    add_to_base,
+    check_adapter,
+    factor_pairs,
+    factors,
+)
 from peft_scl import SclConfig
 
 
@@ -259,26 +267,73 @@ def test_tied_weights_are_not_added_to() -> None:
     assert "tied to another module" in pairs["embed"].unfoldable
     assert pairs["up"].unfoldable is None
     with pytest.raises(ValueError, match="embed its base weight is tied"):
-        add_to_base(model, {}, list(pairs.values()))
+        add_to_base(model, {"embed": (torch.zeros(6, 1), torch.zeros(1, 11))}, list(pairs.values()))
 
 
-# Frozen factors
+# Whether a method fits an adapter
 
 
 def test_ffa_refuses_embeddings_whose_frozen_factor_is_zero() -> None:
     with pytest.raises(ValueError, match=r"'ffa_lora' trains with \S*embed.lora_embedding_A frozen, but it is zero"):
-        check_frozen_factors(LiveAdapter(lora()).read(), "ffa_lora")
+        check_adapter("ffa_lora", lora())
 
 
 def test_ffa_refuses_a_second_product_behind_the_first() -> None:
-    state = LiveAdapter(scl(variant="bottleneck")).read(include_frozen=True)
     with pytest.raises(ValueError, match="belongs to a second product"):
-        check_frozen_factors(state, "ffa_lora")
+        check_adapter("ffa_lora", scl(variant="bottleneck"))
 
 
-@pytest.mark.parametrize("build", [lambda: lora(target_modules=["up", "c_proj"]), scl, MODELS["scl without residual"]])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: lora(target_modules=["up", "c_proj"]),
+        scl,
+        MODELS["scl without residual"],
+        lambda: scl(activation="gelu"),
+    ],
+    ids=["lora", "scl", "scl without residual", "scl with activation"],
+)
 def test_ffa_takes_adapters_whose_frozen_factor_reads_something(build) -> None:
-    check_frozen_factors(LiveAdapter(build()).read(include_frozen=True), "ffa_lora")
+    assert check_adapter("ffa_lora", build()) == []
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.uses_pairs] + ["rolora"])
+def test_rules_on_products_refuse_what_is_no_product(name: str) -> None:
+    with pytest.raises(ValueError, match="c_proj has the activation 'gelu'"):
+        check_adapter(name, scl(activation="gelu"))
+    assert {pair.module for pair in check_adapter(name, lora())} == set(LORA_TARGETS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_rules_that_add_to_the_base_need_one(name: str) -> None:
+    model = scl(keep_residual=False)
+    if METHODS[name].adds_to_base:
+        with pytest.raises(ValueError, match="replaces the base weight"):
+            check_adapter(name, model)
+    else:
+        check_adapter(name, model)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedsa_lora", "median", "norm_bounding"])
+def test_other_methods_take_any_adapter(name: str) -> None:
+    for model in (lora(use_dora=True, target_modules=["up"]), scl(variant="bottleneck", activation="gelu")):
+        assert check_adapter(name, model) == []
+
+
+def test_base_in_bfloat16_is_rounded_once_and_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factors, "BLOCK", 14)  # two rows of seven
+    model = lora(target_modules=["square", "c_proj"]).to(torch.bfloat16)
+    pairs = factor_pairs(model)
+    change = {pair.module: (torch.randn(7, 3), torch.randn(3, 10 if pair.module == "c_proj" else 7)) for pair in pairs}
+    layers = adapted_layers(model)
+    expected = {}
+    for pair in pairs:
+        left, right = change[pair.module]
+        product = (left @ right).T if pair.transposed else left @ right
+        expected[pair.module] = (layers[pair.module].get_base_layer().weight.float() + product).to(torch.bfloat16)
+    add_to_base(model, change, pairs)
+    for name, weight in expected.items():
+        assert torch.equal(layers[name].get_base_layer().weight, weight)
 
 
 def pair_values(pair: FactorPair) -> tuple[str, str, str]:

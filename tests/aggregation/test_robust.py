@@ -181,6 +181,18 @@ def test_order_of_clients_does_not_matter(rule, seed: int, data: st.DataObject) 
     assert torch.equal(flat(aggregate(rule(), shuffled)), flat(aggregate(rule(), updates)))
 
 
+@settings(deadline=None, max_examples=10)
+@given(data=st.data())
+def test_ties_do_not_depend_on_the_order_of_arrival(data: st.DataObject) -> None:
+    # on a line, the three in the middle have the same score
+    updates = [
+        ClientUpdate(f"c{p}", 1, {key: torch.full(shape, p) for key, shape in SHAPES.items()})
+        for p in (-2.0, -1.0, 0.0, 1.0, 2.0)
+    ]
+    shuffled = data.draw(st.permutations(updates))
+    assert torch.equal(flat(aggregate(Krum(), shuffled)), flat(aggregate(Krum(), updates)))
+
+
 @rules
 def test_equal_updates_give_that_update(rule) -> None:
     delta = random_delta(0)
