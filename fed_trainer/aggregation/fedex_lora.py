@@ -68,7 +68,7 @@ class FedExLoRA(MeanOfFactors):
 
     The residual comes out in factors ([`FedExLoRA.base_change`]) oriented `(out, in)`, whatever the layout of the base weight.
 
-    Memory: the factors of all clients, or `max_columns` columns while they arrive (see [`LowRankSum`]).
+    Memory: the factors of all clients, or a number of columns bounded by `max_columns` (see [`LowRankSum`]).
 
     Args:
         pairs (`Sequence[FactorPair]`):
@@ -76,7 +76,7 @@ class FedExLoRA(MeanOfFactors):
         max_rank (`int`, *optional*):
             Send the best approximation of this rank instead of the exact residual.
         max_columns (`int`, *optional*):
-            Columns to keep at most while clients arrive.
+            Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
     """
@@ -120,7 +120,7 @@ class LoRAFair(MeanOfFactors):
         ridge (`float`, *optional*, defaults to `0.01`):
             Weight of the penalty, positive, on the scale of the eigenvalues of `A A^T`.
         max_columns (`int`, *optional*):
-            Columns to keep at most while clients arrive.
+            Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
     """

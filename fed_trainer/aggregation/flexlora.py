@@ -28,13 +28,13 @@ class FlexLoRA(FactorAggregator):
     For FeDeRA and SCL with a kept residual, the whole products are averaged and approximated: their constant start drops out of
     the difference.
 
-    Memory: the factors of all clients, or `max_columns` columns while they arrive (see [`LowRankSum`]).
+    Memory: the factors of all clients, or a number of columns bounded by `max_columns` (see [`LowRankSum`]).
 
     Args:
         pairs (`Sequence[FactorPair]`):
             The factor pairs of the adapter; its ranks are the largest of the clients'.
         max_columns (`int`, *optional*):
-            Columns to keep at most while clients arrive.
+            Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
     """

@@ -28,7 +28,7 @@ class FLoRA(FactorAggregator):
     and `B = 0`. FeDeRA and SCL go back to their start `A0`, `B0`, whose product stays subtracted, so that the model is continued
     exactly; the start is then the principal part of the pretrained weight, not of the present one.
 
-    Memory: the factors of all clients, as much as they sent; or a fixed number of columns with `max_columns`, which is then
+    Memory: the factors of all clients, as much as they sent; or a bounded number of columns with `max_columns`, which is then
     an approximation (see [`LowRankSum`]).
 
     Args:
@@ -37,7 +37,7 @@ class FLoRA(FactorAggregator):
         seed (`int`, *optional*, defaults to `0`):
             Seed of the restarts.
         max_columns (`int`, *optional*):
-            Columns of a stack to keep at most.
+            Columns to cut a stack back to whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
     """

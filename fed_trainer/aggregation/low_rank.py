@@ -69,12 +69,12 @@ class LowRankSum:
     `sum_k left_k @ right_k`, kept as stacked float32 factors.
 
     Exact by default, with `sum_k r_k` columns: as many numbers as the factors of all clients, which is what an exact sum of
-    products takes. With `max_columns` it is cut back to the best approximation of that many columns whenever it
-    exceeds them, so that memory does not grow with the number of summands; [`LowRankSum.dropped`] bounds the error.
+    products takes. With `max_columns` it is cut back to the best approximation of that many columns whenever there are more
+    than twice as many, so that memory does not grow with the number of summands; [`LowRankSum.dropped`] bounds the error.
 
     Args:
         max_columns (`int`, *optional*):
-            Columns to keep at most.
+            Columns to cut back to.
     """
 
     def __init__(self, max_columns: int | None = None) -> None:
@@ -96,7 +96,7 @@ class LowRankSum:
         """Add `left (out, k) @ right (k, in)`; both are copied."""
         self._left.append(left.to(torch.float32, copy=True))
         self._right.append(right.to(torch.float32, copy=True))
-        if self.max_columns is not None and self.num_columns > self.max_columns:
+        if self.max_columns is not None and self.num_columns > 2 * self.max_columns:
             kept, dropped = truncate(self.product(), self.max_columns)
             self._left, self._right = [kept.left], [kept.right]
             self._dropped += dropped

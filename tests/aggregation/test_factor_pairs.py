@@ -336,6 +336,24 @@ def test_base_in_bfloat16_is_rounded_once_and_block_by_block(monkeypatch: pytest
         assert torch.equal(layers[name].get_base_layer().weight, weight)
 
 
+def test_one_live_model_trains_a_client_of_a_smaller_rank() -> None:
+    """Zero rows of `A` and columns of `B` get no gradient, so they stay zero, also under weight decay and momentum."""
+    model = lora(r=4, target_modules=["up", "c_proj"])
+    adapter, pairs = LiveAdapter(model), factor_pairs(model)
+    start = randomise(adapter, 1)
+    adapter.write(truncate_ranks(start, pairs, 2, pad=True))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(11)).square().sum().backward()
+        optimizer.step()
+    trained = adapter.read()
+    for pair in pairs:
+        A, B = trained[pair.key_A], trained[pair.key_B]
+        assert not A[2:].any() and not B[:, 2:].any()
+        assert (A[:2] != start[pair.key_A][:2]).all() and (B[:, :2] != start[pair.key_B][:, :2]).all()
+
+
 def pair_values(pair: FactorPair) -> tuple[str, str, str]:
     return pair.module, pair.key_A, pair.key_B
 
