@@ -22,6 +22,7 @@ from fed_trainer.aggregation import (
     check_adapter,
     factor_pairs,
     factors,
+    truncate_ranks,
 )
 from peft_scl import SclConfig
 
