@@ -5,30 +5,103 @@ from __future__ import annotations
 import torch
 
 from ..adapter_state import AdapterState
-from .base import ClientUpdate
+from .base import Aggregator, ClientUpdate
 
 
-__all__ = ["FedAvg"]
+__all__ = ["FedAvg", "FedNova"]
 
 
-class FedAvg:
+class FedAvg(Aggregator):
     """
     Mean of the client deltas weighted by numbers of examples (McMahan et al., 2017, https://huggingface.co/papers/1602.05629,
-    algorithm 1): `Delta = sum_k n_k Delta_k / sum_k n_k`, per tensor.
+    algorithm 1): `Delta = sum_k n_k Delta_k / sum_k n_k`, per tensor, summed in float32.
 
-    For LoRA this is FedIT: the factors are averaged one by one, and their product is not the mean of the products.
+    For LoRA this is FedIT: the factors are averaged one by one, and their product is not the mean of the products. Where all
+    clients hold the same frozen factor (FFA-LoRA, RoLoRA) it is.
+
+    Args:
+        partial (`bool`, *optional*, defaults to `False`):
+            Whether a client may lack tensors, as one that trains a subset of the layers does. The mean of a tensor is then
+            over the clients that sent it; one that nobody sent stays as it is.
+        uniform (`bool`, *optional*, defaults to `False`):
+            Weight all clients alike, as SCAFFOLD and FedDyn do.
     """
 
-    def begin(self, state: AdapterState) -> None:
+    def __init__(self, partial: bool = False, uniform: bool = False) -> None:
+        self.partial = partial
+        self.uniform = uniform
+
+    def begin(self, state: AdapterState, round: int = 1) -> None:
         self._sum = {key: torch.zeros_like(tensor, dtype=torch.float32) for key, tensor in state.items()}
-        self._num_examples = 0
+        self._weights = dict.fromkeys(state, 0.0)
 
     def add(self, update: ClientUpdate) -> None:
+        self._add(update, 1 if self.uniform else update.num_examples)
+
+    def finish(self) -> AdapterState:
+        if not any(self._weights.values()):
+            raise ValueError("No client update with examples arrived in this round, so there is nothing to average.")
+        return self._mean()
+
+    def _mean(self) -> AdapterState:
+        return {key: total.div_(self._weights[key] or 1.0) for key, total in self._sum.items()}
+
+    def _add(self, update: ClientUpdate, weight: float, factor: float = 1.0) -> None:
+        """Add `factor` times the update with the weight `weight`."""
         for key, total in self._sum.items():
-            total.add_(update.delta[key], alpha=update.num_examples)
+            if key not in update.delta:
+                if self.partial:
+                    continue
+                raise ValueError(
+                    f"The update of client {update.client!r} lacks the tensor {key}. Leave the client out of the round, or, if "
+                    "clients train different layers, aggregate with `partial=True`."
+                )
+            total.add_(update.delta[key], alpha=weight * factor)
+            self._weights[key] += weight
+
+
+class FedNova(FedAvg):
+    """
+    Normalised averaging for clients that take different numbers of local steps (FedNova, Wang et al., 2020,
+    https://huggingface.co/papers/2007.07481): `Delta = (sum_k p_k a_k) sum_k p_k Delta_k / a_k`, with `a_k` the number of local
+    steps `tau_k` for plain SGD, and `(tau_k - m (1 - m^tau_k) / (1 - m)) / (1 - m)` for SGD with momentum `m`.
+
+    A client that steps more often no longer pulls the mean towards its own optimum. The normalisation is derived for SGD; for
+    an adaptive local optimiser it is a heuristic, since an update of Adam does not grow in proportion to such an `a_k`.
+
+    Args:
+        momentum (`float`, *optional*, defaults to `0.0`):
+            Momentum of the local SGD.
+        partial (`bool`, *optional*, defaults to `False`):
+            As in [`FedAvg`].
+    """
+
+    def __init__(self, momentum: float = 0.0, partial: bool = False) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"`momentum` should be in [0, 1) but the value passed is {momentum!r}")
+        super().__init__(partial)
+        self.momentum = momentum
+
+    def begin(self, state: AdapterState, round: int = 1) -> None:
+        super().begin(state, round)
+        self._weighted_steps = self._num_examples = 0.0
+
+    def add(self, update: ClientUpdate) -> None:
+        if update.num_steps is None or update.num_steps < 1:
+            raise ValueError(
+                f"FedNova divides an update by its number of local steps, but client {update.client!r} reports "
+                f"`num_steps={update.num_steps}`. Fill it in where the update is made."
+            )
+        steps = effective_steps(update.num_steps, self.momentum)
+        self._add(update, update.num_examples, 1 / steps)
+        self._weighted_steps += update.num_examples * steps
         self._num_examples += update.num_examples
 
     def finish(self) -> AdapterState:
-        if self._num_examples == 0:
-            raise ValueError("No client update with examples arrived in this round, so there is nothing to average.")
-        return {key: total.div_(self._num_examples) for key, total in self._sum.items()}
+        mean = super().finish()
+        return {key: tensor.mul_(self._weighted_steps / self._num_examples) for key, tensor in mean.items()}
+
+
+def effective_steps(num_steps: int, momentum: float) -> float:
+    """`||a_k||_1` of FedNova: the total weight that `num_steps` gradients have in the update of SGD with momentum."""
+    return (num_steps - momentum * (1 - momentum**num_steps) / (1 - momentum)) / (1 - momentum)

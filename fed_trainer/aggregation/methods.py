@@ -1,0 +1,157 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The aggregation methods by name: the rule, and what a round has to arrange for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+
+from ..adapter_state import AdapterState, LiveAdapter
+from ..tensor_roles import A_FACTORS, B_FACTORS, TensorRoles
+from .base import Aggregator
+from .factors import FactorPair, check_foldable, factor_pairs
+from .fedavg import FedAvg, FedNova
+from .fedex_lora import FedExLoRA, LoRAFair
+from .flexlora import FlexLoRA
+from .flora import FLoRA
+from .hetlora import HetLoRA
+from .robust import CoordinateMedian, GeometricMedian, Krum, MultiKrum, NormBounding, TrimmedMean
+
+
+__all__ = ["METHODS", "Method", "check_adapter"]
+
+
+def _all_shared(round: int) -> TensorRoles:
+    return TensorRoles()
+
+
+def _ffa_lora(round: int) -> TensorRoles:
+    return TensorRoles(frozen=(A_FACTORS,))
+
+
+def _fedsa_lora(round: int) -> TensorRoles:
+    return TensorRoles(shared=(A_FACTORS,), default="local")  # the task head stays with the client as `B` does
+
+
+def _rolora(round: int) -> TensorRoles:
+    return TensorRoles(frozen=(A_FACTORS if round % 2 == 1 else B_FACTORS,))
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    An aggregation method.
+
+    Args:
+        rule (`Callable[..., Aggregator]`):
+            The aggregator. It takes the factor pairs first if `uses_pairs`, then the options of its class.
+        roles (`Callable[[int], TensorRoles]`, *optional*):
+            Roles of the tensors as a function of the round (from 1); all are shared if not given.
+        uses_pairs (`bool`, *optional*, defaults to `False`):
+            Whether the rule combines the factors of [`FactorPair`]s, and so needs an adapter that has them.
+        linear (`bool`, *optional*, defaults to `False`):
+            Whether the rule is a weighted sum with weights that do not depend on the values: what secure aggregation can do.
+        adds_to_base (`bool`, *optional*, defaults to `False`):
+            Whether the rule has a `base_change`, to be added to the base of the server and of every client.
+        restarts (`bool`, *optional*, defaults to `False`):
+            Whether the delta starts the adapter afresh: the trained adapter of the round is in the base.
+        takes_server_optimizer (`bool`, *optional*, defaults to `True`):
+            Whether the delta is a direction to step along. It is not where the rule sets the factors to new values, or balances
+            them with its change of the base: half a step of FedEx-LoRA does not go with the whole of its residual.
+        takes_ranks (`bool`, *optional*, defaults to `False`):
+            Whether every client may have a rank of its own.
+        keeps_updates (`bool`, *optional*, defaults to `False`):
+            Whether memory grows with the number of clients.
+    """
+
+    rule: Callable[..., Aggregator]
+    roles: Callable[[int], TensorRoles] = _all_shared
+    uses_pairs: bool = False
+    linear: bool = False
+    adds_to_base: bool = False
+    restarts: bool = False
+    takes_server_optimizer: bool = True
+    takes_ranks: bool = False
+    keeps_updates: bool = False
+
+    def build(self, pairs: Sequence[FactorPair] = (), **options: Any) -> Aggregator:
+        """The aggregator, for the factor pairs of the adapter and the options of its class."""
+        return self.rule(pairs, **options) if self.uses_pairs else self.rule(**options)
+
+
+METHODS: dict[str, Method] = {
+    "fedavg": Method(FedAvg, linear=True),
+    "fednova": Method(FedNova, linear=True),
+    "ffa_lora": Method(FedAvg, _ffa_lora, linear=True),
+    "fedsa_lora": Method(FedAvg, _fedsa_lora, linear=True),
+    "rolora": Method(FedAvg, _rolora, linear=True),
+    "flora": Method(
+        FLoRA,
+        uses_pairs=True,
+        adds_to_base=True,
+        restarts=True,
+        takes_server_optimizer=False,
+        takes_ranks=True,
+        keeps_updates=True,
+    ),
+    "fedex_lora": Method(
+        FedExLoRA, uses_pairs=True, adds_to_base=True, takes_server_optimizer=False, keeps_updates=True
+    ),
+    "flexlora": Method(FlexLoRA, uses_pairs=True, takes_server_optimizer=False, takes_ranks=True, keeps_updates=True),
+    "hetlora": Method(HetLoRA, uses_pairs=True, takes_ranks=True),
+    "lora_fair": Method(LoRAFair, uses_pairs=True, takes_server_optimizer=False, keeps_updates=True),
+    "median": Method(CoordinateMedian, keeps_updates=True),
+    "trimmed_mean": Method(TrimmedMean, keeps_updates=True),
+    "geometric_median": Method(GeometricMedian, keeps_updates=True),
+    "krum": Method(Krum, keeps_updates=True),
+    "multi_krum": Method(MultiKrum, keeps_updates=True),
+    "norm_bounding": Method(NormBounding),
+}
+"""By the name in the config."""
+
+
+def check_adapter(aggregation: str, model: PeftModel) -> list[FactorPair]:
+    """
+    The factor pairs a method works on, after refusing adapters it does not fit.
+
+    Args:
+        aggregation (`str`):
+            Name of the method.
+        model ([`~peft.PeftModel`]):
+            The live model, before its first round.
+
+    Returns:
+        `list[FactorPair]`: For [`Method.build`]; empty for methods that take any adapter.
+
+    Raises:
+        ValueError: Naming the first layer or tensor that does not fit, and why.
+    """
+    method = METHODS[aggregation]
+    if aggregation == "ffa_lora":
+        _check_frozen_factors(LiveAdapter(model).read(include_frozen=True))
+    if not method.uses_pairs and aggregation != "rolora":
+        return []
+    pairs = factor_pairs(model)  # with one factor fixed, RoLoRA is exact for what is linear in either
+    if method.adds_to_base:
+        check_foldable(pairs, aggregation)
+    return pairs
+
+
+def _check_frozen_factors(state: AdapterState) -> None:
+    """Refuse adapters for which FFA-LoRA would train nothing, or not be exact."""
+    for key, tensor in state.items():
+        if ".scl_delta" in key:
+            raise ValueError(
+                f"'ffa_lora' is exact because one factor is the same everywhere, but {key} belongs to a second product, which "
+                "multiplies the first. Use `variant='compress'` or `train_down_proj='none'`, or 'fedavg'."
+            )
+        if ".lora_" in key and re.search(A_FACTORS, key) and not tensor.any():
+            raise ValueError(
+                f"'ffa_lora' trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so nothing would be "
+                "trained. Leave embeddings out of `target_modules`, or use 'fedavg'."
+            )

@@ -1,0 +1,258 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Rules that bear a number of arbitrary, finite updates. All but [`NormBounding`] compare clients, so they keep every update of
+the round: memory is the number of clients times the adapter, in the dtype it was sent in, plus blocks of a fixed size.
+
+Updates are compared as they travel. For LoRA that means factor by factor, of which the caution about means of factors holds
+too. Only [`NormBounding`] and [`GeometricMedian`] look at numbers of examples, which a client could lie about.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ..adapter_state import AdapterState
+from .base import Aggregator, ClientUpdate
+from .fedavg import FedAvg
+from .low_rank import LowRank
+
+
+__all__ = ["CoordinateMedian", "GeometricMedian", "Krum", "MultiKrum", "NormBounding", "TrimmedMean"]
+
+BLOCK = 2**22  # values of all clients together that are compared at once
+
+
+class _KeepingAggregator(Aggregator):
+    """Keeps the updates of the round, to be compared in `finish`."""
+
+    def begin(self, state: AdapterState, round: int = 1) -> None:
+        self._state = state
+        self._updates: list[ClientUpdate] = []
+
+    def add(self, update: ClientUpdate) -> None:
+        self._updates.append(update)
+
+    def finish(self) -> AdapterState:
+        if not self._updates:
+            raise ValueError("No client update arrived in this round, so there is nothing to aggregate.")
+        updates = sorted(self._updates, key=lambda update: update.client)  # ties do not depend on the order of arrival
+        self._updates = []
+        return self._combine(updates)
+
+    def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
+        raise NotImplementedError
+
+    def _by_coordinate(self, updates: list[ClientUpdate]) -> AdapterState:
+        result = {key: torch.empty_like(tensor, dtype=torch.float32) for key, tensor in self._state.items()}
+        for key, block, values in _blocks(updates, self._state):
+            result[key].view(-1)[block] = self._combine_sorted(values.sort(dim=0).values).float()
+        return result
+
+    def _combine_sorted(self, values: torch.Tensor) -> torch.Tensor:
+        """From `(clients, coordinates)`, each coordinate in ascending order, to `(coordinates,)`."""
+        raise NotImplementedError
+
+
+def _blocks(updates: list[ClientUpdate], state: AdapterState) -> Iterator[tuple[str, slice, torch.Tensor]]:
+    """The updates as float64 matrices `(clients, coordinates)`, a block of coordinates at a time."""
+    for key, tensor in state.items():
+        flat = [update.delta[key].reshape(-1) for update in updates]
+        size = max(1, BLOCK // len(updates))
+        for first in range(0, tensor.numel(), size):
+            block = slice(first, first + size)
+            yield key, block, torch.stack([values[block].double() for values in flat])
+
+
+class CoordinateMedian(_KeepingAggregator):
+    """
+    Median of every coordinate over clients (Yin et al., 2018, https://huggingface.co/papers/1803.01498); the mean of the middle
+    two for an even number. Numbers of examples do not count.
+    """
+
+    def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
+        return self._by_coordinate(updates)
+
+    def _combine_sorted(self, values: torch.Tensor) -> torch.Tensor:
+        return _median(values)
+
+
+def _median(values: torch.Tensor) -> torch.Tensor:
+    """Of sorted values; `torch.median` would give the lower of the middle two."""
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
+
+
+class TrimmedMean(_KeepingAggregator):
+    """
+    Mean of every coordinate over clients without its `floor(trim K)` smallest and as many largest values (Yin et al., 2018,
+    https://huggingface.co/papers/1803.01498). Numbers of examples do not count.
+
+    Args:
+        trim (`float`, *optional*, defaults to `0.1`):
+            Share dropped at either end, below 0.5.
+    """
+
+    def __init__(self, trim: float = 0.1) -> None:
+        if not 0 <= trim < 0.5:
+            raise ValueError(f"`trim` should be in [0, 0.5) but the value passed is {trim!r}")
+        self.trim = trim
+
+    def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
+        if self.trim > 0 and math.floor(self.trim * len(updates)) == 0:
+            raise ValueError(
+                f"`trim={self.trim}` of {len(updates)} clients is less than one, so the mean would not be trimmed at all. Raise "
+                f"`trim` to at least {1 / len(updates):.3f}, or sample more clients."
+            )
+        return self._by_coordinate(updates)
+
+    def _combine_sorted(self, values: torch.Tensor) -> torch.Tensor:
+        dropped = math.floor(self.trim * len(values))
+        return values[dropped : len(values) - dropped].mean(dim=0)
+
+
+class GeometricMedian(_KeepingAggregator):
+    """
+    The point with the least sum of weighted distances to the updates, `argmin_v sum_k p_k ||v - Delta_k||`, by the smoothed
+    Weiszfeld iteration of RFA (Pillutla et al., 2019, https://huggingface.co/papers/1912.13445), over all tensors together, in
+    float64. It starts from the median of the coordinates, which an outlier of any size does not move far.
+
+    Args:
+        smoothing (`float`, *optional*, defaults to `1e-6`):
+            Distances below it count as this.
+        tolerance (`float`, *optional*, defaults to `1e-6`):
+            Stop when the weights change by less than this.
+        max_iterations (`int`, *optional*, defaults to `100`):
+            Stop then at the latest; each passes over all updates once.
+    """
+
+    def __init__(self, smoothing: float = 1e-6, tolerance: float = 1e-6, max_iterations: int = 100) -> None:
+        self.smoothing = smoothing
+        self.tolerance = tolerance
+        self.max_iterations = max_iterations
+
+    def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
+        shares = torch.tensor([update.num_examples for update in updates], dtype=torch.float64)
+        if shares.sum() == 0:
+            raise ValueError("No client update with examples arrived in this round, so there is nothing to weight by.")
+        shares = shares / shares.sum()
+        squared = torch.zeros_like(shares)
+        for _, _, values in _blocks(updates, self._state):
+            squared += (values - _median(values.sort(dim=0).values)).square().sum(dim=1)
+        weights = self._weights(shares, squared)
+        for _ in range(self.max_iterations):
+            squared = torch.zeros_like(shares)
+            for _, _, values in _blocks(updates, self._state):
+                squared += (values - weights @ values).square().sum(dim=1)
+            previous, weights = weights, self._weights(shares, squared)
+            if (weights - previous).abs().max() <= self.tolerance:
+                break
+        result = {key: torch.empty_like(tensor, dtype=torch.float32) for key, tensor in self._state.items()}
+        for key, block, values in _blocks(updates, self._state):
+            result[key].view(-1)[block] = (weights @ values).float()
+        return result
+
+    def _weights(self, shares: torch.Tensor, squared: torch.Tensor) -> torch.Tensor:
+        weights = shares / squared.sqrt().clamp(min=self.smoothing)
+        return weights / weights.sum()
+
+
+class MultiKrum(_KeepingAggregator):
+    """
+    Mean of the `num_selected` updates that are closest to their neighbours (Blanchard et al., 2017,
+    https://huggingface.co/papers/1703.02757). The score of an update is the sum of its squared distances to its `K - f - 2`
+    nearest others, over all tensors together, from differences in float64. Numbers of examples do not count.
+
+    Args:
+        num_byzantine (`int`):
+            `f`, the number of arbitrary clients to bear; a round needs `2 f + 3` updates.
+        num_selected (`int`, *optional*):
+            Updates to average, `K - f` of the round if not given.
+    """
+
+    def __init__(self, num_byzantine: int = 1, num_selected: int | None = None) -> None:
+        if num_byzantine < 0 or (num_selected is not None and num_selected < 1):
+            raise ValueError(
+                f"`num_byzantine` should be 0 or more and `num_selected` 1 or more, but the values passed are {num_byzantine} "
+                f"and {num_selected}"
+            )
+        self.num_byzantine = num_byzantine
+        self.num_selected = num_selected
+
+    def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
+        count, bad = len(updates), self.num_byzantine
+        if count < 2 * bad + 3:
+            raise ValueError(
+                f"Krum needs at least 2 f + 3 = {2 * bad + 3} updates to bear f = {bad} arbitrary clients, but {count} arrived. "
+                "Sample more clients, or lower `num_byzantine`."
+            )
+        num_selected = count - bad if self.num_selected is None else self.num_selected
+        if num_selected > count - bad:
+            raise ValueError(
+                f"`num_selected={num_selected}` of {count} updates would have to include some of the {bad} arbitrary ones. "
+                f"Select at most {count - bad}."
+            )
+        squared = torch.zeros(count, count, dtype=torch.float64)
+        for _, _, values in _blocks(updates, self._state):
+            # not by Grams, in whose rounding the distances of close updates drown when these are far from zero
+            squared += torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
+        squared.fill_diagonal_(math.inf)
+        scores = squared.sort(dim=1).values[:, : count - bad - 2].sum(dim=1)
+        selected = scores.argsort(stable=True)[:num_selected].tolist()
+        mean = FedAvg()
+        mean.begin(self._state)
+        for index in selected:
+            mean._add(updates[index], 1)
+        return mean.finish()
+
+
+class Krum(MultiKrum):
+    """
+    The one update that is closest to its neighbours; see [`MultiKrum`].
+
+    Args:
+        num_byzantine (`int`):
+            `f`, the number of arbitrary clients to bear; a round needs `2 f + 3` updates.
+    """
+
+    def __init__(self, num_byzantine: int = 1) -> None:
+        super().__init__(num_byzantine, num_selected=1)
+
+
+class NormBounding(Aggregator):
+    """
+    Scales an update down to the norm `max_norm` over all its tensors together, if it is longer, and passes it on (Sun et al.,
+    2019, https://huggingface.co/papers/1911.07963). Streaming.
+
+    Args:
+        max_norm (`float`):
+            Bound on the Euclidean norm of an update.
+        aggregator ([`Aggregator`], *optional*):
+            The rule that gets the bounded updates, FedAvg if not given.
+    """
+
+    def __init__(self, max_norm: float, aggregator: Aggregator | None = None) -> None:
+        if not 0 < max_norm < math.inf:
+            raise ValueError(f"`max_norm` should be positive and finite but the value passed is {max_norm!r}")
+        self.max_norm = max_norm
+        self.aggregator = aggregator or FedAvg()
+
+    def begin(self, state: AdapterState, round: int = 1) -> None:
+        self.aggregator.begin(state, round)
+
+    def add(self, update: ClientUpdate) -> None:
+        norm = math.hypot(*(float(tensor.double().norm()) for tensor in update.delta.values()))
+        if norm > self.max_norm:
+            delta = {key: tensor.float() * (self.max_norm / norm) for key, tensor in update.delta.items()}
+            update = ClientUpdate(**{**vars(update), "delta": delta})
+        self.aggregator.add(update)
+
+    def finish(self) -> AdapterState:
+        return self.aggregator.finish()
+
+    @property
+    def base_change(self) -> dict[str, LowRank]:
+        return self.aggregator.base_change
