@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
-from peft_scl import SclLayer
+from peft_scl import FederaLayer, SclLayer
 
 from ..adapter_state import AdapterState
 from .base import Aggregator, ClientUpdate
@@ -94,7 +94,7 @@ class FactorPair:
 
 def factor_pairs(model: PeftModel, adapter_name: str | None = None) -> list[FactorPair]:
     """
-    The factor pairs of an adapter: LoRA on `nn.Linear`, `Conv1D` and `nn.Embedding`, linear SCL.
+    The factor pairs of an adapter: LoRA and FeDeRA on `nn.Linear`, `Conv1D` and `nn.Embedding`, linear SCL.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -135,7 +135,7 @@ def factor_pairs(model: PeftModel, adapter_name: str | None = None) -> list[Fact
 
 def _lora_pair(path: str, layer: LoraLayer, name: str) -> FactorPair:
     kind, module = type(layer).__name__, type(layer).__module__
-    if kind not in LORA_LAYERS or not module.startswith("peft.tuners.lora."):
+    if not isinstance(layer, FederaLayer) and (kind not in LORA_LAYERS or not module.startswith("peft.tuners.lora.")):
         raise ValueError(
             f"{path} is adapted by {module}.{kind}, whose factors are not known to be two matrices with `change = scaling B A`. "
             "Target linear or embedding layers with plain LoRA, or use 'fedavg'."
@@ -152,12 +152,13 @@ def _lora_pair(path: str, layer: LoraLayer, name: str) -> FactorPair:
             "use 'fedavg'."
         )
     prefix = f"base_model.model.{path}"
+    start = (layer.lora_start_A[name], layer.lora_start_B[name]) if isinstance(layer, FederaLayer) else None
     if isinstance(layer, LoraEmbedding):
         keys = f"{prefix}.lora_embedding_A", f"{prefix}.lora_embedding_B"
-        return FactorPair(path, *keys, layer.scaling[name], transposed=True)
+        return FactorPair(path, *keys, layer.scaling[name], start=start, transposed=True)
     transposed = isinstance(layer, LoraLinear) and layer.fan_in_fan_out
     keys = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-    return FactorPair(path, *keys, layer.scaling[name], transposed=transposed)
+    return FactorPair(path, *keys, layer.scaling[name], start=start, transposed=transposed)
 
 
 def _scl_pair(path: str, layer: SclLayer, name: str) -> FactorPair:

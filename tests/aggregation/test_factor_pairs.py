@@ -24,7 +24,7 @@ from fed_trainer.aggregation import (
     factors,
     truncate_ranks,
 )
-from peft_scl import SclConfig
+from peft_scl import FederaConfig, SclConfig
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
@@ -108,7 +108,13 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
     assert {pair.scaling for pair in factor_pairs(lora(use_rslora=True))} == {3 / math.sqrt(2)}
 
 
+def federa(**kwargs: Any) -> PeftModel:
+    return net(FederaConfig(**{"r": 2, "lora_alpha": 3, "target_modules": LORA_TARGETS, **kwargs}))
+
+
 MODELS = {
+    "federa": federa,
+    "federa with the base kept": lambda: federa(keep_base=True, use_rslora=True),
     "lora": lora,
     "rslora": lambda: lora(use_rslora=True, rank_pattern={"up": 3}),
     "scl": scl,
@@ -117,22 +123,26 @@ MODELS = {
 }
 
 
+FOLDABLE = ("lora", "rslora", "scl", "federa", "federa with the base kept")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_description_gives_the_change_that_the_layer_computes(name: str) -> None:
     model = MODELS[name]()
     adapter = LiveAdapter(model)
+    before = weights_of(model)  # those of the base model: every adapter starts without a change, or is `unfoldable`
     state = randomise(adapter, 1)
     adapter.write(state)
     weights = weights_of(model)
     for pair in factor_pairs(model):
         A, B = (state[key].double() for key in (pair.key_A, pair.key_B))
-        layer = adapted_layers(model)[pair.module]
-        base = layer.get_base_layer().weight.detach().double()
-        base = base.T if pair.transposed else base
+        base = before[pair.module].T if pair.transposed else before[pair.module]
         product = B @ A
         if pair.start is not None:
             start_A, start_B = (tensor.double() for tensor in pair.start)
-            product = (B + start_B) @ (A + start_A) - start_B @ start_A
+            if pair.trains_change:
+                A, B = A + start_A, B + start_B
+            product = B @ A - start_B @ start_A
         if name == "scl with bottleneck":  # in front of the weight
             expected = base @ (torch.eye(base.shape[1]) + pair.scaling * product)
         elif name == "scl without residual":  # in its place
@@ -143,7 +153,7 @@ def test_description_gives_the_change_that_the_layer_computes(name: str) -> None
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("build", [MODELS["lora"], MODELS["rslora"], MODELS["scl"]], ids=["lora", "rslora", "scl"])
+@pytest.mark.parametrize("build", [MODELS[kind] for kind in FOLDABLE], ids=FOLDABLE)
 @pytest.mark.parametrize("name", ["flora", "fedex_lora"])
 def test_model_has_the_mean_of_the_clients_weights_after_every_round(name: str, build) -> None:
     model = build()

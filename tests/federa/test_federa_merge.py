@@ -174,5 +174,7 @@ def test_a_merged_adapter_cannot_be_deleted():
     model = adapted("llama")
     layer = federa_layers(model)["model.layers.0.mlp.down_proj"]
     layer.merge()
-    with pytest.raises(ValueError, match="is merged and can be neither deleted nor made anew. Call `unmerge_adapter` first"):
+    with pytest.raises(
+        ValueError, match="is merged and can be neither deleted nor made anew. Call `unmerge_adapter` first"
+    ):
         layer.delete_adapter("default")
