@@ -174,7 +174,8 @@ def base_digest(model: PeftModel) -> str | None:
 
     64 evenly spaced values of every tensor are rounded to bfloat16 first, so that loading the same checkpoint in float32
     or bfloat16 gives the same digest. It detects another checkpoint, not a manipulated one. A base that holds the residual
-    of a FeDeRA adapter counts as what it was before.
+    of a FeDeRA adapter counts as what it was before. A module in `modules_to_save` does not count: its copy is part of the
+    adapter, and the original, such as the random head of a classifier, is not used.
 
     Returns:
         `str` or `None`: The digest, or `None` for a quantised base, whose stored values are not the checkpoint's.
@@ -196,16 +197,18 @@ def base_digest(model: PeftModel) -> str | None:
 
 
 def _base_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the pretrained model under the names they have without adapters."""
-    added: set[int] = set()
-    pretrained: set[int] = set()
-    for module in base.modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for name, child in module.named_children():
-                ids = {id(parameter) for parameter in child.parameters()}
-                (pretrained if name in ("base_layer", "original_module") else added).update(ids)
+    """The parameters of the pretrained model under the names they have without adapters, each once."""
+    added = tuple(
+        f"{name}.{child}."
+        for name, module in base.named_modules(remove_duplicate=False)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for child, _ in module.named_children()
+        if child not in ("base_layer", "token_adapter")  # of these the children are judged
+    )
+    parameters: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if not name.startswith(added):
+            parameters.setdefault(id(parameter), (name, parameter))
     return {
-        re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name): parameter
-        for name, parameter in base.named_parameters()
-        if id(parameter) not in added - pretrained
+        re.sub(r"\.(base_layer|token_adapter)(?=\.)", "", name): parameter for name, parameter in parameters.values()
     }

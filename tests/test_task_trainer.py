@@ -329,6 +329,34 @@ def test_a_published_classifier_is_a_start(make_trainer, tmp_path):
     assert same(again._live_adapter.read(), weights(tmp_path / "out"))
 
 
+def with_another_head():
+    model = bert()
+    set_seed(1)
+    model.classifier.reset_parameters()
+    assert not torch.equal(model.classifier.weight, bert().classifier.weight)
+    return model
+
+
+@pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "full"])
+def test_a_run_resumes_to_the_same_model_from_another_random_head(make_trainer, tmp_path, peft_config):
+    class Stops(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    make_trainer("whole", peft_config=peft_config).train()
+    make_trainer("stopped", peft_config=peft_config, callbacks=[Stops()]).train()
+    again = make_trainer("stopped", model=with_another_head(), peft_config=peft_config)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+def test_a_published_classifier_is_a_start_for_a_model_with_another_random_head(make_trainer, tmp_path):
+    make_trainer(peft_config=LORA, num_rounds=1).train()
+    again = make_trainer("more", model=with_another_head(), initial_adapter=str(tmp_path / "out"))
+    assert same(again._live_adapter.read(), weights(tmp_path / "out"))
+
+
 def test_a_trainer_of_your_own_is_federated_by_the_mixin(tmp_path):
     class Doubled(Trainer):
         def compute_loss(self, *args, **kwargs):
