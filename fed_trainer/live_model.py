@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -73,12 +74,14 @@ class LiveModel:
 
 def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterState:
     """
-    The tensors of a model of the class and dtype of `model` saved by `save_pretrained`, as `LiveModel.read` gives them.
+    The tensors of a model of the class of `model` saved by `save_pretrained`, as `LiveModel.load` takes them.
 
-    It is loaded as a model, since the names in the file need not be those in memory. Only safetensors are read.
+    It is loaded as a model, since the names in the file need not be those in memory, in the widest dtype that `model` holds:
+    a float32 head on a bfloat16 body must not be rounded. Only safetensors are read.
     """
+    dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())
     loaded: Any = type(model).from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, dtype=model.dtype
+        folder, use_safetensors=True, output_loading_info=True, dtype=functools.reduce(torch.promote_types, dtypes)
     )
     saved, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
