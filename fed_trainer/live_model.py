@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .adapter_state import AdapterState, check_same_layout
+from .adapter_state import AdapterState, LiveState, check_same_layout
 
 
 __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
@@ -20,7 +20,7 @@ __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
 MODEL_WEIGHTS = "model.safetensors"
 
 
-class LiveModel:
+class LiveModel(LiveState):
     """
     What a plain model trains as an [`AdapterState`], read and written in place like a [`LiveAdapter`].
 
@@ -36,35 +36,13 @@ class LiveModel:
         saved = model.state_dict(keep_vars=True)
         first_name = {id(tensor): key for key, tensor in reversed(saved.items())}
         # a tied parameter has several names and travels once
-        self._tensors: dict[str, torch.Tensor] = {
-            key: tensor for key, tensor in saved.items() if first_name[id(tensor)] == key
-        }
+        self._tensors = {key: tensor for key, tensor in saved.items() if first_name[id(tensor)] == key}
         parameters = {id(parameter) for parameter in model.parameters()}
         self._frozen = {
             key
             for key, tensor in self._tensors.items()
             if not (tensor.requires_grad if id(tensor) in parameters else tensor.is_floating_point())
         }
-
-    @property
-    def tensor_ids(self) -> set[int]:
-        """`id` of every parameter and buffer that is saved."""
-        return {id(tensor) for tensor in self._tensors.values()}
-
-    @torch.no_grad()
-    def read(self, include_frozen: bool = False) -> AdapterState:
-        """A copy on CPU: what is trained of the model, or all of it."""
-        return {
-            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, tensor in self._tensors.items()
-            if include_frozen or key not in self._frozen
-        }
-
-    @torch.no_grad()
-    def write(self, state: AdapterState) -> None:
-        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
-        for key, tensor in state.items():
-            self._tensors[key].copy_(tensor)
 
     def load(self, saved: AdapterState, source: str) -> None:
         """Write a whole model, as [`load_model`] gives it; `source` is where it came from, for the error message."""

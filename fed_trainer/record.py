@@ -67,7 +67,9 @@ def peft_fields(peft_config: PeftConfig) -> dict[str, Any]:
 def local_settings(args: TrainingArguments) -> dict[str, Any]:
     """What decides about the result of a local round, apart from data, model and adapter: those of the fields `args` has."""
     return {
-        name: json.loads(json.dumps(getattr(args, name), default=str)) for name in _LOCAL_SETTINGS if hasattr(args, name)
+        name: json.loads(json.dumps(getattr(args, name), default=str))
+        for name in _LOCAL_SETTINGS
+        if hasattr(args, name)
     }
 
 

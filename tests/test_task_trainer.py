@@ -242,7 +242,9 @@ def test_a_model_of_mixed_dtypes_is_loaded_bit_for_bit(tmp_path):
     LiveModel(other).load(load_model(tmp_path, other), "The model")
     restored = LiveModel(other).read(include_frozen=True)
     assert same(saved, restored)
-    assert {key: tensor.dtype for key, tensor in saved.items()} == {key: tensor.dtype for key, tensor in restored.items()}
+    assert {key: tensor.dtype for key, tensor in saved.items()} == {
+        key: tensor.dtype for key, tensor in restored.items()
+    }
 
 
 @pytest.mark.parametrize("peft_config", [LORA, SCL, None], ids=["lora", "scl", "full"])
