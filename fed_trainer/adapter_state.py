@@ -19,18 +19,47 @@ from peft_scl.federa.state import unstack_start
 from peft_scl.started import StartedLinear
 
 
-__all__ = ["AdapterState", "LiveAdapter", "base_digest", "check_same_layout", "state_bytes", "subtract"]
+__all__ = ["AdapterState", "LiveAdapter", "LiveState", "base_digest", "check_same_layout", "state_bytes", "subtract"]
 
 
 AdapterState = dict[str, torch.Tensor]  # on CPU, contiguous, keyed as PEFT saves it
 
 
-class LiveAdapter:
+class LiveState:
+    """
+    Tensors of a model as an [`AdapterState`], read and written in place.
+
+    The parameters and buffers behind the keys are looked up once, by the subclass; the model, a DDP wrapper around it and
+    the optimiser go on holding the same objects.
+    """
+
+    _tensors: dict[str, torch.Tensor]  # all that is saved
+    _frozen: set[str]  # keys of what no client trains, which does not travel
+
+    @property
+    def tensor_ids(self) -> set[int]:
+        """`id` of every parameter and buffer that is saved."""
+        return {id(tensor) for tensor in self._tensors.values()}
+
+    @torch.no_grad()
+    def read(self, include_frozen: bool = False) -> AdapterState:
+        """A copy on CPU: what is trained, or all that is saved."""
+        return {
+            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, tensor in self._tensors.items()
+            if include_frozen or key not in self._frozen
+        }
+
+    @torch.no_grad()
+    def write(self, state: AdapterState) -> None:
+        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
+        for key, tensor in state.items():
+            self._tensors[key].copy_(tensor)
+
+
+class LiveAdapter(LiveState):
     """
     The active adapter of a model as an [`AdapterState`], read and written in place.
-
-    The parameters behind the keys are looked up once; the model, a DDP wrapper around it and the optimiser go on holding
-    the same objects.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -58,7 +87,7 @@ class LiveAdapter:
         # PEFT saves FeDeRA as a plain LoRA of twice the rank, which is not what is trained
         state_dict = federa_state_dict if self._is_federa else get_peft_model_state_dict
         saved = state_dict(model, adapter_name=active[0])
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors = {}
         for key, tensor in sorted(saved.items()):
             if tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() not in owners:
                 raise ValueError(
@@ -74,26 +103,6 @@ class LiveAdapter:
             for key, owner in self._tensors.items()
             if id(owner) in constants or (isinstance(owner, nn.Parameter) and not owner.requires_grad)
         }
-
-    @property
-    def tensor_ids(self) -> set[int]:
-        """`id` of every parameter and buffer of the adapter."""
-        return {id(tensor) for tensor in self._tensors.values()}
-
-    @torch.no_grad()
-    def read(self, include_frozen: bool = False) -> AdapterState:
-        """A copy of the adapter, on CPU: what is trained of it, or all that is saved of it."""
-        return {
-            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, tensor in self._tensors.items()
-            if include_frozen or key not in self._frozen
-        }
-
-    @torch.no_grad()
-    def write(self, state: AdapterState) -> None:
-        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
-        for key, tensor in state.items():
-            self._tensors[key].copy_(tensor)
 
     def load(self, saved: AdapterState, source: str) -> None:
         """
@@ -174,7 +183,8 @@ def base_digest(model: PeftModel) -> str | None:
 
     64 evenly spaced values of every tensor are rounded to bfloat16 first, so that loading the same checkpoint in float32
     or bfloat16 gives the same digest. It detects another checkpoint, not a manipulated one. A base that holds the residual
-    of a FeDeRA adapter counts as what it was before.
+    of a FeDeRA adapter counts as what it was before. A module in `modules_to_save` does not count: its copy is part of the
+    adapter, and the original, such as the random head of a classifier, is not used.
 
     Returns:
         `str` or `None`: The digest, or `None` for a quantised base, whose stored values are not the checkpoint's.
@@ -196,16 +206,19 @@ def base_digest(model: PeftModel) -> str | None:
 
 
 def _base_parameters(base: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the pretrained model under the names they have without adapters."""
-    added: set[int] = set()
-    pretrained: set[int] = set()
-    for module in base.modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for name, child in module.named_children():
-                ids = {id(parameter) for parameter in child.parameters()}
-                (pretrained if name in ("base_layer", "original_module") else added).update(ids)
+    """The parameters of the pretrained model under the names they have without adapters, each once."""
+    modules: list[tuple[str, nn.Module]] = list(base.named_modules(remove_duplicate=False))
+    added = tuple(
+        f"{name}.{child}."
+        for name, module in modules
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for child, _ in module.named_children()
+        if child not in ("base_layer", "token_adapter")  # of these the children are judged
+    )
+    parameters: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        if not name.startswith(added):
+            parameters.setdefault(id(parameter), (name, parameter))
     return {
-        re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name): parameter
-        for name, parameter in base.named_parameters()
-        if id(parameter) not in added - pretrained
+        re.sub(r"\.(base_layer|token_adapter)(?=\.)", "", name): parameter for name, parameter in parameters.values()
     }

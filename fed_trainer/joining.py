@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
 from .adapter_state import AdapterState, LiveAdapter, base_digest
+from .record import peft_fields, peft_type_name
 
 
 __all__ = ["Invitation", "invite", "join"]
+
+# how the adapter starts, which the server's replaces, and where its pieces are kept
+_HARMLESS_FIELDS = {"keep_base", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
 
 
 @dataclass(frozen=True)
@@ -22,18 +27,31 @@ class Invitation:
     Args:
         base_digest (`str` or `None`):
             Digest of the server's base model, see [`base_digest`]; `None` if it is quantised.
+        peft_type (`str`):
+            The PEFT method, as in `"LORA"`.
+        peft_config (`dict[str, Any]`):
+            Fields of the server's PEFT config, as JSON keeps them.
         adapter (`dict[str, torch.Tensor]`):
             The whole adapter as PEFT saves it, on CPU, with what is never trained: the start of SCL and FeDeRA.
     """
 
     base_digest: str | None
+    peft_type: str
+    peft_config: dict[str, Any]
     adapter: AdapterState
 
 
 def invite(model: PeftModel) -> Invitation:
     """The invitation to train the active adapter of `model`."""
-    saved = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0])
-    return Invitation(base_digest(model), {key: tensor.detach().cpu().clone() for key, tensor in saved.items()})
+    name = model.active_adapters[0]
+    config = model.peft_config[name]
+    saved = get_peft_model_state_dict(model, adapter_name=name)
+    return Invitation(
+        base_digest(model),
+        peft_type_name(config),
+        peft_fields(config),
+        {key: tensor.detach().cpu().clone() for key, tensor in saved.items()},
+    )
 
 
 def join(model: PeftModel, invitation: Invitation, client: str) -> None:
@@ -41,18 +59,21 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
     Take over the server's adapter, bit for bit; a base model that holds a FeDeRA residual moves with it.
 
     Singular vectors that another machine has computed from the same weights are as good as the server's but not the same
-    tensors, and averaging factors presupposes that all clients start from the same ones.
+    tensors, and averaging factors presupposes that all clients start from the same ones. Of a quantised base model, on
+    either side, the weights are not compared, only the adapter and its PEFT config.
 
     Args:
         model (`PeftModel`):
-            The client's model, with an adapter made from the same PEFT config.
+            The client's model, with an adapter made from the same PEFT config; only how it starts (`init_lora_weights` and the
+            like) and the `keep_base` of FeDeRA may differ.
         invitation (`Invitation`):
             What the server sent.
         client (`str`):
             Name of the client, for the error message.
 
     Raises:
-        ValueError: If the client holds another base model, or the adapter does not fit; `model` is unchanged.
+        ValueError: If the client holds another base model or has another PEFT config, or the adapter does not fit; `model`
+            is unchanged.
     """
     ours = base_digest(model)
     if ours is not None and invitation.base_digest is not None and ours != invitation.base_digest:
@@ -61,4 +82,16 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
             f"{invitation.base_digest[:12]}), so what it trains would not fit what the others train. Load the server's "
             "checkpoint, unchanged, on every client."
         )
+    config = model.peft_config[model.active_adapters[0]]
+    here = {"peft_type": peft_type_name(config), **peft_fields(config)}
+    there = {"peft_type": invitation.peft_type, **invitation.peft_config}
+    for field in here | there:
+        if field in _HARMLESS_FIELDS or field.startswith("init_"):
+            continue
+        if here.get(field) != there.get(field):
+            raise ValueError(
+                f"The adapter of client {client!r} has another PEFT config than the server's (`{field}` is "
+                f"{here.get(field)!r} instead of {there.get(field)!r}), so the same tensors would compute something else. "
+                "Make it with the server's PEFT config."
+            )
     LiveAdapter(model).load(invitation.adapter, f"The adapter that the server sent to client {client!r}")

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from .adapter_state import AdapterState, check_same_layout
+from .adapter_state import AdapterState, LiveState, check_same_layout
 
 
 __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
@@ -19,7 +20,7 @@ __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
 MODEL_WEIGHTS = "model.safetensors"
 
 
-class LiveModel:
+class LiveModel(LiveState):
     """
     What a plain model trains as an [`AdapterState`], read and written in place like a [`LiveAdapter`].
 
@@ -35,35 +36,13 @@ class LiveModel:
         saved = model.state_dict(keep_vars=True)
         first_name = {id(tensor): key for key, tensor in reversed(saved.items())}
         # a tied parameter has several names and travels once
-        self._tensors: dict[str, torch.Tensor] = {
-            key: tensor for key, tensor in saved.items() if first_name[id(tensor)] == key
-        }
+        self._tensors = {key: tensor for key, tensor in saved.items() if first_name[id(tensor)] == key}
         parameters = {id(parameter) for parameter in model.parameters()}
         self._frozen = {
             key
             for key, tensor in self._tensors.items()
             if not (tensor.requires_grad if id(tensor) in parameters else tensor.is_floating_point())
         }
-
-    @property
-    def tensor_ids(self) -> set[int]:
-        """`id` of every parameter and buffer that is saved."""
-        return {id(tensor) for tensor in self._tensors.values()}
-
-    @torch.no_grad()
-    def read(self, include_frozen: bool = False) -> AdapterState:
-        """A copy on CPU: what is trained of the model, or all of it."""
-        return {
-            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, tensor in self._tensors.items()
-            if include_frozen or key not in self._frozen
-        }
-
-    @torch.no_grad()
-    def write(self, state: AdapterState) -> None:
-        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
-        for key, tensor in state.items():
-            self._tensors[key].copy_(tensor)
 
     def load(self, saved: AdapterState, source: str) -> None:
         """Write a whole model, as [`load_model`] gives it; `source` is where it came from, for the error message."""
@@ -73,12 +52,14 @@ class LiveModel:
 
 def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterState:
     """
-    The tensors of a model of the class and dtype of `model` saved by `save_pretrained`, as `LiveModel.read` gives them.
+    The tensors of a model of the class of `model` saved by `save_pretrained`, as `LiveModel.load` takes them.
 
-    It is loaded as a model, since the names in the file need not be those in memory. Only safetensors are read.
+    It is loaded as a model, since the names in the file need not be those in memory, in the widest dtype that `model` holds:
+    a float32 head on a bfloat16 body must not be rounded. Only safetensors are read.
     """
+    dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())
     loaded: Any = type(model).from_pretrained(
-        folder, use_safetensors=True, output_loading_info=True, dtype=model.dtype
+        folder, use_safetensors=True, output_loading_info=True, dtype=functools.reduce(torch.promote_types, dtypes)
     )
     saved, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:

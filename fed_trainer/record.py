@@ -34,8 +34,13 @@ _SPEED = ("runtime", "samples_per_second", "steps_per_second", "compilation_time
 
 _LOCAL_SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
-    "learning_rate", "lr_scheduler_type", "round_lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "data_seed", "max_length", "packing", "completion_only_loss", "bf16", "fp16",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "round_lr_scheduler_type", "warmup_steps", "optim",
+    "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices", "use_liger_kernel", "label_names",
+    "data_seed", "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "bf16", "fp16", "tf32",
+    # of `SFTConfig`
+    "loss_type", "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "max_length", "truncation_mode",
+    "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "shuffle_dataset", "eos_token", "dataset_kwargs",
 )  # fmt: skip
 
 
@@ -60,8 +65,12 @@ def peft_fields(peft_config: PeftConfig) -> dict[str, Any]:
 
 
 def local_settings(args: TrainingArguments) -> dict[str, Any]:
-    """What decides about the result of a local round, apart from data, model and adapter."""
-    return {name: json.loads(json.dumps(getattr(args, name, None), default=str)) for name in _LOCAL_SETTINGS}
+    """What decides about the result of a local round, apart from data, model and adapter: those of the fields `args` has."""
+    return {
+        name: json.loads(json.dumps(getattr(args, name), default=str))
+        for name in _LOCAL_SETTINGS
+        if hasattr(args, name)
+    }
 
 
 def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:

@@ -27,8 +27,8 @@ class FederatedTaskTrainer(FederatedMixin, Trainer):
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model. A new head is drawn at random when the model is made: call `set_seed` before, so that a run that is
-            resumed starts from the same one.
+            The model. A new head is drawn at random when the model is made: call `set_seed` before, so that the same script
+            trains the same model. Resuming does not need it: the trained head is in the checkpoint.
         args ([`FederatedTaskConfig`]):
             Settings of the federation and of the local rounds.
         train_dataset (`dict[str, Dataset]`):

@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
@@ -96,6 +97,11 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
                     f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
                 )
             adapter_folder = fetch_adapter(args.initial_adapter, args.initial_adapter_revision, args.hub_token)
+            if not (adapter_folder / CONFIG_NAME).is_file():
+                raise ValueError(
+                    f"`initial_adapter` takes adapters only, but {args.initial_adapter!r} has no {CONFIG_NAME}. To start from a "
+                    f"whole model, load it with `from_pretrained({args.initial_adapter!r})` and pass it as `model`."
+                )
             peft_config = PeftConfig.from_pretrained(str(adapter_folder))
             peft_config.inference_mode = False
 
@@ -398,6 +404,17 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
             raise ValueError(
                 f"Training updates the running statistics of {statistics[0]}, which is not part of the adapter: they would leak "
                 "from one client to the next, and would not be saved. Name it in `modules_to_save`."
+            )
+        cumulative = [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and id(module.running_mean) in tracked and module.momentum is None
+        ]
+        if cumulative:
+            raise ValueError(
+                f"The running statistics of {cumulative[0]} are a cumulative average, since it has `momentum=None`: its weights "
+                "follow from the number of batches seen, which a mean over clients has no meaning for. Set a momentum, such "
+                "as 0.1."
             )
 
     def _start_from(self, folder: Path) -> None:

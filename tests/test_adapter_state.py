@@ -362,7 +362,7 @@ def digest(tiny_model_dir: Path) -> str:
     return digest
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", [name for name in CONFIGS if "modules_to_save" not in name])
 @dtypes
 def test_digest_is_that_of_the_base(tiny_model_dir: Path, digest: str, config: str, dtype: torch.dtype) -> None:
     model = make_model(tiny_model_dir, config, dtype)
@@ -373,12 +373,46 @@ def test_digest_is_that_of_the_base(tiny_model_dir: Path, digest: str, config: s
         assert base_digest(model) == digest
 
 
-def test_digest_with_a_second_adapter(tiny_model_dir: Path, digest: str) -> None:
+def with_another(folder: Path, name: str, target: Path) -> Path:
+    """The tiny model with another weight in the module `name`."""
+    other = LlamaForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        other.get_submodule(name).weight.mul_(1.5)
+    other.save_pretrained(target)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [("scl_modules_to_save", "lm_head"), ("lora_modules_to_save", "model.embed_tokens")]
+)
+def test_digest_is_that_of_the_base_without_modules_to_save(
+    tiny_model_dir: Path, tmp_path: Path, digest: str, config: str, name: str
+) -> None:
+    model = make_model(tiny_model_dir, config)
+    without = base_digest(model)
+    assert without != digest
+    move(model)
+    assert base_digest(model) == without
+    assert base_digest(make_model(with_another(tiny_model_dir, name, tmp_path), config)) == without
+
+
+def test_a_weight_that_is_tied_to_one_in_modules_to_save_counts(tiny_model_dir: Path) -> None:
+    digests = set()
+    for factor in (1.0, 1.5):
+        base = LlamaForCausalLM.from_pretrained(tiny_model_dir)
+        base.lm_head.weight = base.model.embed_tokens.weight
+        with torch.no_grad():
+            base.lm_head.weight.mul_(factor)
+        digests.add(base_digest(get_peft_model(base, SclConfig(r=4, modules_to_save=["lm_head"]))))
+    assert len(digests) == 2  # the embedding goes on using it
+
+
+def test_digest_with_a_second_adapter(tiny_model_dir: Path) -> None:
     model = make_model(tiny_model_dir, "scl")
     model.add_adapter("other", SclConfig(r=2, modules_to_save=["lm_head"]))
     model.set_adapter("other")
     move(model)
-    assert base_digest(model) == digest
+    assert base_digest(model) == base_digest(make_model(tiny_model_dir, "scl_modules_to_save"))
 
 
 def test_digest_with_a_prompt(tiny_model_dir: Path, digest: str) -> None:
@@ -386,23 +420,19 @@ def test_digest_with_a_prompt(tiny_model_dir: Path, digest: str) -> None:
     assert base_digest(get_peft_model(base, PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"))) == digest
 
 
-@pytest.mark.parametrize("config", ["lora", "scl_modules_to_save"])
+@pytest.mark.parametrize("config", ["lora", "scl_modules_to_save", "lora_tokens"])
 @pytest.mark.parametrize(
     "name",
     [
-        "model.embed_tokens",
-        "model.layers.0.mlp.down_proj",  # wrapped, by both
+        "model.embed_tokens",  # wrapped by one
+        "model.layers.0.mlp.down_proj",  # wrapped by two
         "model.layers.1.self_attn.o_proj",
         "model.layers.1.post_attention_layernorm",
-        "lm_head",  # in `modules_to_save` of one
     ],
 )
-def test_digest_of_another_base(tiny_model_dir: Path, tmp_path: Path, digest: str, config: str, name: str) -> None:
-    other = LlamaForCausalLM.from_pretrained(tiny_model_dir)
-    with torch.no_grad():
-        other.get_submodule(name).weight.mul_(1.5)
-    other.save_pretrained(tmp_path)
-    assert base_digest(make_model(tmp_path, config)) != digest
+def test_digest_of_another_base(tiny_model_dir: Path, tmp_path: Path, config: str, name: str) -> None:
+    same = base_digest(make_model(tiny_model_dir, config))
+    assert base_digest(make_model(with_another(tiny_model_dir, name, tmp_path), config)) != same
 
 
 def test_digest_of_other_shapes_with_the_same_values(tiny_model_dir: Path, digest: str) -> None:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -79,8 +80,39 @@ def test_a_client_with_another_base_model_is_refused_and_unchanged(tiny_model_di
     assert all(torch.equal(before[key], tensor) for key, tensor in client.state_dict().items())
 
 
-def test_a_client_with_another_rank_is_refused(tiny_model_dir: Path) -> None:
-    server = build(tiny_model_dir, CONFIGS["federa"]())
-    client = build(tiny_model_dir, FederaConfig(r=3, target_modules=["q_proj", "down_proj"]))
-    with pytest.raises(ValueError, match="The adapter that the server sent to client 'clinic' does not fit"):
-        join(client, invite(server), "clinic")
+@pytest.mark.parametrize(
+    ("server", "client", "difference"),
+    [
+        (FederaConfig(r=4, lora_alpha=8), FederaConfig(r=4, lora_alpha=64), "`lora_alpha` is 64 instead of 8"),
+        (LoraConfig(r=4), LoraConfig(r=4, use_rslora=True), "`use_rslora` is True instead of False"),
+        (SclConfig(r=4), SclConfig(r=4, activation="relu"), "`activation` is 'relu' instead of 'linear'"),
+        (SclConfig(r=4), SclConfig(r=4, scaling=2.0), "`scaling` is 2.0 instead of 1.0"),
+        (FederaConfig(r=4), FederaConfig(r=3), "`r` is 3 instead of 4"),
+        (FederaConfig(r=4), LoraConfig(r=8), "`peft_type` is 'LORA' instead of 'FEDERA'"),
+    ],
+    ids=["lora_alpha", "use_rslora", "activation", "scaling", "r", "peft_type"],
+)
+def test_a_client_with_another_peft_config_is_refused(
+    tiny_model_dir: Path, server: PeftConfig, client: PeftConfig, difference: str
+) -> None:
+    invitation = invite(build(tiny_model_dir, deepcopy(server)))
+    with pytest.raises(ValueError, match=f"The adapter of client 'clinic' has another PEFT config .*{difference}"):
+        join(build(tiny_model_dir, deepcopy(client)), invitation, "clinic")
+
+
+@pytest.mark.parametrize(
+    ("server", "client"),
+    [
+        (FederaConfig(r=4), FederaConfig(r=4, keep_base=True)),
+        (LoraConfig(r=4), LoraConfig(r=4, init_lora_weights="gaussian", inference_mode=True)),
+    ],
+    ids=["keep_base", "init_lora_weights"],
+)
+def test_a_client_may_start_and_keep_its_adapter_otherwise(
+    tiny_model_dir: Path, server: PeftConfig, client: PeftConfig
+) -> None:
+    theirs = build(tiny_model_dir, deepcopy(server))
+    train(theirs)
+    ours = build(tiny_model_dir, deepcopy(client))
+    join(ours, invite(theirs), "clinic")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)

@@ -26,7 +26,7 @@ from transformers import (
 import peft_scl
 from fed_trainer import FederatedConfig, FederatedMixin, FederatedTaskConfig, FederatedTaskTrainer
 from fed_trainer.clients import client_seed
-from fed_trainer.live_model import LiveModel
+from fed_trainer.live_model import LiveModel, load_model
 from fed_trainer.report import round_table, write_report
 from peft_scl import SclConfig
 
@@ -230,6 +230,23 @@ def test_running_statistics_travel_and_tied_weights_travel_once():
     assert torch.equal(model.twin.weight, state["classifier.weight"] + 1)
 
 
+def test_a_model_of_mixed_dtypes_is_loaded_bit_for_bit(tmp_path):
+    model = bert().to(torch.bfloat16)
+    model.classifier.float()
+    with torch.no_grad():
+        model.classifier.weight.add_(1e-5)  # no bfloat16
+    model.save_pretrained(tmp_path)
+    saved = LiveModel(model).read(include_frozen=True)
+    other = with_another_head().to(torch.bfloat16)
+    other.classifier.float()
+    LiveModel(other).load(load_model(tmp_path, other), "The model")
+    restored = LiveModel(other).read(include_frozen=True)
+    assert same(saved, restored)
+    assert {key: tensor.dtype for key, tensor in saved.items()} == {
+        key: tensor.dtype for key, tensor in restored.items()
+    }
+
+
 @pytest.mark.parametrize("peft_config", [LORA, SCL, None], ids=["lora", "scl", "full"])
 def test_the_example_in_the_card_loads_what_was_trained(make_trainer, tmp_path, peft_config):
     bert().save_pretrained(tmp_path / "base")
@@ -276,6 +293,21 @@ def test_running_statistics_outside_the_adapter_are_refused(make_trainer):
     config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["norm"], task_type="SEQ_CLS")
     trainer = make_trainer(model=Normed(bert().config), peft_config=config)
     assert "base_model.model.norm.running_mean" in trainer._global_state
+
+
+@pytest.mark.parametrize(
+    "peft_config",
+    [None, LoraConfig(r=2, target_modules=["query"], modules_to_save=["norm"], task_type="SEQ_CLS")],
+    ids=["full", "lora"],
+)
+def test_running_statistics_that_are_a_cumulative_average_are_refused(make_trainer, peft_config):
+    class Normed(BertForSequenceClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.norm = torch.nn.BatchNorm1d(4, momentum=None)
+
+    with pytest.raises(ValueError, match=r"norm.* has `momentum=None`: .* Set a momentum, such as 0.1"):
+        make_trainer(model=Normed(bert().config), peft_config=peft_config)
 
 
 def test_a_collator_may_tokenise(make_trainer):
@@ -326,6 +358,43 @@ def test_the_same_seed_gives_the_same_adapter_and_a_peft_model_is_taken_as_it_is
 def test_a_published_classifier_is_a_start(make_trainer, tmp_path):
     make_trainer(peft_config=LORA, num_rounds=1).train()
     again = make_trainer("more", initial_adapter=str(tmp_path / "out"))
+    assert same(again._live_adapter.read(), weights(tmp_path / "out"))
+
+
+def with_another_head():
+    model = bert()
+    set_seed(1)
+    model.classifier.reset_parameters()
+    assert not torch.equal(model.classifier.weight, bert().classifier.weight)
+    return model
+
+
+@pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "full"])
+def test_a_run_resumes_to_the_same_model_from_another_random_head(make_trainer, tmp_path, peft_config):
+    class Stops(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    make_trainer("whole", peft_config=peft_config).train()
+    make_trainer("stopped", peft_config=peft_config, callbacks=[Stops()]).train()
+    again = make_trainer("stopped", model=with_another_head(), peft_config=peft_config)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+
+
+def test_a_published_classifier_is_a_start_for_a_model_with_another_random_head(make_trainer, tmp_path):
+    make_trainer(peft_config=LORA, num_rounds=1).train()
+    again = make_trainer("more", model=with_another_head(), initial_adapter=str(tmp_path / "out"))
+    assert same(again._live_adapter.read(), weights(tmp_path / "out"))
+
+
+def test_a_published_whole_model_is_no_initial_adapter(make_trainer, tmp_path):
+    make_trainer(num_rounds=1).train()
+    with pytest.raises(ValueError, match=r"`initial_adapter` takes adapters only.* `from_pretrained\('.*out'\)`"):
+        make_trainer("more", initial_adapter=str(tmp_path / "out"))
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "out")
+    again = make_trainer("more", model=model)
     assert same(again._live_adapter.read(), weights(tmp_path / "out"))
 
 
