@@ -31,6 +31,8 @@ RECORD_NAME = "federation.json"
 
 # What `Trainer.evaluate` measures of itself rather than of the model.
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "compilation_time", "preparation_time")
+# what `SFTTrainer` logs beside the loss; a count of tokens is no figure of quality, and the others follow the loss
+_TRL_EXTRAS = ("entropy", "mean_token_accuracy", "num_tokens")
 
 _LOCAL_SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
@@ -76,7 +78,7 @@ def local_settings(args: TrainingArguments) -> dict[str, Any]:
 def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:
     """
     What the evaluations measured by round, 0 before training, of the rounds that were evaluated: the losses first, then the
-    figures of `compute_metrics`, without the speed of the evaluation.
+    figures of `compute_metrics`, without the speed of the evaluation and what TRL logs along (it is in the record).
     """
     evaluations = {0: record["start"]["eval"]}
     evaluations.update({entry["round"]: entry["eval"] for entry in record["rounds"]})
@@ -84,7 +86,9 @@ def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:
         number: {
             key: metrics[key]
             for key in sorted(metrics, key=lambda key: not key.endswith("loss"))
-            if key.startswith("eval_") and not key.endswith(_SPEED) and isinstance(metrics[key], (int, float))
+            if key.startswith("eval_")
+            and not key.endswith((*_SPEED, *_TRL_EXTRAS))
+            and isinstance(metrics[key], (int, float))
         }
         for number, metrics in evaluations.items()
         if metrics is not None

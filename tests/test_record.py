@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fed_trainer import FederatedConfig, FederatedTaskConfig
-from fed_trainer.record import local_settings
+from fed_trainer.record import held_out_metrics, local_settings
 
 
 PLAIN: dict[str, Any] = {"use_cpu": True, "report_to": "none", "bf16": False}
@@ -43,3 +43,17 @@ def test_only_settings_that_there_are_are_recorded(tmp_path: Path) -> None:
     task = local_settings(FederatedTaskConfig(output_dir=str(tmp_path), **PLAIN))
     assert "label_smoothing_factor" in task
     assert "packing" not in task and "loss_type" not in task
+
+
+def test_held_out_metrics_are_the_loss_and_what_the_user_computes() -> None:
+    evaluation = {
+        "eval_accuracy": 0.5,
+        "eval_loss": 2.0,
+        "eval_runtime": 1.0,
+        "eval_entropy": 3.0,
+        "eval_mean_token_accuracy": 0.2,
+        "eval_num_tokens": 7.0,
+        "epoch": 1.0,
+    }
+    record = {"start": {"eval": evaluation}, "rounds": [{"round": 1, "eval": None}]}
+    assert held_out_metrics(record) == {0: {"eval_loss": 2.0, "eval_accuracy": 0.5}}
