@@ -59,7 +59,7 @@ class Setting:
     """What is run on one task: budgets of trainable parameters, the first guess of the learning rate, and when to look."""
 
     tasks: list[Task]  # variants of the data; the learning rate is chosen on the first
-    budgets: list[int]
+    budgets: list[int]  # [0] if the methods have none
     learning_rate: float
     factor: float
     eval_rounds: int
@@ -198,7 +198,8 @@ def table(rows: list[dict[str, Any]], metric: str, sign: int) -> str:
     for task, budget in dict.fromkeys((row["task"], row["budget"]) for row in rows):
         group = [row for row in rows if (row["task"], row["budget"]) == (task, budget)]
         rounds = list(group[0]["curve"])
-        lines += [f"\n{task}, about {budget} trainable parameters; {metric}\n"]
+        about = f", about {budget} trainable parameters" if budget else ""
+        lines += [f"\n{task}{about}; {metric}\n"]
         lines += [
             "| method | r | layers | parameters | lr | "
             + " | ".join(f"round {i}" for i in rounds)
@@ -210,7 +211,7 @@ def table(rows: list[dict[str, Any]], metric: str, sign: int) -> str:
             curve = " | ".join(f"{row['curve'][index]:.3f}" if index in row["curve"] else "-" for index in rounds)
             cross = row["cross_term"]
             lines += [
-                f"| {row['method']} | {row['rank']} | {layers} | {row['adapter_parameters']} | {row['learning_rate']:.2g} | {curve} | "
+                f"| {row['method']} | {row['rank'] or '-'} | {layers} | {row['adapter_parameters']} | {row['learning_rate']:.2g} | {curve} | "
                 + ("-" if row["sd"] is None else f"{row['sd']:.3f}")
                 + (f" | {cross['first']:.3f} to {cross['last']:.3f} |" if cross else " | - |")
             ]
