@@ -199,7 +199,7 @@ def base_digest(model: PeftModel) -> str | None:
         if isinstance(module, FederaLayer) and module.original_sample is not None
     }
     for name, parameter in sorted(_base_parameters(base).items()):
-        sample = residuals.get(id(parameter), evenly_spaced(parameter))
+        sample = residuals[id(parameter)] if id(parameter) in residuals else evenly_spaced(parameter)
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

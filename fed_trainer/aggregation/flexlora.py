@@ -2,20 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from ..adapter_state import AdapterState
-from .base import ClientUpdate
-from .factors import FactorAggregator, FactorPair
-from .low_rank import LowRank, LowRankSum, product_svd
+from .factors import FactorPair
+from .low_rank import LowRank, product_svd
+from .products import MeanOfProducts
 
 
 __all__ = ["FlexLoRA"]
 
 
-class FlexLoRA(FactorAggregator):
+class FlexLoRA(MeanOfProducts):
     """
     Mean of the products, redistributed by its singular value decomposition (FlexLoRA,
     https://huggingface.co/papers/2402.11505): `dW = sum_k p_k s_k B_k A_k`, `s B A` = its best approximation of the global rank.
@@ -39,30 +36,9 @@ class FlexLoRA(FactorAggregator):
             Whether a client may lack modules.
     """
 
-    def __init__(self, pairs: Sequence[FactorPair], max_columns: int | None = None, partial: bool = False) -> None:
-        super().__init__(pairs, partial)
-        self.max_columns = max_columns
-
-    def begin(self, state: AdapterState, round: int = 1) -> None:
-        super().begin(state, round)
-        self._sums = {pair.module: LowRankSum(self.max_columns) for pair in self.pairs}
-
-    def _add_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
-        A, B, scaling = self._local(pair, update)
-        self._sums[pair.module].add(B * (update.num_examples * scaling), A)
-
-    def finish(self) -> AdapterState:
-        delta = self._finish_others()
-        for pair in self.pairs:
-            A, B = (self._state[key].float() for key in (pair.key_A, pair.key_B))
-            if self._weights[pair.module] == 0:  # nobody trained it
-                delta[pair.key_A], delta[pair.key_B] = torch.zeros_like(A), torch.zeros_like(B)
-                continue
-            product = self._sums[pair.module].product(1 / (self._weights[pair.module] * pair.scaling))
-            whole_A, whole_B = pair.whole(A, B)
-            new_A, new_B = pair.stored(*principal_factors(product, whole_A, whole_B))
-            delta[pair.key_A], delta[pair.key_B] = new_A - A, new_B - B
-        return delta
+    def _new_factors(self, pair: FactorPair, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        product = self._sums[pair.module].product(1 / (self._weights[pair.module] * pair.scaling))
+        return pair.stored(*principal_factors(product, *pair.whole(A, B)))
 
 
 def principal_factors(product: LowRank, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 
 import torch
 
-from ..adapter_state import AdapterState
-from .base import ClientUpdate
-from .factors import FactorAggregator, FactorPair, check_foldable
-from .low_rank import LowRank, LowRankSum
+from .factors import FactorPair, check_foldable
+from .low_rank import LowRank
+from .products import MeanOfProducts
 
 
 __all__ = ["FLoRA", "restart_factors"]
 
 
-class FLoRA(FactorAggregator):
+class FLoRA(MeanOfProducts):
     """
     Stacking (FLoRA, https://huggingface.co/papers/2409.05976): with `A = [A_1; ...; A_K]` and `B = [p_1 s_1 B_1, ..., p_K s_K
     B_K]`, `B A = sum_k p_k s_k B_k A_k` exactly, for clients of any ranks and scalings. The stack is added to the base weight
@@ -46,33 +45,16 @@ class FLoRA(FactorAggregator):
         self, pairs: Sequence[FactorPair], seed: int = 0, max_columns: int | None = None, partial: bool = False
     ) -> None:
         check_foldable(pairs, "flora")
-        super().__init__(pairs, partial)
+        super().__init__(pairs, max_columns, partial)
         self.seed = seed
-        self.max_columns = max_columns
 
-    def begin(self, state: AdapterState, round: int = 1) -> None:
-        super().begin(state, round)
-        self._stacks = {pair.module: LowRankSum(self.max_columns) for pair in self.pairs}
-
-    def _add_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
-        A, B, scaling = self._local(pair, update)
-        self._stacks[pair.module].add(B * (update.num_examples * scaling), A)
-
-    def finish(self) -> AdapterState:
-        delta = self._finish_others()
-        for pair in self.pairs:
-            A, B = (self._state[key].float() for key in (pair.key_A, pair.key_B))
-            if self._weights[pair.module] == 0:  # nobody trained it
-                delta[pair.key_A], delta[pair.key_B] = torch.zeros_like(A), torch.zeros_like(B)
-                continue
-            left, right = self._stacks[pair.module].product(1 / self._weights[pair.module])
-            if pair.start is not None:
-                start_A, start_B = (tensor.to("cpu", torch.float32) for tensor in pair.start)
-                left, right = torch.cat([left, -pair.scaling * start_B], dim=1), torch.cat([right, start_A])
-            self._base_change[pair.module] = LowRank(left, right)
-            new_A, new_B = restart_factors(pair, A, B, self.seed, self._round)
-            delta[pair.key_A], delta[pair.key_B] = new_A - A, new_B - B
-        return delta
+    def _new_factors(self, pair: FactorPair, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = self._sums[pair.module].product(1 / self._weights[pair.module])
+        if pair.start is not None:
+            start_A, start_B = (tensor.to("cpu", torch.float32) for tensor in pair.start)
+            left, right = torch.cat([left, -pair.scaling * start_B], dim=1), torch.cat([right, start_A])
+        self._base_change[pair.module] = LowRank(left, right)
+        return restart_factors(pair, A, B, self.seed, self._round)
 
 
 def restart_factors(
