@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
@@ -35,11 +36,41 @@ class LiveState:
 
     _tensors: dict[str, torch.Tensor]  # all that is saved
     _frozen: set[str]  # keys of what no client trains, which does not travel
+    saved_file_is_state = True  # whether PEFT's (or the model's) file is enough to train on
 
     @property
     def tensor_ids(self) -> set[int]:
         """`id` of every parameter and buffer that is saved."""
         return {id(tensor) for tensor in self._tensors.values()}
+
+    @property
+    def buffers(self) -> set[str]:
+        """Keys of what training changes without gradients, such as running statistics."""
+        return {
+            key
+            for key, tensor in self._tensors.items()
+            if key not in self._frozen and not isinstance(tensor, nn.Parameter)
+        }
+
+    def freeze(self, keys: Collection[str]) -> None:
+        """Train these parameters no more: they no longer travel."""
+        for key in keys:
+            self._tensors[key].requires_grad_(False)
+        self._frozen |= set(keys)
+
+    def train_only(self, keys: Collection[str] | None) -> None:
+        """Let these of the travelling parameters require gradients, or all of them."""
+        for key, parameter in self.parameters.items():
+            parameter.requires_grad_(keys is None or key in keys)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that travel."""
+        return {
+            key: tensor
+            for key, tensor in self._tensors.items()
+            if key not in self._frozen and isinstance(tensor, nn.Parameter)
+        }
 
     @torch.no_grad()
     def read(self, include_frozen: bool = False) -> AdapterState:
@@ -49,6 +80,26 @@ class LiveState:
             for key, tensor in self._tensors.items()
             if include_frozen or key not in self._frozen
         }
+
+    def saved(self) -> AdapterState:
+        """All that is saved, in the form that `load` takes."""
+        return self.read(include_frozen=True)
+
+    def load(self, saved: AdapterState, source: str) -> None:
+        """
+        Write what was saved, whole, into the model.
+
+        Args:
+            saved (`dict[str, torch.Tensor]`):
+                The tensors of a file.
+            source (`str`):
+                Where they came from, for the error message.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        check_same_layout(saved, self.read(include_frozen=True), source)
+        self.write(saved)
 
     @torch.no_grad()
     def write(self, state: AdapterState) -> None:
@@ -104,25 +155,21 @@ class LiveAdapter(LiveState):
             if id(owner) in constants or (isinstance(owner, nn.Parameter) and not owner.requires_grad)
         }
 
+    def saved(self) -> AdapterState:
+        """The adapter as PEFT saves it."""
+        if not self._is_federa:
+            return super().saved()
+        stacked = get_peft_model_state_dict(self._model, adapter_name=self._name)
+        return {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in stacked.items()}
+
     def load(self, saved: AdapterState, source: str) -> None:
-        """
-        Write an adapter as PEFT saves it, whole, into the model.
-
-        Args:
-            saved (`dict[str, torch.Tensor]`):
-                The tensors of an adapter file.
-            source (`str`):
-                Where they came from, for the error message.
-
-        Raises:
-            ValueError: If they do not fit.
-        """
-        state = unstack_start(saved) if self._is_federa else saved
-        check_same_layout(state, self.read(include_frozen=True), source)
-        if self._is_federa:  # another start moves the base model with it
-            set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
-        else:
-            self.write(state)
+        """Write an adapter as PEFT saves it, whole, into the model."""
+        if not self._is_federa:
+            return super().load(saved, source)
+        check_same_layout(unstack_start(saved), self.read(include_frozen=True), source)
+        # another start moves the base model with it
+        set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
+        return None
 
 
 def _start_of(module: nn.Module) -> list[torch.Tensor]:

@@ -1,8 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
+import json
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
@@ -10,7 +11,9 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from .aggregation import AGGREGATIONS
+from .aggregation import METHODS
+from .local_objectives import LOCAL_OBJECTIVES
+from .server_optimizers import SERVER_OPTIMIZERS
 
 
 __all__ = ["FederatedConfig", "FederatedTaskConfig", "FederationArguments", "joins_examples", "round_lr_factors"]
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
     _Arguments = TrainingArguments
 else:  # as a base it would bring its defaults, over those of `SFTConfig`
     _Arguments = object
+
+
+_MAPPINGS = (
+    "aggregation_kwargs", "tensor_roles", "client_settings", "server_optimizer_kwargs", "local_objective_kwargs",
+)  # fmt: skip
 
 
 @dataclass
@@ -44,9 +52,38 @@ class FederationArguments(_Arguments):
             "if not given."
         },
     )
+    min_clients: int = field(default=1, metadata={"help": "Usable updates that a round needs."})
     aggregation: str = field(
         default="fedavg",
-        metadata={"help": "How client updates become the next global adapter.", "choices": sorted(AGGREGATIONS)},
+        metadata={"help": "How client updates become the next global adapter.", "choices": sorted(METHODS)},
+    )
+    aggregation_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of the aggregation, such as '{\"trim\": 0.2}'."}
+    )
+    tensor_roles: dict | str | None = field(
+        default=None,
+        metadata={"help": "Patterns of tensors that are shared, local or frozen, such as '{\"local\": [\"classifier\"]}'."},
+    )
+    client_settings: dict | str | None = field(
+        default=None,
+        metadata={"help": "What single clients do differently, such as '{\"a\": {\"r\": 4, \"max_steps\": 5}}'."},
+    )
+    server_optimizer: str = field(
+        default="sgd",
+        metadata={"help": "What the server does with the aggregated update.", "choices": sorted(SERVER_OPTIMIZERS)},
+    )
+    server_lr: float | None = field(
+        default=None, metadata={"help": "Learning rate of the server; 1 for 'sgd' and 'fedavgm', 0.01 for the others."}
+    )
+    server_optimizer_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Further options of the server optimiser, such as '{\"beta1\": 0.9}'."}
+    )
+    local_objective: str | None = field(
+        default=None,
+        metadata={"help": "What clients add to their loss or gradients.", "choices": sorted(LOCAL_OBJECTIVES)},
+    )
+    local_objective_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Options of the local objective, such as '{\"mu\": 0.01}'."}
     )
     round_lr_scheduler_type: str = field(
         default="constant",
@@ -74,7 +111,9 @@ class FederationArguments(_Arguments):
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
 
-        for name in ("num_rounds", "eval_rounds", "save_rounds"):
+        for name in _MAPPINGS:
+            setattr(self, name, _mapping(name, getattr(self, name)))
+        for name in ("num_rounds", "min_clients", "eval_rounds", "save_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1 but the value passed is {getattr(self, name)!r}")
         count = self.clients_per_round
@@ -83,10 +122,16 @@ class FederationArguments(_Arguments):
                 "`clients_per_round` should be a number of clients (1, 2, ...) or a fraction of them between 0 and 1, but "
                 f"the value passed is {count!r}"
             )
-        if self.aggregation not in AGGREGATIONS:
-            raise ValueError(
-                f"`aggregation` should be one of {sorted(AGGREGATIONS)} but the value passed is {self.aggregation!r}"
-            )
+        choices = (
+            ("aggregation", METHODS),
+            ("server_optimizer", SERVER_OPTIMIZERS),
+            ("local_objective", {None, *LOCAL_OBJECTIVES}),
+        )
+        for name, names in choices:
+            if getattr(self, name) not in names:
+                raise ValueError(
+                    f"`{name}` should be one of {sorted(names, key=str)} but the value passed is {getattr(self, name)!r}"
+                )
         if self.initial_adapter_revision is not None and self.initial_adapter is None:
             raise ValueError(
                 "`initial_adapter_revision` is given without `initial_adapter`, which it is a revision of."
@@ -135,9 +180,9 @@ class FederatedConfig(FederationArguments, SFTConfig):
         clients_per_round (`int` or `float`, *optional*):
             Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of clients
             (`1` or more), or a fraction of all clients (below `1`). All clients if not given.
-        aggregation (`str`, *optional*, defaults to `"fedavg"`):
-            How client updates become the next global adapter. `"fedavg"`: mean weighted by the clients' numbers of
-            examples (McMahan et al., 2017).
+        min_clients (`int`, *optional*, defaults to `1`):
+            Usable updates that a round needs. A client whose update cannot be used (values that are not finite, ...) is
+            named in the log and the record, and left out.
         round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
             arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times
@@ -147,6 +192,33 @@ class FederatedConfig(FederationArguments, SFTConfig):
             own PEFT config.
         initial_adapter_revision (`str`, *optional*):
             Branch, tag or commit of `initial_adapter` on the Hub.
+
+        > Parameters that control the aggregation
+
+        aggregation (`str`, *optional*, defaults to `"fedavg"`):
+            How client updates become the next global adapter, a name in `fed_trainer.aggregation.METHODS`. `"fedavg"`: mean
+            weighted by the clients' numbers of examples (McMahan et al., 2017).
+        aggregation_kwargs (`dict` or `str`, *optional*):
+            Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`.
+        tensor_roles (`dict` or `str`, *optional*):
+            Which tensors are shared, which stay with a client and which nobody trains: fields of [`TensorRoles`], as in
+            `{"local": ["classifier"]}`, in addition to what the aggregation sets. With local tensors `eval_dataset` is a
+            dictionary by client, each client is evaluated with its own, and `eval_loss` is the mean weighted by examples.
+        client_settings (`dict` or `str`, *optional*):
+            What single clients do differently, by client: `{"a": {"r": 4, "layers_to_transform": [0, 1], "max_steps": 5}}`.
+            `r` is at most the rank of the PEFT config (for `"flora"`, `"flexlora"`, `"hetlora"`), with the scaling of that config;
+            `layers_to_transform` are the layers whose tensors the client trains; `max_steps` is its local budget.
+        server_optimizer (`str`, *optional*, defaults to `"sgd"`):
+            What the server does with the aggregated update: `"sgd"` adds `server_lr` times it, `"fedavgm"`, `"fedadagrad"`,
+            `"fedadam"` and `"fedyogi"` are those of Reddi et al. (2020).
+        server_lr (`float`, *optional*):
+            Learning rate of the server: 1 for `"sgd"` and `"fedavgm"`, 0.01 for the others if not given.
+        server_optimizer_kwargs (`dict` or `str`, *optional*):
+            Further options of the server optimiser, as its class names them: `{"beta1": 0.9, "tau": 1e-3}`.
+        local_objective (`str`, *optional*):
+            What clients add to their gradients, a name in `fed_trainer.local_objectives.LOCAL_OBJECTIVES`.
+        local_objective_kwargs (`dict` or `str`, *optional*):
+            Options of the local objective, as its class names them: `{"mu": 0.01}` for `"fedprox"`.
 
         > Parameters that control evaluation and saving
 
@@ -181,6 +253,18 @@ class FederatedTaskConfig(FederationArguments, TrainingArguments):
     The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type` and `eval_on_start`
     are those of [`FederatedConfig`]. `bf16` keeps its default, `False`.
     """
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """A field that the command line gives as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"`{name}` should be a dictionary or its JSON, but {value!r} is neither ({error}).") from None
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}` should be a dictionary but the value passed is {value!r}")
+    return value
 
 
 def joins_examples(args: FederationArguments) -> bool:

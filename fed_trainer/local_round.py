@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,8 +14,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 
-from .adapter_state import AdapterState, LiveAdapter
-from .live_model import LiveModel
+from .adapter_state import AdapterState, LiveState
 
 
 __all__ = ["LocalRoundMixin"]
@@ -30,13 +30,21 @@ class LocalRoundMixin(Trainer):
     """
 
     optimizer: torch.optim.Optimizer
-    _live_adapter: LiveAdapter | LiveModel
+    _live_adapter: LiveState
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0
+    _trained: Collection[str] | None = None
 
     def local_round(
-        self, state: AdapterState, dataset: Dataset, seed: int, data_seed: int | None, lr_factor: float
+        self,
+        state: AdapterState,
+        dataset: Dataset,
+        seed: int,
+        data_seed: int | None,
+        lr_factor: float,
+        trained: Collection[str] | None = None,
+        max_steps: int | None = None,
     ) -> tuple[AdapterState, dict[str, float]]:
         """
         Train one client for its local budget, starting from `state`.
@@ -52,6 +60,10 @@ class LocalRoundMixin(Trainer):
                 Seed of the order of the data, if it is not to follow `seed`.
             lr_factor (`float`):
                 Factor on `learning_rate` in this round.
+            trained (`Collection[str]`, *optional*):
+                Keys of `state` that are trained; all if not given.
+            max_steps (`int`, *optional*):
+                Local budget, in place of `args.max_steps`.
 
         Returns:
             `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps` and `seconds`.
@@ -62,20 +74,23 @@ class LocalRoundMixin(Trainer):
         self.accelerator.dataloader_config.data_seed = data_seed
         self.train_dataset = dataset
         self._lr_factor = lr_factor
+        self._trained = trained
 
         # `train()` starts a TrainerState of its own and reports every event. The federation's state and its reports are
         # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
         federation = self.state, self.control, self.callback_handler
         self.control = TrainerControl()
         self.callback_handler = _LocalCallbackHandler(federation[2])
-        checkpointing = self.args.activation_checkpointing
+        checkpointing, budget = self.args.activation_checkpointing, self.args.max_steps
+        if max_steps is not None:
+            self.args.max_steps = max_steps
         if self._initial_optimizer_state is not None:
             self.args.activation_checkpointing = False  # it is on already, and every switching on adds a hook
         try:
             output = super().train()
         finally:
             self.state, self.control, self.callback_handler = federation
-            self.args.activation_checkpointing = checkpointing
+            self.args.activation_checkpointing, self.args.max_steps = checkpointing, budget
         metrics = {
             "train_loss": output.training_loss,
             "num_steps": output.global_step,
@@ -87,6 +102,7 @@ class LocalRoundMixin(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, Any]:
         if self._initial_optimizer_state is None:
+            self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
             _, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
             self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
@@ -98,6 +114,7 @@ class LocalRoundMixin(Trainer):
                 self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
             self.callback_handler.optimizer = self.optimizer
             self.callback_handler.train_dataloader = train_dataloader
+        self._live_adapter.train_only(self._trained)
         for group, initial in zip(
             self.optimizer.param_groups, self._initial_optimizer_state["param_groups"], strict=True
         ):

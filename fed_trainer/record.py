@@ -14,10 +14,14 @@ from datasets import Dataset
 from peft import PeftConfig, PeftType
 from transformers import TrainingArguments
 
+from .config import FederationArguments
+
 
 __all__ = [
     "RECORD_NAME",
+    "check_same_run",
     "composition",
+    "federation_settings",
     "held_out_metrics",
     "local_settings",
     "peft_fields",
@@ -43,6 +47,12 @@ _LOCAL_SETTINGS = (
     # of `SFTConfig`
     "loss_type", "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "max_length", "truncation_mode",
     "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "shuffle_dataset", "eos_token", "dataset_kwargs",
+)  # fmt: skip
+
+
+_FEDERATION_SETTINGS = (
+    "aggregation_kwargs", "tensor_roles", "client_settings", "min_clients", "server_optimizer", "server_lr",
+    "server_optimizer_kwargs", "local_objective", "local_objective_kwargs",
 )  # fmt: skip
 
 
@@ -73,6 +83,11 @@ def local_settings(args: TrainingArguments) -> dict[str, Any]:
         for name in _LOCAL_SETTINGS
         if hasattr(args, name)
     }
+
+
+def federation_settings(args: FederationArguments) -> dict[str, Any]:
+    """What decides about the result of a round, apart from the local rounds."""
+    return {name: json.loads(json.dumps(getattr(args, name))) for name in _FEDERATION_SETTINGS}
 
 
 def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:
@@ -107,3 +122,45 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
+
+
+def check_same_run(record: dict[str, Any], ours: dict[str, Any], folder: str | os.PathLike) -> None:
+    """
+    Refuse a checkpoint of a run with other settings.
+
+    Args:
+        record (`dict`):
+            The record in the checkpoint.
+        ours (`dict`):
+            The record of the run that is to go on.
+        folder (`str`):
+            The checkpoint, for the message.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    if not record.get("rounds"):
+        raise ValueError(
+            f"{str(folder)!r} has no {RECORD_NAME} with a finished round, so it is not a checkpoint of a federation. Pass "
+            "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
+        )
+    there, here = _comparable(record), _comparable(ours)
+    differing = [key for key in here if there.get(key) != here[key]]
+    if differing:
+        shown = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(here[key])} here" for key in differing)
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} belongs to another run ({shown}). Resume with the settings it was started "
+            "with, or choose another `output_dir`."
+        )
+
+
+def _comparable(record: dict[str, Any]) -> dict[str, Any]:
+    """What has to agree for a run to be continued, one level deep, so that a difference can be named."""
+    keys = ("base_digest", "peft_type", "num_trainable_parameters", "aggregation", "seed", "num_sampled", "clients")
+    parts = ("peft_config", "settings", "federation")
+    return {key: record.get(key) for key in keys} | {k: v for part in parts for k, v in record.get(part, {}).items()}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -15,14 +15,19 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import get_config_model_id
 
-from .adapter_state import AdapterState, base_digest
+from .adapter_state import AdapterState
+from .base_changes import BaseChanges
 from .clients import ClientSampler
 from .config import FederationArguments
 from .hub import model_card, publish
-from .record import RECORD_NAME, composition, local_settings, peft_fields, peft_type_name, write_json
+from .record import RECORD_NAME, composition, federation_settings, local_settings, peft_fields, peft_type_name, write_json
 
 
-__all__ = ["RunFilesMixin"]
+__all__ = ["CLIENTS_FOLDER", "SERVER_STATE", "RunFilesMixin"]
+
+
+SERVER_STATE = "server_state.safetensors"
+CLIENTS_FOLDER = "clients"
 
 
 class RunFilesMixin(Trainer):
@@ -35,6 +40,8 @@ class RunFilesMixin(Trainer):
     _folder: Path
     _clients: dict[str, Dataset]
     _global_state: AdapterState
+    _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
+    _base_changes: BaseChanges | None
     _record: dict[str, Any]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -43,7 +50,10 @@ class RunFilesMixin(Trainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(str(folder), state_dict=state_dict)
+        if self._base_changes is not None:
+            self._base_changes.to_lora().save_pretrained(folder)
+        else:
+            self.model.save_pretrained(str(folder), state_dict=state_dict)
         if self.processing_class is not None:
             # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
             self.processing_class.save_pretrained(str(folder), save_jinja_files=False)
@@ -127,6 +137,7 @@ class RunFilesMixin(Trainer):
             "peft_type": peft_type_name(peft_config) if peft_config is not None else None,
             "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
             "aggregation": self.args.aggregation,
+            "federation": federation_settings(self.args),
             "peft_config": peft_fields(peft_config) if peft_config is not None else {},
             "settings": local_settings(self.args),
             "seed": self.args.seed,
@@ -144,11 +155,6 @@ class RunFilesMixin(Trainer):
             "start": {"eval": None},
             "rounds": [],
         }
-
-    @property
-    def _base_digest(self) -> str | None:
-        """That of the base of an adapter; a plain model has no base beside what is trained and saved."""
-        return base_digest(self.model) if isinstance(self.model, PeftModel) else None
 
     @property
     def _peft_config(self) -> PeftConfig | None:

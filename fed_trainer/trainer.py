@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,8 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
@@ -25,8 +26,9 @@ from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
-from .adapter_state import AdapterState, LiveAdapter, check_same_layout, state_bytes, subtract
-from .aggregation import AGGREGATIONS, ClientUpdate
+from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes, subtract
+from .aggregation import ClientUpdate
+from .base_changes import BaseChanges
 from .checkpoint import (
     ADAPTER_WEIGHTS,
     find_checkpoint,
@@ -36,14 +38,19 @@ from .checkpoint import (
     rotate_checkpoints,
     write_checkpoint,
 )
+from .client_evaluation import ClientEvaluationMixin
+from .client_settings import ClientSettings, parse_client_settings
+from .client_store import ClientStore
 from .clients import ClientSampler, check_clients, client_seed, local_batch
 from .config import FederationArguments, joins_examples, round_lr_factors
 from .hub import fetch_adapter, publish
 from .live_model import MODEL_WEIGHTS, LiveModel, load_model
 from .local_round import LocalRoundMixin
 from .progress import RoundProgress
-from .record import RECORD_NAME, held_out_metrics, read_record
-from .run_files import RunFilesMixin
+from .record import check_same_run, held_out_metrics, read_record
+from .refusals import refuse_what_would_leak
+from .run_files import CLIENTS_FOLDER, SERVER_STATE, RunFilesMixin
+from .server import Server, freeze_for_good
 
 
 __all__ = ["FederatedMixin"]
@@ -53,7 +60,7 @@ logger = logging.get_logger(__name__)
 TRAINER_STATE_NAME = "trainer_state.json"
 
 
-class FederatedMixin(LocalRoundMixin, RunFilesMixin):
+class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
@@ -87,7 +94,6 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         check_clients(train_dataset, args)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
-        self.aggregator = AGGREGATIONS[args.aggregation]()
 
         adapter_folder = None
         if args.initial_adapter is not None:
@@ -127,10 +133,27 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         self._prepared_clients: dict[str, Dataset] = {}
         self._keep_prepared(first, self.train_dataset)  # `super().__init__` has tokenised it
         self._live_adapter = LiveAdapter(self.model) if isinstance(self.model, PeftModel) else LiveModel(self.model)
-        self._refuse_what_would_leak()
+        refuse_what_would_leak(self.model, self._live_adapter)
+        freeze_for_good(args, self.model, self._live_adapter)
+        self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         if adapter_folder is not None:
             self._start_from(adapter_folder)
         self._global_state = self._live_adapter.read()
+        self._initial_state = self._global_state
+        self._client_settings = parse_client_settings(args.client_settings, self._clients, self._global_state)
+        self.server = Server(
+            args,
+            self.model,
+            self._live_adapter,
+            self._client_settings,
+            len(self._clients),
+            self.sampler.num_sampled,
+            self._base_digest,
+        )
+        self._base_changes = BaseChanges(self.model, self.server.pairs) if self.server.method.adds_to_base else None
+        self._store = ClientStore(self._folder / CLIENTS_FOLDER)
+        self._local_keys = self.server.local_keys(self._global_state)
+        self._refuse_what_cannot_be_evaluated_or_wrapped()
         self._record = self._new_record()
 
     def train(
@@ -166,17 +189,16 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
             for round in range(done + 1, last + 1):
                 seconds: dict[str, float] = {}
                 clients: dict[str, dict[str, float]] = {}
-                self.aggregator.begin(self._global_state)
+                self.server.begin(self._global_state, round)
                 for client in self.sampler.sample(round):
-                    update = self._local_update(client, round, lr_factors[round - 1], seconds)
-                    check_same_layout(update.delta, self._global_state, f"The update of client {client!r}")
-                    with _timed(seconds, "aggregate"):
-                        self.aggregator.add(update)
-                    clients[client] = {"num_examples": update.num_examples, **update.metrics}
-                    progress.client(round, client, update.num_examples, update.metrics)
+                    metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
+                    if client in self.server.refused:
+                        logger.warning(f"Round {round} goes on without client {client!r}: {self.server.refused[client]}")
+                        continue
+                    clients[client] = metrics
+                    progress.client(round, client, int(metrics["num_examples"]), metrics)
                 with _timed(seconds, "aggregate"):
-                    self._global_state = _step(self._global_state, self.aggregator.finish())
-                    self._live_adapter.write(self._global_state)
+                    self._end_of_round()
 
                 self.state.global_step = self.state.epoch = round
                 evaluation = None
@@ -196,14 +218,68 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
     # The steps of a round
 
-    def _local_update(self, client: str, round: int, lr_factor: float, seconds: dict[str, float]) -> ClientUpdate:
+    def _client_round(self, client: str, round: int, lr_factor: float, seconds: dict[str, float]) -> dict[str, float]:
+        """One client's turn: it gets the shared tensors, trains, and its update is offered to the server."""
         with _timed(seconds, "prepare"):
             dataset = self._prepared_client(client)
-        data_seed = None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client)
-        seed = client_seed(self.args.seed, round, client)
+            kept = self._store.read(client)
+            settings = self._settings_of(client, kept)
+            sent = self.server.sent_to(settings)
+            start = {**self._global_state, **self.server.start_of(settings), **kept.get("local", {})}
+        train = functools.partial(
+            self.local_round,
+            dataset=dataset,
+            seed=client_seed(self.args.seed, round, client),
+            data_seed=None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client),
+            lr_factor=lr_factor,
+            trained=self.server.trained_keys(self._global_state, round, settings),
+            max_steps=settings.max_steps,
+        )
         with _timed(seconds, "local"):
-            local, metrics = self.local_round(self._global_state, dataset, seed, data_seed, lr_factor)
-        return ClientUpdate(client, self._num_examples(client), subtract(local, self._global_state), metrics)
+            local, metrics = train(start)
+        delta = self.server.cut(subtract(local, start), sent)
+        update = ClientUpdate(
+            client,
+            self._num_examples(client),
+            delta,
+            metrics,
+            num_steps=int(metrics["num_steps"]),
+            base_digest=self._base_digest,
+        )
+        with _timed(seconds, "aggregate"):
+            refused = self.server.receive(update, sent)
+            if refused is None:
+                self._keep(client, {"local": {key: local[key] for key in self._local_keys}})
+        traffic = {"bytes_up": state_bytes(delta), "bytes_down": state_bytes(sent) + self._missed_bytes(client)}
+        return {"num_examples": update.num_examples, **metrics, **traffic}
+
+    def _settings_of(self, client: str, kept: dict[str, AdapterState]) -> ClientSettings:
+        return self._client_settings.get(client, ClientSettings())
+
+    def _keep(self, client: str, parts: dict[str, AdapterState]) -> None:
+        if self.is_world_process_zero():
+            self._store.write(client, parts)
+        self.accelerator.wait_for_everyone()
+
+    def _end_of_round(self) -> None:
+        self._global_state, base_change = self.server.finish()
+        self._live_adapter.write(self._global_state)
+        if self._base_changes is not None:
+            self._base_changes.add(base_change)
+        self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
+
+    def _missed_bytes(self, client: str) -> int:
+        """What has been added to the base model since the client was last here."""
+        missed = 0
+        for entry in reversed(self._record["rounds"]):
+            missed += entry["base_change_bytes"]
+            if client in entry["clients"] or client in entry["refused"]:
+                break  # it came to that round with all that was added before
+        return missed
+
+    def client_state(self, client: str) -> AdapterState:
+        """What the model of a client is made of: the global state, with the tensors that the client keeps."""
+        return {**self._global_state, **self._store.read(client).get("local", {})}
 
     def _num_examples(self, client: str) -> int:
         """Examples that are trained on; preparation drops those without a label, and packing joins them."""
@@ -261,16 +337,18 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
     ) -> None:
         """Enter the round into the record, `log_history` and whatever `report_to` names."""
         total = sum(client["num_examples"] for client in clients.values())
-        sent = state_bytes(self._global_state) * len(clients)
         entry: dict[str, Any] = {
             "round": round,
             "clients": clients,
+            "refused": self.server.refused,
             "train_loss": sum(c["num_examples"] * c["train_loss"] for c in clients.values()) / total,
             "learning_rate": self.args.learning_rate * lr_factor,
-            "bytes_up": sent,
-            "bytes_down": sent,
+            "bytes_up": sum(client["bytes_up"] for client in clients.values()),
+            "bytes_down": sum(client["bytes_down"] for client in clients.values()),
+            "base_change_bytes": self._base_change_bytes,
             "seconds": seconds,
             "eval": evaluation,
+            "client_eval": self.client_evaluation if evaluation is not None else None,
         }
         self._record["rounds"].append(entry)
         logs = {"loss": entry["train_loss"]}
@@ -293,6 +371,19 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
     def _write_checkpoint_files(self, folder: Path) -> None:
         self._save(str(folder))
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        state = {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
+        if self._base_changes is not None:
+            state |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
+        if not self._saved_file_is_state:
+            state |= {f"state.{key}": tensor for key, tensor in self._live_adapter.saved().items()}
+        if state:
+            save_file(state, folder / SERVER_STATE)
+        self._store.link_into(folder / CLIENTS_FOLDER)
+
+    @property
+    def _saved_file_is_state(self) -> bool:
+        """Whether the model can be trained on from the file that is published."""
+        return self._base_changes is None and self._live_adapter.saved_file_is_state
 
     def _publish_round(self, folder: Path, round: int) -> None:
         try:
@@ -304,6 +395,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         refuse_another_run(self._folder)
+        self._store.clear()
         self._record = self._new_record()
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
@@ -316,16 +408,34 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
         record = read_record(folder)
         fresh = self._new_record()
-        _refuse_another_run(record, fresh, folder)
+        check_same_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
-        saved = load_adapter(folder) if isinstance(self.model, PeftModel) else load_model(folder, self.model)
-        kind = "adapter" if isinstance(self.model, PeftModel) else "model"
-        self._live_adapter.load(saved, f"The {kind} in {str(folder)!r}")
+        self._load(folder)
         self._global_state = self._live_adapter.read()
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         return done
+
+    def _load(self, folder: Path) -> None:
+        """Take over a checkpoint: model, server, what clients keep."""
+        parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}}
+        if (folder / SERVER_STATE).is_file():
+            for entry, tensor in load_file(folder / SERVER_STATE).items():
+                part, _, key = entry.partition(".")
+                parts[part][key] = tensor
+        saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"
+        if self._saved_file_is_state:
+            is_adapter = isinstance(self.model, PeftModel)
+            saved = load_adapter(folder) if is_adapter else load_model(folder, self.model)
+            source = f"The {'adapter' if is_adapter else 'model'} in {str(folder)!r}"
+        self._live_adapter.load(saved, source)
+        if self._base_changes is not None:
+            self._base_changes.load_state_dict(parts["base"])
+        self.server.load_state_dict(parts["server"])
+        if self.is_world_process_zero():
+            self._store.restore(folder / CLIENTS_FOLDER)
+        self.accelerator.wait_for_everyone()
 
     def _begin(self, state: TrainerState) -> None:
         self.state = state
@@ -362,6 +472,7 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
             yield
         finally:
             self._live_adapter.write(self._global_state)
+            self._live_adapter.train_only(None)
 
     # Small things
 
@@ -374,47 +485,18 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
     # Refusals
 
-    def _refuse_what_would_leak(self) -> None:
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            if not isinstance(self.model, PeftModel):
-                raise ValueError(
-                    f"No parameter of the `{type(self.model).__name__}` that was given requires gradients. Give a `peft_config`, "
-                    "or set `requires_grad` where it is to be trained."
-                )
+    def _refuse_what_cannot_be_evaluated_or_wrapped(self) -> None:
+        if self._local_keys and self.eval_dataset is not None and not self.evaluates_clients:
+            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else type(self.eval_dataset).__name__
             raise ValueError(
-                "Nothing is trainable in the `PeftModel` that was given. `PeftModel.from_pretrained` freezes the adapter: pass "
-                "`is_trainable=True` to it, or leave the loading to `initial_adapter`."
+                f"{len(self._local_keys)} tensors stay with the clients (the first: {min(self._local_keys)}), so there is a model per "
+                f"client and none for all, but `eval_dataset` is {names}. Give a dictionary from clients to their held-out data."
             )
-        tracked = self._live_adapter.tensor_ids
-        stray = [name for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in tracked]
-        if stray:
-            raise ValueError(
-                f"{len(stray)} parameters are trainable but not part of the adapter (the first: {stray[0]}): they would "
-                "leak from one client to the next. Freeze them, or name their modules in `modules_to_save`."
-            )
-        statistics = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm)
-            and module.running_mean is not None
-            and id(module.running_mean) not in tracked
-            and "original_module" not in name.split(".")
-        ]
-        if statistics:
-            raise ValueError(
-                f"Training updates the running statistics of {statistics[0]}, which is not part of the adapter: they would leak "
-                "from one client to the next, and would not be saved. Name it in `modules_to_save`."
-            )
-        cumulative = [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm) and id(module.running_mean) in tracked and module.momentum is None
-        ]
-        if cumulative:
-            raise ValueError(
-                f"The running statistics of {cumulative[0]} are a cumulative average, since it has `momentum=None`: its weights "
-                "follow from the number of batches seen, which a mean over clients has no meaning for. Set a momentum, such "
-                "as 0.1."
+        rounds = [self.server.trained_keys(self._global_state, round, ClientSettings()) for round in (1, 2)]
+        if self.args.world_size > 1 and (rounds[0] != rounds[1] or self.server.partial):
+            raise NotImplementedError(
+                f"`aggregation={self.args.aggregation!r}` trains other tensors from turn to turn, which DDP is told once and for all. "
+                "Launch a single process."
             )
 
     def _start_from(self, folder: Path) -> None:
@@ -432,11 +514,6 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         self._live_adapter.write(state)
 
 
-def _step(state: AdapterState, delta: AdapterState) -> AdapterState:
-    """`state + delta`, summed in float32 and kept in the dtypes of `state`."""
-    return {key: (tensor + delta[key]).to(tensor.dtype) for key, tensor in state.items()}
-
-
 @contextmanager
 def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
@@ -444,30 +521,3 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
         yield
     finally:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-def _refuse_another_run(record: dict[str, Any], ours: dict[str, Any], folder: Path) -> None:
-    if not record.get("rounds"):
-        raise ValueError(
-            f"{str(folder)!r} has no {RECORD_NAME} with a finished round, so it is not a checkpoint of a federation. Pass "
-            "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
-        )
-    there, here = _comparable(record), _comparable(ours)
-    differing = [key for key in here if there.get(key) != here[key]]
-    if differing:
-        shown = "; ".join(f"{key}: {_short(there.get(key))} there, {_short(here[key])} here" for key in differing)
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} belongs to another run ({shown}). Resume with the settings it was started "
-            "with, or choose another `output_dir`."
-        )
-
-
-def _comparable(record: dict[str, Any]) -> dict[str, Any]:
-    """What has to agree for a run to be continued, one level deep, so that a difference can be named."""
-    keys = ("base_digest", "peft_type", "num_trainable_parameters", "aggregation", "seed", "num_sampled", "clients")
-    return {key: record.get(key) for key in keys} | record.get("peft_config", {}) | record.get("settings", {})
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

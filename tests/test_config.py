@@ -12,7 +12,7 @@ import pytest
 from trl import SFTConfig, TrlParser
 
 from fed_trainer import FederatedConfig
-from fed_trainer.aggregation import AGGREGATIONS
+from fed_trainer.aggregation import METHODS
 
 
 DEFAULTS = {field.name: field.default for field in fields(FederatedConfig)}
@@ -157,7 +157,7 @@ def test_settings_that_a_federation_refuses(kwargs: dict[str, Any], message: str
         {"hub_strategy": "every_save"},
         {"hub_strategy": "end"},
         {"num_rounds": 1, "eval_rounds": 5, "save_rounds": 7},
-        *({"aggregation": name} for name in AGGREGATIONS),
+        *({"aggregation": name} for name in METHODS),
     ],
 )
 def test_settings_that_it_takes(kwargs: dict[str, Any]) -> None:

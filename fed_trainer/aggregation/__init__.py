@@ -15,7 +15,6 @@ from .validation import InvalidUpdateError, TooFewClientsError, require_clients,
 
 
 __all__ = [
-    "AGGREGATIONS",
     "METHODS",
     "Aggregator",
     "ClientUpdate",
@@ -52,7 +51,3 @@ __all__ = [
     "truncate_ranks",
     "validated",
 ]
-
-AGGREGATIONS: dict[str, type[Aggregator]] = {
-    "fedavg": FedAvg,
-}

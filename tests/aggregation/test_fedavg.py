@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import AGGREGATIONS, ClientUpdate, FedAvg
+from fed_trainer.aggregation import METHODS, ClientUpdate, FedAvg
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -215,4 +215,4 @@ def test_fedit_averages_factors_not_products() -> None:
 
 
 def test_name_in_the_config() -> None:
-    assert AGGREGATIONS["fedavg"] is FedAvg
+    assert METHODS["fedavg"].rule is FedAvg

@@ -1,0 +1,83 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation of every client's own model on its own held-out data."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from datasets import Dataset
+from transformers import Trainer
+from transformers.trainer_utils import speed_metrics
+
+from .adapter_state import AdapterState, LiveState
+
+
+__all__ = ["ClientEvaluationMixin"]
+
+
+class ClientEvaluationMixin(Trainer):
+    """
+    Where `eval_dataset` is a dictionary by client, each is evaluated with the model of that client: the global one, with the
+    tensors that the client keeps.
+    """
+
+    _live_adapter: LiveState
+    _global_state: AdapterState
+    _clients: dict[str, Dataset]
+    client_evaluation: dict[str, dict[str, float]] | None = None
+    """Figures of the last evaluation by client; `None` if it was not one by client."""
+
+    def client_state(self, client: str) -> AdapterState:
+        """What the model of a client is made of."""
+        raise NotImplementedError
+
+    @property
+    def evaluates_clients(self) -> bool:
+        """Whether every key of `eval_dataset` is a client."""
+        held_out = self.eval_dataset
+        return isinstance(held_out, dict) and bool(held_out) and held_out.keys() <= self._clients.keys()
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        As [`~transformers.Trainer.evaluate`]; for an `eval_dataset` by client the means over clients, weighted by examples.
+        """
+        self.client_evaluation = None
+        if eval_dataset is not None or not self.evaluates_clients:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        start, counts = time.time(), {}
+        self.client_evaluation = {}
+        try:
+            for client, dataset in sorted(self.eval_dataset.items()):
+                self._live_adapter.write(self.client_state(client))
+                output = self.evaluation_loop(
+                    self.get_eval_dataloader(dataset),
+                    description=f"Evaluation of {client}",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=metric_key_prefix,
+                )
+                self.client_evaluation[client] = {
+                    key: float(value)
+                    for key, value in (output.metrics or {}).items()
+                    if not key.endswith("preparation_time")
+                }
+                counts[client] = output.num_samples or 0
+        finally:
+            self._live_adapter.write(self._global_state)
+        total = sum(counts.values())
+        keys = next(iter(self.client_evaluation.values()))
+        metrics = {
+            key: sum(counts[client] * figures[key] for client, figures in self.client_evaluation.items()) / total
+            for key in keys
+        }
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=total)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics

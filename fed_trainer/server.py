@@ -1,0 +1,333 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The server's side of a round, without a model: what is shared, who counts, the rule, the step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .adapter_state import AdapterState, LiveState
+from .aggregation import (
+    METHODS,
+    ClientUpdate,
+    FactorPair,
+    InvalidUpdateError,
+    LowRank,
+    check_adapter,
+    require_clients,
+    truncate_ranks,
+    validated,
+)
+from .client_settings import ClientSettings
+from .config import FederationArguments
+from .local_objectives import LOCAL_OBJECTIVES, LocalObjective
+from .server_optimizers import SERVER_OPTIMIZERS, FedDyn, ServerOptimizer
+from .tensor_roles import TensorRoles
+
+
+__all__ = ["Server", "freeze_for_good"]
+
+Part = TypeVar("Part")
+
+# arguments that are not the user's to give
+NOT_OPTIONS = {"self", "pairs", "partial", "uniform", "aggregator", "num_clients", "lr"}
+
+
+class Server:
+    """
+    What the server does in a round: `begin`, `receive` once per client, `finish`.
+
+    Args:
+        args ([`FederationArguments`]):
+            The settings.
+        model (`nn.Module`):
+            The model before its first round; looked at, not kept.
+        live ([`LiveState`]):
+            Its tensors.
+        settings (`dict[str, ClientSettings]`):
+            What single clients do differently.
+        num_clients, num_sampled (`int`):
+            Clients in all and per round.
+        base_digest (`str`, *optional*):
+            Digest of the base model, which clients that send one must agree with.
+
+    Raises:
+        ValueError: For a combination of settings, or of settings and adapter, that cannot work.
+    """
+
+    def __init__(
+        self,
+        args: FederationArguments,
+        model: nn.Module,
+        live: LiveState,
+        settings: Mapping[str, ClientSettings],
+        num_clients: int,
+        num_sampled: int,
+        base_digest: str | None = None,
+    ) -> None:
+        self.method = METHODS[args.aggregation]
+        self.pairs = _pairs(args.aggregation, model)
+        self.min_clients = args.min_clients
+        self.base_digest = base_digest
+        self._user_roles = _user_roles(args)
+        self._buffers = live.buffers
+        self._check_settings(args.aggregation, settings, live.read())
+
+        self.objective = _objective(args, num_clients)
+        self.partial = any(client.layers_to_transform is not None for client in settings.values())
+        options = {"seed": args.seed} if _takes(self.method.rule, "seed") else {}
+        if self.partial:
+            options["partial"] = True
+        if self.objective is not None and self.objective.uniform:
+            options["uniform"] = True
+        options |= _options("aggregation_kwargs", args.aggregation, self.method.rule, args.aggregation_kwargs)
+        self.rule = _built("aggregation_kwargs", lambda: self.method.build(self.pairs, **options))
+        self.optimizer = _server_optimizer(args, num_clients)
+        needed = max(args.min_clients, self.rule.min_updates)
+        if num_sampled < needed:
+            raise ValueError(
+                f"A round needs {needed} usable updates (`min_clients={args.min_clients}`, and {self.rule.min_updates} for "
+                f"{args.aggregation!r}), but only {num_sampled} clients are sampled per round. Raise `clients_per_round`."
+            )
+
+    def _check_settings(self, aggregation: str, settings: Mapping[str, ClientSettings], state: AdapterState) -> None:
+        for client, own in settings.items():
+            if own.r is not None:
+                if not self.method.takes_ranks:
+                    names = [name for name, method in METHODS.items() if method.takes_ranks]
+                    raise ValueError(
+                        f"`client_settings` gives client {client!r} the rank {own.r}, but {aggregation!r} combines adapters of one "
+                        f"rank. Use one of {names}, or leave `r` out."
+                    )
+                largest = max(len(state[pair.key_A]) for pair in self.pairs)
+                if own.r > largest:
+                    raise ValueError(
+                        f"`client_settings` gives client {client!r} the rank {own.r}, but the PEFT config has the rank {largest}, "
+                        "which has to be the largest of all clients. Raise it there."
+                    )
+                truncate_ranks(state, self.pairs, own.r)  # refuses factors that cannot be cut
+            if own.layers_to_transform is not None and not self.method.takes_layers:
+                names = [name for name, method in METHODS.items() if method.takes_layers]
+                raise ValueError(
+                    f"`client_settings` lets client {client!r} train the layers {list(own.layers_to_transform)}, but "
+                    f"{aggregation!r} compares or weights whole updates. Use one of {names}, or train all layers everywhere."
+                )
+
+    # Roles
+
+    def roles(self, round: int) -> TensorRoles:
+        """The roles of the tensors in a round: the method's and the user's."""
+        return self.method.roles(round).joined(self._user_roles)
+
+    def local_keys(self, state: AdapterState) -> set[str]:
+        """Names of the tensors that stay with the clients."""
+        roles = self.roles(1)  # only the frozen ones differ from round to round
+        return {key for key in state if roles.role(key) == "local"}
+
+    def trained_keys(self, state: AdapterState, round: int, settings: ClientSettings) -> set[str]:
+        """Names of the tensors that a client with these settings trains in a round."""
+        roles = self.roles(round)
+        return {key for key in state if roles.role(key) != "frozen" and settings.trains(key)}
+
+    # A round
+
+    def begin(self, state: AdapterState, round: int) -> None:
+        """Start a round from the global state (all that is trained, whatever its role)."""
+        roles = self.roles(round)
+        self._state = state
+        self._shared = {key: tensor for key, tensor in state.items() if roles.role(key) == "shared"}
+        self.rule.begin(self._shared, round)
+        self.taken: list[str] = []
+        self.refused: dict[str, str] = {}
+
+    def sent_to(self, settings: ClientSettings) -> AdapterState:
+        """What a client with these settings gets from the server: the shared tensors, cut to its rank and its layers."""
+        state = self._shared
+        if settings.r is not None:
+            state = truncate_ranks(state, self.pairs, settings.r)
+        return {key: tensor for key, tensor in state.items() if settings.trains(key)}
+
+    def start_of(self, settings: ClientSettings) -> AdapterState:
+        """The shared tensors as the live model takes them: of full shape, with zeros beyond the client's rank."""
+        if settings.r is None:
+            return self._shared
+        return truncate_ranks(self._shared, self.pairs, settings.r, pad=True)
+
+    def cut(self, delta: AdapterState, sent: AdapterState) -> AdapterState:
+        """The entries of a delta of full shape that a client has been sent."""
+        return {
+            key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in sent.items()
+        }
+
+    def receive(self, update: ClientUpdate, sent: AdapterState) -> str | None:
+        """
+        Take an update into account.
+
+        Returns:
+            `str` or `None`: why it is left out, if it is.
+        """
+        try:
+            validated(update, sent, self.taken, self.base_digest)
+        except InvalidUpdateError as error:
+            self.refused[update.client] = error.reason
+            return error.reason
+        self.rule.add(update)
+        self.taken.append(update.client)
+        return None
+
+    def finish(self) -> tuple[AdapterState, dict[str, LowRank]]:
+        """
+        The next global state, and what is to be added to the base model.
+
+        Raises:
+            TooFewClientsError: If fewer updates can be used than `min_clients`, or than the rule needs.
+            ValueError: If the result is not finite.
+        """
+        require_clients(self.taken, self.refused, max(self.min_clients, self.rule.min_updates))
+        delta = self.rule.finish()
+        counts = {key: value for key, value in delta.items() if key in self._buffers}
+        steps = {key: value for key, value in delta.items() if key not in self._buffers}
+        state = self.optimizer.step(self._state, steps, len(self.taken))
+        state = PLAIN.step(state, counts)  # running statistics are averages, not parameters
+        broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+        if broken:
+            raise ValueError(
+                f"The step of the server has values that are not finite in {broken[0]}, although no update had. Lower "
+                "`server_lr`; the last global state that is finite is in the last checkpoint."
+            )
+        return state, self.rule.base_change
+
+    # What the next round depends on beside the global state
+
+    def state_dict(self) -> AdapterState:
+        """State of the server optimiser and of the server's part of the local objective, by flat names."""
+        state = {f"optimizer.{key}": tensor for key, tensor in self.optimizer.state_dict().items()}
+        if self.objective is not None:
+            state |= {f"objective.{key}": tensor for key, tensor in self.objective.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: AdapterState) -> None:
+        """Take over a `state_dict`."""
+        parts: dict[str, AdapterState] = {"optimizer": {}, "objective": {}}
+        for entry, tensor in state.items():
+            part, _, key = entry.partition(".")
+            parts[part][key] = tensor
+        self.optimizer.load_state_dict(parts["optimizer"])
+        if self.objective is not None:
+            self.objective.load_state_dict(parts["objective"])
+
+
+def freeze_for_good(args: FederationArguments, model: nn.Module, live: LiveState) -> None:
+    """
+    Freeze what has the role "frozen" in every round, such as the `A` of FFA-LoRA, before anybody builds an optimiser.
+
+    Raises:
+        ValueError: If the patterns do not fit the tensors, or the adapter does not fit the method.
+    """
+    _pairs(args.aggregation, model)
+    whole, travelling = live.read(include_frozen=True), live.read()
+    splits = [METHODS[args.aggregation].roles(round).joined(_user_roles(args)).split(whole) for round in (1, 2)]
+    frozen = splits[0].frozen.keys() & splits[1].frozen.keys() & travelling.keys()
+    counted = sorted(frozen & live.buffers)
+    if counted:
+        raise ValueError(
+            f"{counted[0]} is to be frozen, but it is a running statistic, which every forward pass in training changes. Let it be "
+            "local or shared."
+        )
+    live.freeze(frozen)
+
+
+PLAIN = ServerOptimizer()
+
+
+def _user_roles(args: FederationArguments) -> TensorRoles:
+    given: Any = args.tensor_roles or {}
+    names = set(inspect.signature(TensorRoles).parameters)
+    if not set(given) <= names:
+        raise ValueError(f"`tensor_roles` has {sorted(set(given) - names)}, but takes {sorted(names)}.")
+    patterns = {
+        name: value if name == "default" else (value,) if isinstance(value, str) else tuple(value)
+        for name, value in given.items()
+    }
+    return TensorRoles(**patterns)
+
+
+def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
+    if isinstance(model, PeftModel):
+        return check_adapter(aggregation, model)
+    if METHODS[aggregation].uses_pairs:
+        raise ValueError(
+            f"`aggregation={aggregation!r}` combines the factors of adapters, but a {type(model).__name__} without an adapter was "
+            "given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
+        )
+    return []
+
+
+def _objective(args: FederationArguments, num_clients: int) -> LocalObjective | None:
+    if args.local_objective is None:
+        if args.local_objective_kwargs:
+            raise ValueError(
+                f"`local_objective_kwargs` is {args.local_objective_kwargs}, but there is no `local_objective` for them. Name one of "
+                f"{sorted(LOCAL_OBJECTIVES)}."
+            )
+        return None
+    kind = LOCAL_OBJECTIVES[args.local_objective]
+    options = _options("local_objective_kwargs", args.local_objective, kind, args.local_objective_kwargs)
+    if _takes(kind, "num_clients"):
+        options["num_clients"] = num_clients
+    objective = _built("local_objective_kwargs", lambda: kind(**options))
+    objective.check(args)
+    if objective.uniform and not _takes(METHODS[args.aggregation].rule, "uniform"):
+        names = [name for name, method in METHODS.items() if _takes(method.rule, "uniform")]
+        raise ValueError(
+            f"`local_objective={args.local_objective!r}` is defined for the plain mean over clients, all weighted alike, but "
+            f"`aggregation` is {args.aggregation!r}. Use one of {names}."
+        )
+    return objective
+
+
+def _server_optimizer(args: FederationArguments, num_clients: int) -> ServerOptimizer:
+    is_plain = args.server_optimizer == "sgd" and args.server_lr in (None, 1) and not args.server_optimizer_kwargs
+    if not METHODS[args.aggregation].takes_server_optimizer and not is_plain:
+        raise ValueError(
+            f"`server_optimizer={args.server_optimizer!r}` with `server_lr={args.server_lr}` cannot follow {args.aggregation!r}: it sets "
+            "the factors to new values, which are no direction to step along. Leave the server optimiser out, or use 'fedavg'."
+        )
+    if args.local_objective == "feddyn":
+        if not is_plain:
+            raise ValueError(
+                f"`local_objective='feddyn'` has a server step of its own, but `server_optimizer={args.server_optimizer!r}` with "
+                f"`server_lr={args.server_lr}` was given. Leave both out."
+            )
+        return FedDyn((args.local_objective_kwargs or {})["alpha"], num_clients)
+    kind = SERVER_OPTIMIZERS[args.server_optimizer]
+    options = _options("server_optimizer_kwargs", args.server_optimizer, kind, args.server_optimizer_kwargs)
+    if args.server_lr is not None:
+        options["lr"] = args.server_lr
+    return _built("server_optimizer_kwargs", lambda: kind(**options))
+
+
+def _options(field: str, name: str, kind: Callable[..., Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The user's options of a part, after refusing those it does not have."""
+    names = sorted(set(inspect.signature(kind).parameters) - NOT_OPTIONS)
+    unknown = sorted(set(given or {}) - set(names))
+    if unknown:
+        raise ValueError(f"`{field}` has {unknown}, which {name!r} does not take. It takes {names or 'no options'}.")
+    return dict(given or {})
+
+
+def _built(field: str, build: Callable[[], Part]) -> Part:
+    try:
+        return build()
+    except TypeError as error:  # an option without a default
+        raise ValueError(f"`{field}` does not suffice: {error}.") from error
+
+
+def _takes(kind: Callable[..., Any], name: str) -> bool:
+    return name in inspect.signature(kind).parameters
