@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from .adapter_state import AdapterState
+from .options import check_integer, check_number
 
 
 __all__ = [
@@ -30,7 +31,7 @@ __all__ = [
 
 class ServerOptimizer:
     """
-    `w <- w + lr Delta`. With `lr=1` that is plain FedAvg.
+    The plain step `w <- w + lr Delta`, `"sgd"` in the config. With `lr=1` the new adapter is what the aggregation gave.
 
     Args:
         lr (`float`, *optional*, defaults to `1.0`):
@@ -40,8 +41,7 @@ class ServerOptimizer:
     buffers: tuple[str, ...] = ()
 
     def __init__(self, lr: float = 1.0) -> None:
-        if not lr > 0:
-            raise ValueError(f"`lr` of the server should be positive but the value passed is {lr!r}")
+        check_number("lr", lr, lambda value: value > 0, "positive and finite")
         self.lr = lr
         self._buffers: dict[str, AdapterState] = {name: {} for name in self.buffers}
 
@@ -145,8 +145,7 @@ class FedAdam(ServerOptimizer):
         super().__init__(lr)
         _check_unit("beta1", beta1)
         _check_unit("beta2", beta2)
-        if not tau > 0:
-            raise ValueError(f"`tau` should be positive but the value passed is {tau!r}")
+        check_number("tau", tau, lambda value: value > 0, "positive and finite")
         self.beta1, self.beta2, self.tau = beta1, beta2, tau
 
     def _direction(self, key: str, delta: torch.Tensor) -> torch.Tensor:
@@ -202,10 +201,8 @@ class FedDyn(ServerOptimizer):
 
     def __init__(self, alpha: float, num_clients: int) -> None:
         super().__init__()
-        if not alpha > 0 or num_clients < 1:
-            raise ValueError(
-                f"`alpha` should be positive and `num_clients` at least 1, but the values passed are {alpha!r} and {num_clients!r}"
-            )
+        check_number("alpha", alpha, lambda value: value > 0, "positive and finite")
+        check_integer("num_clients", num_clients, least=1)
         self.alpha, self.num_clients = alpha, num_clients
         self.num_sampled = num_clients
 
@@ -221,15 +218,17 @@ class FedDyn(ServerOptimizer):
 
 
 SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
-    "fedavg": ServerOptimizer,
+    "sgd": ServerOptimizer,
     "fedavgm": FedAvgM,
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
 }
-"""By the name in the config; the one dictionary that is looked up, so that no name can mean plain FedAvg by accident."""
+"""
+By the name in the config; the one dictionary that is looked up, so that no name can mean a plain step by accident. [`FedDyn`]
+is not in it: without the clients' half it is not FedDyn, so the local objective brings it.
+"""
 
 
 def _check_unit(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"`{name}` should be in [0, 1) but the value passed is {value!r}")
+    check_number(name, value, lambda number: 0 <= number < 1, "in [0, 1)")

@@ -54,7 +54,7 @@ class TensorRoles:
             Role of a tensor that no pattern matches.
 
     Raises:
-        ValueError: For a role that does not exist or a pattern that is no regular expression.
+        ValueError: For a role that does not exist, a string in the place of a tuple, or a pattern that is no regular expression.
     """
 
     shared: tuple[str, ...] = ()
@@ -67,6 +67,11 @@ class TensorRoles:
             raise ValueError(
                 f"`default` should be 'shared', 'local' or 'frozen' but the value passed is {self.default!r}"
             )
+        for role, patterns in (("shared", self.shared), ("local", self.local), ("frozen", self.frozen)):
+            if isinstance(patterns, str):  # whose characters would count as patterns
+                raise ValueError(
+                    f"`{role}` should be a tuple of patterns but the value passed is the string {patterns!r}. Put it in a tuple."
+                )
         for pattern in (*self.shared, *self.local, *self.frozen):
             try:
                 re.compile(pattern)
@@ -74,6 +79,26 @@ class TensorRoles:
                 raise ValueError(
                     f"The pattern {pattern!r} is not a regular expression ({error}). Escape special characters."
                 ) from error
+
+    def joined(self, other: TensorRoles) -> TensorRoles:
+        r"""
+        The patterns of both, for a method's roles with those of a user: FFA-LoRA with a head per client is
+        `TensorRoles(frozen=(A_FACTORS,)).joined(TensorRoles(local=(r"\.classifier\.",)))`.
+
+        Raises:
+            ValueError: If both have a default other than `"shared"`, and not the same.
+        """
+        if "shared" not in (self.default, other.default) and self.default != other.default:
+            raise ValueError(
+                f"Tensors that no pattern matches cannot be {self.default} by one setting and {other.default} by the other. Leave "
+                "`default` at 'shared' in one of them, and name the tensors by patterns."
+            )
+        return TensorRoles(
+            shared=(*self.shared, *other.shared),
+            local=(*self.local, *other.local),
+            frozen=(*self.frozen, *other.frozen),
+            default=self.default if other.default == "shared" else other.default,
+        )
 
     def role(self, key: str) -> Role:
         """

@@ -66,7 +66,7 @@ def momentum_by_formula(w: float, deltas: list[float]) -> float:
 
 
 OPTIMIZERS = {
-    "fedavg": (lambda: ServerOptimizer(LR), lambda w, deltas: w + LR * sum(deltas)),
+    "sgd": (lambda: ServerOptimizer(LR), lambda w, deltas: w + LR * sum(deltas)),
     "fedavgm": (lambda: FedAvgM(LR, B1), momentum_by_formula),
     "fedadagrad": (lambda: FedAdagrad(LR, B1, TAU), lambda w, deltas: by_formula(w, deltas, adagrad)),
     "fedadam": (lambda: FedAdam(LR, B1, B2, TAU), lambda w, deltas: by_formula(w, deltas, adam)),
@@ -120,10 +120,10 @@ def test_momentum_is_a_sum_and_not_an_average() -> None:
 
 def test_every_name_selects_the_optimiser_of_that_name() -> None:
     """Trap: OpenFedLLM knows FedAdagrad by two spellings, of which the right one raises and the wrong one runs FedAvg."""
-    assert {name: cls.__name__.lower() for name, cls in SERVER_OPTIMIZERS.items() if name != "fedavg"} == {
+    assert {name: cls.__name__.lower() for name, cls in SERVER_OPTIMIZERS.items() if name != "sgd"} == {
         name: name for name in ("fedavgm", "fedadagrad", "fedadam", "fedyogi")
     }
-    assert SERVER_OPTIMIZERS["fedavg"] is ServerOptimizer
+    assert SERVER_OPTIMIZERS["sgd"] is ServerOptimizer
     steps = {name: cls(lr=0.1).step(random_state(0), DELTAS[0]) for name, cls in SERVER_OPTIMIZERS.items()}
     second = {
         name: run(cls(lr=0.1), random_state(0), DELTAS[:3])["x.lora_A.weight"]
@@ -134,7 +134,7 @@ def test_every_name_selects_the_optimiser_of_that_name() -> None:
     assert not any(torch.equal(second[a], second[b]) for a in names for b in names if a < b)
 
 
-def test_fedavg_with_rate_one_is_the_mean_itself() -> None:
+def test_plain_step_with_rate_one_is_the_mean_itself() -> None:
     stepped = ServerOptimizer().step(random_state(0), DELTAS[0])
     assert all(torch.equal(stepped[key], tensor + DELTAS[0][key]) for key, tensor in random_state(0).items())
 
@@ -205,11 +205,14 @@ def test_feddyn_follows_the_formula_with_some_of_the_clients() -> None:
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: ServerOptimizer(0.0), "`lr` of the server should be positive but the value passed is 0.0"),
+        (lambda: ServerOptimizer(0.0), "`lr` should be positive and finite but the value passed is 0.0"),
+        (lambda: ServerOptimizer("0.1"), "`lr` should be positive and finite but the value passed is '0.1'"),
+        (lambda: ServerOptimizer(math.inf), "`lr` should be positive and finite but the value passed is inf"),
         (lambda: FedAvgM(beta=1.0), r"`beta` should be in \[0, 1\) but the value passed is 1.0"),
         (lambda: FedAdam(beta2=-0.1), r"`beta2` should be in \[0, 1\) but the value passed is -0.1"),
-        (lambda: FedYogi(tau=0.0), "`tau` should be positive but the value passed is 0.0"),
-        (lambda: FedDyn(0.0, 5), "`alpha` should be positive and `num_clients` at least 1"),
+        (lambda: FedYogi(tau=0.0), "`tau` should be positive and finite but the value passed is 0.0"),
+        (lambda: FedDyn(0.0, 5), "`alpha` should be positive and finite but the value passed is 0.0"),
+        (lambda: FedDyn(0.1, 0), "`num_clients` should be an integer of at least 1 but the value passed is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(build, message: str) -> None:

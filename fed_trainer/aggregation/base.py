@@ -63,6 +63,11 @@ class Aggregator(ABC):
         """The aggregated delta of the round, in float32."""
 
     @property
+    def min_updates(self) -> int:
+        """The least number of updates the rule can work with; rules that bear arbitrary clients need more than one."""
+        return 1
+
+    @property
     def base_change(self) -> dict[str, LowRank]:
         """
         After `finish`: what the rule adds to base weights, by module, as factors `left (out, k)`, `right (k, in)` with

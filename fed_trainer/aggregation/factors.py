@@ -22,6 +22,7 @@ from torch import nn
 from peft_scl import FederaLayer, SclLayer
 
 from ..adapter_state import AdapterState
+from ..options import check_integer
 from .base import Aggregator, ClientUpdate
 from .fedavg import FedAvg
 from .low_rank import LowRank
@@ -284,8 +285,7 @@ def truncate_ranks(
     Raises:
         ValueError: For a rank below 1, or factors that start from a principal part.
     """
-    if rank < 1:
-        raise ValueError(f"The rank of a client should be at least 1 but the value passed is {rank}")
+    check_integer("rank", rank, least=1)
     sent = dict(state)
     for pair in pairs:
         A, B = state[pair.key_A], state[pair.key_B]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..adapter_state import AdapterState
+from ..options import check_flag, check_number
 from .base import Aggregator, ClientUpdate
 
 
@@ -28,6 +29,8 @@ class FedAvg(Aggregator):
     """
 
     def __init__(self, partial: bool = False, uniform: bool = False) -> None:
+        check_flag("partial", partial)
+        check_flag("uniform", uniform)
         self.partial = partial
         self.uniform = uniform
 
@@ -77,8 +80,7 @@ class FedNova(FedAvg):
     """
 
     def __init__(self, momentum: float = 0.0, partial: bool = False) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"`momentum` should be in [0, 1) but the value passed is {momentum!r}")
+        check_number("momentum", momentum, lambda value: 0 <= value < 1, "in [0, 1)")
         super().__init__(partial)
         self.momentum = momentum
 

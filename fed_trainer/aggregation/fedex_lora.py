@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..adapter_state import AdapterState
+from ..options import check_integer, check_number
 from .base import ClientUpdate
 from .factors import FactorAggregator, FactorPair, check_foldable, refuse_other_ranks
 from .fedavg import FedAvg
@@ -27,6 +28,7 @@ class MeanOfFactors(FactorAggregator):
 
     def __init__(self, pairs: Sequence[FactorPair], max_columns: int | None = None, partial: bool = False) -> None:
         super().__init__(pairs, partial)
+        check_integer("max_columns", max_columns, least=1, optional=True)
         self.max_columns = max_columns
         self._means = FedAvg(partial)
 
@@ -92,6 +94,7 @@ class FedExLoRA(MeanOfFactors):
     ) -> None:
         check_foldable(pairs, self.aggregation)
         super().__init__(pairs, max_columns, partial)
+        check_integer("max_rank", max_rank, least=1, optional=True)
         self.max_rank = max_rank
 
     def finish(self) -> AdapterState:
@@ -134,8 +137,7 @@ class LoRAFair(MeanOfFactors):
         max_columns: int | None = None,
         partial: bool = False,
     ) -> None:
-        if ridge <= 0:
-            raise ValueError(f"`ridge` should be positive but the value passed is {ridge!r}")
+        check_number("ridge", ridge, lambda value: value > 0, "positive and finite")
         super().__init__(pairs, max_columns, partial)
         self.ridge = ridge
 

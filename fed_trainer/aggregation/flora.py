@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..options import check_integer
 from .factors import FactorPair, check_foldable
 from .low_rank import LowRank
 from .products import MeanOfProducts
@@ -46,6 +47,7 @@ class FLoRA(MeanOfProducts):
     ) -> None:
         check_foldable(pairs, "flora")
         super().__init__(pairs, max_columns, partial)
+        check_integer("seed", seed, least=0)
         self.seed = seed
 
     def _new_factors(self, pair: FactorPair, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..adapter_state import AdapterState
+from ..options import check_number
 from .base import ClientUpdate
 from .factors import FactorAggregator, FactorPair
 from .low_rank import product_norm
@@ -103,6 +104,5 @@ def pruned_rank(penalty_before: float, penalty_after: float, rank: int, decay: f
 
 
 def _kept_rank(rank: int, decay: float) -> int:
-    if not 0 < decay < 1:
-        raise ValueError(f"`decay` should be between 0 and 1 but the value passed is {decay!r}")
-    return max(1, math.floor(decay * rank))
+    check_number("decay", decay, lambda value: 0 < value < 1, "between 0 and 1")
+    return max(1, math.floor(decay * rank + 1e-9))  # 0.58 * 50 is 28.999999999999996

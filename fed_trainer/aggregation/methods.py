@@ -65,6 +65,8 @@ class Method:
             them with its change of the base: half a step of FedEx-LoRA does not go with the whole of its residual.
         takes_ranks (`bool`, *optional*, defaults to `False`):
             Whether every client may have a rank of its own.
+        takes_layers (`bool`, *optional*, defaults to `False`):
+            Whether clients may train different subsets of the layers: the rule has the option `partial`.
         keeps_updates (`bool`, *optional*, defaults to `False`):
             Whether memory grows with the number of clients.
     """
@@ -77,6 +79,7 @@ class Method:
     restarts: bool = False
     takes_server_optimizer: bool = True
     takes_ranks: bool = False
+    takes_layers: bool = False
     keeps_updates: bool = False
 
     def build(self, pairs: Sequence[FactorPair] = (), **options: Any) -> Aggregator:
@@ -85,11 +88,11 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "fedavg": Method(FedAvg, linear=True),
-    "fednova": Method(FedNova, linear=True),
-    "ffa_lora": Method(FedAvg, _ffa_lora, linear=True),
-    "fedsa_lora": Method(FedAvg, _fedsa_lora, linear=True),
-    "rolora": Method(FedAvg, _rolora, linear=True),
+    "fedavg": Method(FedAvg, linear=True, takes_layers=True),
+    "fednova": Method(FedNova, linear=True, takes_layers=True),
+    "ffa_lora": Method(FedAvg, _ffa_lora, linear=True, takes_layers=True),
+    "fedsa_lora": Method(FedAvg, _fedsa_lora, linear=True, takes_layers=True),
+    "rolora": Method(FedAvg, _rolora, linear=True, takes_layers=True),
     "flora": Method(
         FLoRA,
         uses_pairs=True,
@@ -97,14 +100,29 @@ METHODS: dict[str, Method] = {
         restarts=True,
         takes_server_optimizer=False,
         takes_ranks=True,
+        takes_layers=True,
         keeps_updates=True,
     ),
     "fedex_lora": Method(
-        FedExLoRA, uses_pairs=True, adds_to_base=True, takes_server_optimizer=False, keeps_updates=True
+        FedExLoRA,
+        uses_pairs=True,
+        adds_to_base=True,
+        takes_server_optimizer=False,
+        takes_layers=True,
+        keeps_updates=True,
     ),
-    "flexlora": Method(FlexLoRA, uses_pairs=True, takes_server_optimizer=False, takes_ranks=True, keeps_updates=True),
+    "flexlora": Method(
+        FlexLoRA,
+        uses_pairs=True,
+        takes_server_optimizer=False,
+        takes_ranks=True,
+        takes_layers=True,
+        keeps_updates=True,
+    ),
     "hetlora": Method(HetLoRA, uses_pairs=True, takes_ranks=True),
-    "lora_fair": Method(LoRAFair, uses_pairs=True, takes_server_optimizer=False, keeps_updates=True),
+    "lora_fair": Method(
+        LoRAFair, uses_pairs=True, takes_server_optimizer=False, takes_layers=True, keeps_updates=True
+    ),
     "median": Method(CoordinateMedian, keeps_updates=True),
     "trimmed_mean": Method(TrimmedMean, keeps_updates=True),
     "geometric_median": Method(GeometricMedian, keeps_updates=True),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ..adapter_state import AdapterState
+from ..options import check_integer
 from .base import ClientUpdate
 from .factors import FactorAggregator, FactorPair
 from .low_rank import LowRankSum
@@ -32,6 +33,7 @@ class MeanOfProducts(FactorAggregator):
 
     def __init__(self, pairs: Sequence[FactorPair], max_columns: int | None = None, partial: bool = False) -> None:
         super().__init__(pairs, partial)
+        check_integer("max_columns", max_columns, least=1, optional=True)
         self.max_columns = max_columns
 
     def begin(self, state: AdapterState, round: int = 1) -> None:

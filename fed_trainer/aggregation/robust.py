@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import torch
 
 from ..adapter_state import AdapterState
+from ..options import check_integer, check_number
 from .base import Aggregator, ClientUpdate
 from .fedavg import FedAvg
 from .low_rank import LowRank
@@ -24,6 +25,7 @@ from .low_rank import LowRank
 __all__ = ["CoordinateMedian", "GeometricMedian", "Krum", "MultiKrum", "NormBounding", "TrimmedMean"]
 
 BLOCK = 2**22  # values of all clients together that are compared at once
+ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
 class _KeepingAggregator(Aggregator):
@@ -97,20 +99,24 @@ class TrimmedMean(_KeepingAggregator):
     """
 
     def __init__(self, trim: float = 0.1) -> None:
-        if not 0 <= trim < 0.5:
-            raise ValueError(f"`trim` should be in [0, 0.5) but the value passed is {trim!r}")
+        check_number("trim", trim, lambda value: 0 <= value < 0.5, "in [0, 0.5)")
         self.trim = trim
 
+    @property
+    def min_updates(self) -> int:
+        """`ceil(1 / trim)`, so that one update is dropped at either end."""
+        return math.ceil(1 / self.trim - ROUNDING) if self.trim > 0 else 1
+
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
-        if self.trim > 0 and math.floor(self.trim * len(updates)) == 0:
+        if len(updates) < self.min_updates:
             raise ValueError(
-                f"`trim={self.trim}` of {len(updates)} clients is less than one, so the mean would not be trimmed at all. Raise "
-                f"`trim` to at least {1 / len(updates):.3f}, or sample more clients."
+                f"`trim={self.trim}` of {len(updates)} clients is less than one, so the mean would not be trimmed at all. Sample "
+                f"at least {self.min_updates} clients, or raise `trim`."
             )
         return self._by_coordinate(updates)
 
     def _combine_sorted(self, values: torch.Tensor) -> torch.Tensor:
-        dropped = math.floor(self.trim * len(values))
+        dropped = math.floor(self.trim * len(values) + ROUNDING)
         return values[dropped : len(values) - dropped].mean(dim=0)
 
 
@@ -130,6 +136,9 @@ class GeometricMedian(_KeepingAggregator):
     """
 
     def __init__(self, smoothing: float = 1e-6, tolerance: float = 1e-6, max_iterations: int = 100) -> None:
+        check_number("smoothing", smoothing, lambda value: value > 0, "positive and finite")
+        check_number("tolerance", tolerance, lambda value: value >= 0, "0 or more")
+        check_integer("max_iterations", max_iterations, least=1)
         self.smoothing = smoothing
         self.tolerance = tolerance
         self.max_iterations = max_iterations
@@ -174,13 +183,15 @@ class MultiKrum(_KeepingAggregator):
     """
 
     def __init__(self, num_byzantine: int = 1, num_selected: int | None = None) -> None:
-        if num_byzantine < 0 or (num_selected is not None and num_selected < 1):
-            raise ValueError(
-                f"`num_byzantine` should be 0 or more and `num_selected` 1 or more, but the values passed are {num_byzantine} "
-                f"and {num_selected}"
-            )
+        check_integer("num_byzantine", num_byzantine, least=0)
+        check_integer("num_selected", num_selected, least=1, optional=True)
         self.num_byzantine = num_byzantine
         self.num_selected = num_selected
+
+    @property
+    def min_updates(self) -> int:
+        """`2 f + 3`, and enough to select from without the arbitrary ones."""
+        return max(2 * self.num_byzantine + 3, (self.num_selected or 1) + self.num_byzantine)
 
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
         count, bad = len(updates), self.num_byzantine
@@ -235,10 +246,18 @@ class NormBounding(Aggregator):
     """
 
     def __init__(self, max_norm: float, aggregator: Aggregator | None = None) -> None:
-        if not 0 < max_norm < math.inf:
-            raise ValueError(f"`max_norm` should be positive and finite but the value passed is {max_norm!r}")
+        check_number("max_norm", max_norm, lambda value: value > 0, "positive and finite")
+        if aggregator is not None and not isinstance(aggregator, Aggregator):
+            raise ValueError(
+                f"`aggregator` should be an Aggregator, such as `FedAvg()`, but the value passed is {aggregator!r}"
+            )
         self.max_norm = max_norm
         self.aggregator = aggregator or FedAvg()
+
+    @property
+    def min_updates(self) -> int:
+        """That of the rule that gets the bounded updates."""
+        return self.aggregator.min_updates
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
         self.aggregator.begin(state, round)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from dense_clients import (
@@ -619,3 +621,31 @@ def test_padded_ranks_change_nothing_but_the_shapes() -> None:
 def test_rank_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 but the value passed is 0"):
         truncate_ranks(random_state(LORA, "global"), pairs_of(LORA), 0)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        # zero columns would be no residual, and a negative number cuts from the other end
+        (lambda: FedExLoRA([], max_rank=0), "`max_rank` should be an integer of at least 1 or None .* is 0"),
+        (lambda: FedExLoRA([], max_rank="4"), "`max_rank` should be an integer of at least 1 or None .* is '4'"),
+        (lambda: FedExLoRA([], max_columns=-1), "`max_columns` should be an integer of at least 1 or None .* is -1"),
+        (lambda: FLoRA([], max_columns=0), "`max_columns` should be an integer of at least 1 or None .* is 0"),
+        (lambda: FLoRA([], seed="a"), "`seed` should be an integer of at least 0 but the value passed is 'a'"),
+        (lambda: FlexLoRA([], max_columns=2.0), "`max_columns` should be an integer of at least 1 or None .* is 2.0"),
+        (lambda: LoRAFair([], ridge="0.1"), "`ridge` should be positive and finite but the value passed is '0.1'"),
+        (lambda: LoRAFair([], ridge=math.inf), "`ridge` should be positive and finite but the value passed is inf"),
+        (lambda: LoRAFair([], ridge=math.nan), "`ridge` should be positive and finite but the value passed is nan"),
+        (lambda: LoRAFair([], ridge=0), "`ridge` should be positive and finite but the value passed is 0"),
+        (lambda: HetLoRA([], weighting="norms"), "`weighting` should be 'norm' or 'examples' .* is 'norms'"),
+        (lambda: HetLoRA([], weighting=["norm"]), r"`weighting` should be 'norm' or 'examples' .* is \['norm'\]"),
+        (lambda: FLoRA([], partial="false"), "`partial` should be True or False but the value passed is 'false'"),
+        (lambda: METHODS["fedavg"].build(uniform=1), "`uniform` should be True or False but the value passed is 1"),
+    ],
+)
+def test_settings_out_of_range_or_of_a_wrong_type_are_refused(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

@@ -72,9 +72,10 @@ def test_fednova_needs_the_number_of_steps(num_steps: int | None) -> None:
         aggregate(FedNova(), state, updates)
 
 
-def test_momentum_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`momentum` should be in \[0, 1\) but the value passed is 1.0"):
-        FedNova(1.0)
+@pytest.mark.parametrize("momentum", [1.0, -0.1, "0.9"])
+def test_momentum_out_of_range_is_refused(momentum: float) -> None:
+    with pytest.raises(ValueError, match=rf"`momentum` should be in \[0, 1\) but the value passed is {momentum!r}"):
+        FedNova(momentum)
 
 
 def test_tensor_is_averaged_over_the_clients_that_have_it() -> None:

@@ -67,7 +67,9 @@ def test_median_of_every_coordinate(count: int) -> None:
     assert_close(ours, torch.tensor([statistics.median(row) for row in values], dtype=torch.float64), 1e-6)
 
 
-@pytest.mark.parametrize("count, trim, dropped", [(5, 0.2, 1), (7, 0.3, 2), (4, 0.0, 0), (9, 0.49, 4)])
+@pytest.mark.parametrize(
+    "count, trim, dropped", [(5, 0.2, 1), (7, 0.3, 2), (4, 0.0, 0), (9, 0.49, 4), (100, 0.29, 29)]
+)
 def test_mean_without_the_extremes_of_every_coordinate(count: int, trim: float, dropped: int) -> None:
     updates = updates_of(count)
     ours = flat(aggregate(TrimmedMean(trim), updates))
@@ -231,9 +233,21 @@ def test_round_without_clients_raises(rule) -> None:
     "build, message",
     [
         (lambda: TrimmedMean(0.5), r"`trim` should be in \[0, 0.5\) but the value passed is 0.5"),
-        (lambda: Krum(-1), "`num_byzantine` should be 0 or more .* are -1 and 1"),
-        (lambda: MultiKrum(1, 0), "`num_selected` 1 or more, but the values passed are 1 and 0"),
+        (lambda: TrimmedMean("0.2"), r"`trim` should be in \[0, 0.5\) but the value passed is '0.2'"),
+        (lambda: TrimmedMean(math.nan), r"`trim` should be in \[0, 0.5\) but the value passed is nan"),
+        (lambda: Krum(-1), "`num_byzantine` should be an integer of at least 0 but the value passed is -1"),
+        (lambda: Krum("1"), "`num_byzantine` should be an integer of at least 0 but the value passed is '1'"),
+        (lambda: Krum(1.5), "`num_byzantine` should be an integer of at least 0 but the value passed is 1.5"),
+        (
+            lambda: MultiKrum(1, 0),
+            "`num_selected` should be an integer of at least 1 or None but the value passed is 0",
+        ),
         (lambda: NormBounding(0.0), "`max_norm` should be positive and finite but the value passed is 0.0"),
+        (lambda: NormBounding("1.0"), "`max_norm` should be positive and finite but the value passed is '1.0'"),
+        (lambda: NormBounding(1.0, "fedavg"), "`aggregator` should be an Aggregator, .* passed is 'fedavg'"),
+        (lambda: GeometricMedian(smoothing=0.0), "`smoothing` should be positive and finite"),
+        (lambda: GeometricMedian(tolerance=-1e-6), "`tolerance` should be 0 or more"),
+        (lambda: GeometricMedian(max_iterations=0), "`max_iterations` should be an integer of at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(build, message: str) -> None:
@@ -242,11 +256,34 @@ def test_settings_out_of_range_are_refused(build, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "rule, least",
+    [
+        (CoordinateMedian(), 1),
+        (TrimmedMean(0.0), 1),
+        (TrimmedMean(0.1), 10),
+        (TrimmedMean(0.3), 4),
+        (TrimmedMean(1 / 3), 3),
+        (TrimmedMean(1 / 49), 49),  # 49 * (1 / 49) is less than 1
+        (Krum(1), 5),
+        (MultiKrum(2), 7),
+        (MultiKrum(1, 9), 10),
+        (NormBounding(1.0), 1),
+        (NormBounding(1.0, Krum(3)), 9),
+    ],
+)
+def test_rule_works_with_its_least_number_of_updates_and_not_with_fewer(rule: Aggregator, least: int) -> None:
+    assert rule.min_updates == least
+    aggregate(rule, updates_of(least))
+    with pytest.raises(ValueError, match=f"at least|to include|at most|No client update|{least}"):
+        aggregate(rule, updates_of(least - 1))
+
+
+@pytest.mark.parametrize(
     "rule, count, message",
     [
         (Krum(1), 4, r"at least 2 f \+ 3 = 5 updates to bear f = 1 arbitrary clients, but 4 arrived"),
         (MultiKrum(1, 5), 5, "`num_selected=5` of 5 updates would have to include some of the 1 arbitrary ones"),
-        (TrimmedMean(0.1), 5, "`trim=0.1` of 5 clients is less than one"),
+        (TrimmedMean(0.1), 5, "`trim=0.1` of 5 clients is less than one.* at least 10 clients"),
     ],
 )
 def test_rounds_that_a_rule_cannot_protect_are_refused(rule: Aggregator, count: int, message: str) -> None:

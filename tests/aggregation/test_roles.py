@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from dense_clients import HEAD, LORA, SCL, Layer, assert_close, mean_of, randn, random_state, shares_of, updates_of
@@ -96,6 +98,30 @@ def test_split_keeps_the_tensors_themselves() -> None:
 def test_settings_that_do_not_fit_the_adapter_are_refused(roles: TensorRoles, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         roles.split(random_state(LORA, 0))
+
+
+def test_joined_roles_have_the_patterns_of_both_and_the_default_that_was_set() -> None:
+    method, user = TensorRoles(shared=(A_FACTORS,), default="local"), TensorRoles(frozen=(r"\.classifier\.",))
+    expected = TensorRoles(shared=(A_FACTORS,), frozen=(r"\.classifier\.",), default="local")
+    assert method.joined(user) == user.joined(method) == expected
+    assert method.joined(TensorRoles(default="local")) == method
+    assert TensorRoles(local=("a", "b")).joined(TensorRoles(local=("c",))).local == ("a", "b", "c")
+    split = expected.split(random_state(LORA, 0))
+    assert split.shared.keys() == {layer.keys[0] for layer in LORA}
+    assert split.local.keys() == {layer.keys[1] for layer in LORA}
+    assert split.frozen.keys() == {HEAD}
+
+
+def test_roles_with_two_defaults_cannot_be_joined() -> None:
+    with pytest.raises(ValueError, match="cannot be local by one setting and frozen by the other"):
+        TensorRoles(default="local").joined(TensorRoles(default="frozen"))
+
+
+@pytest.mark.parametrize("role", ["shared", "local", "frozen"])
+def test_string_in_the_place_of_a_tuple_is_refused(role: str) -> None:
+    """Each of its characters would count as a pattern, and match about everything."""
+    with pytest.raises(ValueError, match=f"`{role}` should be a tuple of patterns .* the string 'classifier'"):
+        TensorRoles(**{role: "classifier"})
 
 
 def test_invalid_settings_are_refused() -> None:
@@ -203,6 +229,11 @@ def test_every_method_says_which_tensors_are_shared(name: str) -> None:
     assert split.shared
     if name not in METHODS_BY_ROLES:
         assert split.shared.keys() == state.keys()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_take_subsets_of_layers_where_the_rule_has_the_option(name: str) -> None:
+    assert METHODS[name].takes_layers == ("partial" in inspect.signature(METHODS[name].rule).parameters)
 
 
 def test_rules_that_set_the_factors_take_no_server_optimiser() -> None:
