@@ -41,6 +41,14 @@ class LiveState:
         """`id` of every parameter and buffer that is saved."""
         return {id(tensor) for tensor in self._tensors.values()}
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that train now, themselves."""
+        return {
+            key: tensor
+            for key, tensor in self._tensors.items()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        }
+
     @torch.no_grad()
     def read(self, include_frozen: bool = False) -> AdapterState:
         """A copy on CPU: what is trained, or all that is saved."""
