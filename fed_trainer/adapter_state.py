@@ -60,16 +60,16 @@ class LiveState:
 
     def train_only(self, keys: Collection[str] | None) -> None:
         """Let these of the travelling parameters require gradients, or all of them."""
-        for key, parameter in self.parameters.items():
-            parameter.requires_grad_(keys is None or key in keys)
+        for key, tensor in self._tensors.items():
+            if key not in self._frozen and isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(keys is None or key in keys)
 
-    @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that travel."""
+        """The parameters that train now, themselves."""
         return {
             key: tensor
             for key, tensor in self._tensors.items()
-            if key not in self._frozen and isinstance(tensor, nn.Parameter)
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
         }
 
     @torch.no_grad()

@@ -10,11 +10,13 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 
 from .adapter_state import AdapterState, LiveState
+from .local_objectives import LocalObjective
 
 
 __all__ = ["LocalRoundMixin"]
@@ -29,12 +31,13 @@ class LocalRoundMixin(Trainer):
     building a new trainer and costs a small part of it.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     _live_adapter: LiveState
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
+    _objective: LocalObjective | None = None
 
     def local_round(
         self,
@@ -45,6 +48,7 @@ class LocalRoundMixin(Trainer):
         lr_factor: float,
         trained: Collection[str] | None = None,
         max_steps: int | None = None,
+        objective: LocalObjective | None = None,
     ) -> tuple[AdapterState, dict[str, float]]:
         """
         Train one client for its local budget, starting from `state`.
@@ -64,6 +68,8 @@ class LocalRoundMixin(Trainer):
                 Keys of `state` that are trained; all if not given.
             max_steps (`int`, *optional*):
                 Local budget, in place of `args.max_steps`.
+            objective ([`LocalObjective`], *optional*):
+                What to add to the gradients; `begin` has been called.
 
         Returns:
             `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps` and `seconds`.
@@ -75,6 +81,7 @@ class LocalRoundMixin(Trainer):
         self.train_dataset = dataset
         self._lr_factor = lr_factor
         self._trained = trained
+        self._objective = objective
 
         # `train()` starts a TrainerState of its own and reports every event. The federation's state and its reports are
         # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
@@ -91,12 +98,20 @@ class LocalRoundMixin(Trainer):
         finally:
             self.state, self.control, self.callback_handler = federation
             self.args.activation_checkpointing, self.args.max_steps = checkpointing, budget
+            self._objective = None
         metrics = {
             "train_loss": output.training_loss,
             "num_steps": output.global_step,
             "seconds": time.perf_counter() - start,
         }
         return self._live_adapter.read(), metrics
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # after the last backward of an optimiser step, when the gradients are complete and not yet clipped
+        if self._objective is not None and self.accelerator.sync_gradients:
+            self._objective.add_gradients(self._live_adapter.parameters(), self.optimizer.param_groups[0]["lr"])
+        return loss
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
@@ -119,6 +134,8 @@ class LocalRoundMixin(Trainer):
             self.optimizer.param_groups, self._initial_optimizer_state["param_groups"], strict=True
         ):
             group["lr"] = group["initial_lr"] = initial.get("initial_lr", initial["lr"]) * self._lr_factor
+        if self._objective is not None:
+            self._objective.check_optimizer(self.optimizer.optimizer)
         self.lr_scheduler = None
         self.create_scheduler(num_training_steps=max_steps)
         self.callback_handler.lr_scheduler = self.lr_scheduler

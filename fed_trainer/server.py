@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -79,7 +79,7 @@ class Server:
         self._buffers = live.buffers
         self._check_settings(args.aggregation, settings, live.read())
 
-        self.objective = _objective(args, num_clients)
+        self.objective = _objective(args, self.pairs, num_clients)
         self.partial = any(client.layers_to_transform is not None for client in settings.values())
         options = {"seed": args.seed} if _takes(self.method.rule, "seed") else {}
         if self.partial:
@@ -269,7 +269,7 @@ def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
     return []
 
 
-def _objective(args: FederationArguments, num_clients: int) -> LocalObjective | None:
+def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clients: int) -> LocalObjective | None:
     if args.local_objective is None:
         if args.local_objective_kwargs:
             raise ValueError(
@@ -281,6 +281,14 @@ def _objective(args: FederationArguments, num_clients: int) -> LocalObjective | 
     options = _options("local_objective_kwargs", args.local_objective, kind, args.local_objective_kwargs)
     if _takes(kind, "num_clients"):
         options["num_clients"] = num_clients
+    if _takes(kind, "pairs"):
+        if not METHODS[args.aggregation].takes_ranks:
+            names = [name for name, method in METHODS.items() if method.takes_ranks]
+            raise ValueError(
+                f"`local_objective={args.local_objective!r}` gives every client a rank of its own, but `aggregation` is "
+                f"{args.aggregation!r}. Use one of {names}."
+            )
+        options["pairs"] = pairs
     objective = _built("local_objective_kwargs", lambda: kind(**options))
     objective.check(args)
     if objective.uniform and not _takes(METHODS[args.aggregation].rule, "uniform"):

@@ -80,19 +80,22 @@ class HetLoRA(FactorAggregator):
         return delta
 
 
-def pruning_penalty(A: torch.Tensor, B: torch.Tensor, decay: float) -> torch.Tensor:
+def pruning_penalty(A: torch.Tensor, B: torch.Tensor, decay: float, rank: int | None = None) -> torch.Tensor:
     """
     What HetLoRA adds to a client's loss (times its `lambda`) so that directions it does not need can be pruned:
-    `||B[:, d:]||_F ||A[d:]||_F` with `d = floor(decay r)`. Differentiable.
+    `||B[:, d:r]||_F ||A[d:r]||_F` with `d = floor(decay r)`. Differentiable, with gradient zero where a norm is zero.
 
     Args:
         A, B (`torch.Tensor`):
-            The client's factors, `(r, in)` and `(out, r)`.
+            The factors, `(R, in)` and `(out, R)`.
         decay (`float`):
             `gamma` of the paper, between 0 and 1.
+        rank (`int`, *optional*):
+            The client's rank `r`: the first directions are the client's. `R` if not given.
     """
-    kept = _kept_rank(len(A), decay)
-    return B[:, kept:].norm() * A[kept:].norm()
+    rank = len(A) if rank is None else rank
+    cut = slice(_kept_rank(rank, decay), rank)
+    return B[:, cut].norm() * A[cut].norm()
 
 
 def pruned_rank(penalty_before: float, penalty_after: float, rank: int, decay: float) -> int:

@@ -1,0 +1,76 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ..adapter_state import AdapterState
+from ..aggregation.factors import FactorPair, refuse_start
+from ..aggregation.hetlora import pruned_rank, pruning_penalty
+from .base import LocalObjective, add_gradient, check_positive
+
+
+__all__ = ["RankPruning"]
+
+
+class RankPruning(LocalObjective):
+    """
+    Rank self-pruning of HetLoRA (https://huggingface.co/papers/2401.06432): adds the gradient of `penalty_weight` times the sum of
+    [`~fed_trainer.aggregation.pruning_penalty`] over all pairs. If the local round has shrunk the sum, the client's next rank
+    is `floor(decay rank)` ([`~fed_trainer.aggregation.pruned_rank`]), one for all pairs.
+
+    The client's state is `{"rank": ...}`, an integer tensor. `begin` has to be given one from the first round on, and a `start`
+    that is zero behind that rank ([`~fed_trainer.aggregation.truncate_ranks`] with `pad=True`).
+
+    Args:
+        pairs (`Sequence[FactorPair]`):
+            The factor pairs of the adapter.
+        decay (`float`):
+            `gamma` of the paper, between 0 and 1.
+        penalty_weight (`float`):
+            `lambda` of the paper.
+    """
+
+    keeps_client_state = True
+
+    def __init__(self, pairs: Sequence[FactorPair], decay: float, penalty_weight: float) -> None:
+        super().__init__()
+        for pair in pairs:
+            refuse_start(pair, "pruned")
+        if not 0 < decay < 1:
+            raise ValueError(f"`decay` should be between 0 and 1 but the value passed is {decay!r}")
+        check_positive("penalty_weight", penalty_weight)
+        self.pairs = list(pairs)
+        self.decay, self.penalty_weight = decay, penalty_weight
+
+    def begin(self, start: AdapterState, client_state: AdapterState | None) -> None:
+        if client_state is None:
+            raise ValueError(
+                "The ranks of the clients are pruned from some rank on, but the client has no state and so no rank. Begin its first "
+                'round with `{"rank": torch.tensor(rank)}`.'
+            )
+        super().begin(start, client_state)
+        self._rank = int(client_state["rank"])
+
+    def add_gradients(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
+        factors = [parameters[key] for pair in self.pairs for key in (pair.key_A, pair.key_B)]
+        # `grad`, not `backward`: the hooks of DDP wait for gradients of a forward
+        gradients = torch.autograd.grad(self.penalty_weight * self._penalty(parameters), factors)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            add_gradient(factor, gradient)
+
+    def finish(self, delta: AdapterState) -> AdapterState:
+        end = {key: self._start[key] + delta[key] for pair in self.pairs for key in (pair.key_A, pair.key_B)}
+        before, after = self._penalty(self._start).item(), self._penalty(end).item()
+        return {"rank": torch.tensor(pruned_rank(before, after, self._rank, self.decay))}
+
+    def _penalty(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return torch.stack(
+            [
+                pruning_penalty(tensors[pair.key_A].float(), tensors[pair.key_B].float(), self.decay, self._rank)
+                for pair in self.pairs
+            ]
+        ).sum()
