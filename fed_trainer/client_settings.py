@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from peft.utils.constants import COMMON_LAYERS_PATTERN
-
 
 __all__ = ["ClientSettings", "layer_of", "parse_client_settings"]
+
+LAYERS = ("layers", "layer", "h", "blocks", "block")  # what lists of layers are called in transformers
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class ClientSettings:
 
 
 def layer_of(key: str) -> int | None:
-    """Number of the layer that a tensor belongs to, by the names of layers that PEFT knows; `None` outside of layers."""
-    found = re.search(rf"\.(?:{'|'.join(COMMON_LAYERS_PATTERN)})\.(\d+)\.", key)
+    """Number of the layer that a tensor belongs to, `None` outside of layers."""
+    found = re.search(rf"\.(?:{'|'.join(LAYERS)})\.(\d+)\.", key)
     return int(found[1]) if found else None
 
 

@@ -62,11 +62,13 @@ class FederationArguments(_Arguments):
     )
     tensor_roles: dict | str | None = field(
         default=None,
-        metadata={"help": "Patterns of tensors that are shared, local or frozen, such as '{\"local\": [\"classifier\"]}'."},
+        metadata={
+            "help": 'Patterns of tensors that are shared, local or frozen, such as \'{"local": ["classifier"]}\'.'
+        },
     )
     client_settings: dict | str | None = field(
         default=None,
-        metadata={"help": "What single clients do differently, such as '{\"a\": {\"r\": 4, \"max_steps\": 5}}'."},
+        metadata={"help": 'What single clients do differently, such as \'{"a": {"r": 4, "max_steps": 5}}\'.'},
     )
     server_optimizer: str = field(
         default="sgd",
@@ -261,7 +263,9 @@ def _mapping(name: str, value: Any) -> dict[str, Any] | None:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"`{name}` should be a dictionary or its JSON, but {value!r} is neither ({error}).") from None
+            raise ValueError(
+                f"`{name}` should be a dictionary or its JSON, but {value!r} is neither ({error})."
+            ) from None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` should be a dictionary but the value passed is {value!r}")
     return value

@@ -15,12 +15,20 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import get_config_model_id
 
-from .adapter_state import AdapterState
+from .adapter_state import AdapterState, LiveState
 from .base_changes import BaseChanges
 from .clients import ClientSampler
 from .config import FederationArguments
 from .hub import model_card, publish
-from .record import RECORD_NAME, composition, federation_settings, local_settings, peft_fields, peft_type_name, write_json
+from .record import (
+    RECORD_NAME,
+    composition,
+    federation_settings,
+    local_settings,
+    peft_fields,
+    peft_type_name,
+    write_json,
+)
 
 
 __all__ = ["CLIENTS_FOLDER", "SERVER_STATE", "RunFilesMixin"]
@@ -39,6 +47,7 @@ class RunFilesMixin(Trainer):
     hub_model_id: Any  # `None` until the repository exists
     _folder: Path
     _clients: dict[str, Dataset]
+    _live_adapter: LiveState
     _global_state: AdapterState
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _base_changes: BaseChanges | None
@@ -51,7 +60,7 @@ class RunFilesMixin(Trainer):
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._base_changes is not None:
-            self._base_changes.to_lora().save_pretrained(folder)
+            self._base_changes.to_lora(self._live_adapter.read(include_frozen=True)).save_pretrained(folder)
         else:
             self.model.save_pretrained(str(folder), state_dict=state_dict)
         if self.processing_class is not None:

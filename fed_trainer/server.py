@@ -26,7 +26,7 @@ from .aggregation import (
 )
 from .client_settings import ClientSettings
 from .config import FederationArguments
-from .local_objectives import LOCAL_OBJECTIVES, LocalObjective
+from .local_objectives import LOCAL_OBJECTIVES, LocalObjective, RankPruning
 from .server_optimizers import SERVER_OPTIMIZERS, FedDyn, ServerOptimizer
 from .tensor_roles import TensorRoles
 
@@ -135,6 +135,13 @@ class Server:
         roles = self.roles(round)
         return {key for key in state if roles.role(key) != "frozen" and settings.trains(key)}
 
+    @property
+    def drawn_keys(self) -> set[str]:
+        """Names of the tensors that every machine draws anew in each round, so that nobody sends them down."""
+        if not self.method.restarts:
+            return set()
+        return {key for pair in self.pairs for key in (pair.key_A, pair.key_B)}
+
     # A round
 
     def begin(self, state: AdapterState, round: int) -> None:
@@ -158,6 +165,12 @@ class Server:
         if settings.r is None:
             return self._shared
         return truncate_ranks(self._shared, self.pairs, settings.r, pad=True)
+
+    def first_memory(self, settings: ClientSettings) -> AdapterState | None:
+        """What the local objective is told of a client that it has not seen."""
+        if not isinstance(self.objective, RankPruning):
+            return None
+        return {"rank": torch.tensor(settings.r or max(len(self._shared[pair.key_A]) for pair in self.pairs))}
 
     def cut(self, delta: AdapterState, sent: AdapterState) -> AdapterState:
         """The entries of a delta of full shape that a client has been sent."""
@@ -201,6 +214,8 @@ class Server:
                 f"The step of the server has values that are not finite in {broken[0]}, although no update had. Lower "
                 "`server_lr`; the last global state that is finite is in the last checkpoint."
             )
+        if self.objective is not None:
+            self.objective.end_round()
         return state, self.rule.base_change
 
     # What the next round depends on beside the global state

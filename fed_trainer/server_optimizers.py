@@ -45,7 +45,7 @@ class ServerOptimizer:
         self.lr = lr
         self._buffers: dict[str, AdapterState] = {name: {} for name in self.buffers}
 
-    def step(self, state: AdapterState, delta: AdapterState) -> AdapterState:
+    def step(self, state: AdapterState, delta: AdapterState, num_sampled: int | None = None) -> AdapterState:
         """
         The next global adapter.
 
@@ -54,6 +54,8 @@ class ServerOptimizer:
                 The global adapter; not changed.
             delta (`dict[str, torch.Tensor]`):
                 What the aggregation gave, for all of `state` or a part of it (RoLoRA alternates). The rest stays as it is.
+            num_sampled (`int`, *optional*):
+                Number of clients that the mean was over; of interest to [`FedDyn`] only.
         """
         stepped = {}
         for key, tensor in state.items():

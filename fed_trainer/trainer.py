@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ __all__ = ["FederatedMixin"]
 logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
+LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"  # what a client keeps: parts of its file
 
 
 class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
@@ -193,7 +195,9 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
                 for client in self.sampler.sample(round):
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
                     if client in self.server.refused:
-                        logger.warning(f"Round {round} goes on without client {client!r}: {self.server.refused[client]}")
+                        logger.warning(
+                            f"Round {round} goes on without client {client!r}: {self.server.refused[client]}"
+                        )
                         continue
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
@@ -224,8 +228,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             dataset = self._prepared_client(client)
             kept = self._store.read(client)
             settings = self._settings_of(client, kept)
-            sent = self.server.sent_to(settings)
-            start = {**self._global_state, **self.server.start_of(settings), **kept.get("local", {})}
+            sent, shared = self.server.sent_to(settings), self.server.start_of(settings)
+            start = {**self._global_state, **shared, **kept.get(LOCAL, {})}
         train = functools.partial(
             self.local_round,
             dataset=dataset,
@@ -235,26 +239,39 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             trained=self.server.trained_keys(self._global_state, round, settings),
             max_steps=settings.max_steps,
         )
+        objective, remembered = self.server.objective, kept.get(OBJECTIVE) or self.server.first_memory(settings)
+        is_personal = objective is not None and objective.is_personal
         with _timed(seconds, "local"):
-            local, metrics = train(start)
-        delta = self.server.cut(subtract(local, start), sent)
+            if objective is not None:
+                objective.begin(shared, remembered)
+            local, metrics = train(start, objective=None if is_personal else objective)
+            delta = subtract(local, start)
+            keeps = {LOCAL: {key: local[key] for key in self._local_keys}}
+            if objective is not None:
+                keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
+            if is_personal:
+                keeps[PERSONAL], personal = train({**start, **kept.get(PERSONAL, {})}, objective=objective)
+                metrics |= {f"personal_{key}": value for key, value in personal.items()}
         update = ClientUpdate(
             client,
             self._num_examples(client),
-            delta,
+            self.server.cut(delta, sent),
             metrics,
             num_steps=int(metrics["num_steps"]),
             base_digest=self._base_digest,
         )
         with _timed(seconds, "aggregate"):
-            refused = self.server.receive(update, sent)
-            if refused is None:
-                self._keep(client, {"local": {key: local[key] for key in self._local_keys}})
-        traffic = {"bytes_up": state_bytes(delta), "bytes_down": state_bytes(sent) + self._missed_bytes(client)}
+            if self.server.receive(update, sent) is None:
+                if objective is not None:
+                    objective.accept(remembered, keeps[OBJECTIVE])
+                self._keep(client, keeps)
+        traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, sent)}
         return {"num_examples": update.num_examples, **metrics, **traffic}
 
     def _settings_of(self, client: str, kept: dict[str, AdapterState]) -> ClientSettings:
-        return self._client_settings.get(client, ClientSettings())
+        settings = self._client_settings.get(client, ClientSettings())
+        rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
+        return settings if rank is None else dataclasses.replace(settings, r=int(rank))
 
     def _keep(self, client: str, parts: dict[str, AdapterState]) -> None:
         if self.is_world_process_zero():
@@ -268,9 +285,9 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             self._base_changes.add(base_change)
         self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
 
-    def _missed_bytes(self, client: str) -> int:
-        """What has been added to the base model since the client was last here."""
-        missed = 0
+    def _download_bytes(self, client: str, sent: AdapterState) -> int:
+        """What the client is sent, and what has been added to the base model since it was last here."""
+        missed = state_bytes({key: sent[key] for key in sent.keys() - self.server.drawn_keys})
         for entry in reversed(self._record["rounds"]):
             missed += entry["base_change_bytes"]
             if client in entry["clients"] or client in entry["refused"]:
@@ -278,8 +295,12 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         return missed
 
     def client_state(self, client: str) -> AdapterState:
-        """What the model of a client is made of: the global state, with the tensors that the client keeps."""
-        return {**self._global_state, **self._store.read(client).get("local", {})}
+        """
+        What the model of a client is made of: the global state with the tensors that the client keeps, or its own model (Ditto).
+        A client that has not trained yet has the global state.
+        """
+        kept = self._store.read(client)
+        return {**self._global_state, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}
 
     def _num_examples(self, client: str) -> int:
         """Examples that are trained on; preparation drops those without a label, and packing joins them."""
@@ -429,6 +450,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             is_adapter = isinstance(self.model, PeftModel)
             saved = load_adapter(folder) if is_adapter else load_model(folder, self.model)
             source = f"The {'adapter' if is_adapter else 'model'} in {str(folder)!r}"
+        if self._base_changes is not None:
+            self._base_changes.reset()  # the adapter is relative to the untouched base
         self._live_adapter.load(saved, source)
         if self._base_changes is not None:
             self._base_changes.load_state_dict(parts["base"])
@@ -486,11 +509,19 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     # Refusals
 
     def _refuse_what_cannot_be_evaluated_or_wrapped(self) -> None:
-        if self._local_keys and self.eval_dataset is not None and not self.evaluates_clients:
-            names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else type(self.eval_dataset).__name__
+        is_personal = self.server.objective is not None and self.server.objective.is_personal
+        if (self._local_keys or is_personal) and self.eval_dataset is not None and not self.evaluates_clients:
+            what = (
+                "every client has a model of its own (Ditto)"
+                if is_personal
+                else (f"{len(self._local_keys)} tensors stay with the clients (the first: {min(self._local_keys)})")
+            )
+            names = (
+                list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else type(self.eval_dataset).__name__
+            )
             raise ValueError(
-                f"{len(self._local_keys)} tensors stay with the clients (the first: {min(self._local_keys)}), so there is a model per "
-                f"client and none for all, but `eval_dataset` is {names}. Give a dictionary from clients to their held-out data."
+                f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from clients to "
+                "their held-out data."
             )
         rounds = [self.server.trained_keys(self._global_state, round, ClientSettings()) for round in (1, 2)]
         if self.args.world_size > 1 and (rounds[0] != rounds[1] or self.server.partial):

@@ -1,7 +1,7 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a client adds to its own gradients: FedProx, SCAFFOLD (option II), FedDyn, the self-pruning of HetLoRA.
+What a client adds to its own gradients: FedProx, SCAFFOLD (option II), FedDyn, Ditto, the self-pruning of HetLoRA.
 
 One object serves a whole run; clients are trained one after the other. A round is
 
@@ -21,13 +21,14 @@ objective.end_round()
 
 from .base import LocalObjective
 from .feddyn import FedDynRegularizer
-from .fedprox import FedProx
+from .fedprox import Ditto, FedProx
 from .rank_pruning import RankPruning
 from .scaffold import Scaffold, check_plain_sgd
 
 
 __all__ = [
     "LOCAL_OBJECTIVES",
+    "Ditto",
     "FedDynRegularizer",
     "FedProx",
     "LocalObjective",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 LOCAL_OBJECTIVES: dict[str, type[LocalObjective]] = {
+    "ditto": Ditto,
     "feddyn": FedDynRegularizer,
     "fedprox": FedProx,
     "rank_pruning": RankPruning,

@@ -24,10 +24,14 @@ class LocalObjective:
             Whether `finish` returns tensors that have to be kept with the client.
         uniform (`bool`):
             Whether the method weights its clients alike, whatever their numbers of examples.
+        is_personal (`bool`):
+            Whether it belongs to a second local round of each client, which trains a model of the client's own and sends
+            nothing.
     """
 
     keeps_client_state: bool = False
     uniform: bool = False
+    is_personal: bool = False
 
     def __init__(self) -> None:
         self._start: AdapterState = {}

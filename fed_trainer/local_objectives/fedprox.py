@@ -7,17 +7,13 @@ import torch
 from .base import LocalObjective, check_positive
 
 
-__all__ = ["FedProx"]
+__all__ = ["Ditto", "FedProx"]
 
 
 class FedProx(LocalObjective):
     """
     FedProx (Li et al., 2018, https://huggingface.co/papers/1812.06127): adds the gradient `mu (v - w)` of `mu / 2 ||v - w||^2`, with
     `w` the `start` of `begin`.
-
-    Where the parameters themselves begin does not matter. So the personal adapter `v` of Ditto (Li et al., 2020,
-    https://huggingface.co/papers/2012.04221) is a local round of its own that starts from the client's `v`, after
-    `begin(w, None)` with the global adapter `w` the client was sent; `mu` is its `lambda`.
 
     Args:
         mu (`float`):
@@ -35,3 +31,17 @@ class FedProx(LocalObjective):
     def _gradient(self, value: torch.Tensor, *constants: torch.Tensor) -> torch.Tensor:
         (start,) = constants
         return self.mu * (value - start)
+
+
+class Ditto(FedProx):
+    """
+    Ditto (Li et al., 2020, https://huggingface.co/papers/2012.04221): beside its part in the federation, which nothing is added
+    to, every client trains a model `v` of its own for the same number of steps, with the gradient `mu (v - w)` towards the
+    global `w` it was sent. `v` stays with the client and is what is evaluated.
+
+    Args:
+        mu (`float`):
+            Weight of the proximal term, `lambda` of the paper.
+    """
+
+    is_personal = True
