@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 
-__all__ = ["principal_factors", "truncated_svd"]
+__all__ = ["full_precision", "principal_factors", "truncated_svd"]
 
 # Columns of the start beyond `r`. With fewer than `r` columns, copies of a repeated singular value would be missed; a few more
 # save steps, and more than 8 cost more in the products than they save in steps.
@@ -60,7 +60,7 @@ def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Ten
     matrix = matrix.T if tall else matrix
     rows = matrix.shape[0]
     dense = rows <= DENSE_ROWS or rows < ROWS_PER_COLUMN * (r + OVERSAMPLING)
-    with _full_precision(matrix.device):
+    with full_precision(matrix.device):
         vectors, images = _dense(matrix, r) if dense else _krylov(matrix.to(dtype), r)
     values = images.norm(dim=1)
     images = images / values.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
@@ -101,7 +101,7 @@ def principal_factors(weight: torch.Tensor, r: int, scaling: float = 1.0) -> tup
 
 
 @contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
+def full_precision(device: torch.device) -> Iterator[None]:
     """Products as exact as their dtype, under autocast and TF32 too (which transformers' `TrainingArguments` turns on)."""
     matmul, saved = torch.backends.cuda.matmul, torch.backends.cuda.matmul.fp32_precision
     # if it follows the setting for all backends, it shall do so again

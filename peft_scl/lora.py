@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,19 @@ from .layer import SclLayer, WeightChange
 from .linalg import truncated_svd
 
 
-__all__ = ["LoraExport", "to_lora"]
+__all__ = ["PREFIX", "LoraExport", "LoraModule", "lora_export", "other_tensors", "to_lora"]
+
+PREFIX = "base_model.model."  # of all names in an adapter file
+
+
+class LoraModule(NamedTuple):
+    """One module of an adapter that [`lora_export`] makes."""
+
+    name: str
+    change: WeightChange  # what it should be
+    lora_B: torch.Tensor  # (out, r)
+    lora_A: torch.Tensor  # (r, in)
+    is_embedding: bool
 
 
 class LoraExport(NamedTuple):
@@ -123,55 +136,103 @@ def to_lora(
     lora_r = max(ranks.values()) if r is None else r
     _check_rank(r, max(ranks.values()), layers, adapter_name)
 
-    prefix = "base_model.model."
+    def modules() -> Iterable[LoraModule]:
+        for name, layer in layers.items():
+            change = layer.weight_change(adapter_name)
+            lora_B, lora_A = _factors(change, None if r is None else min(r, ranks[name]))
+            # One rank for all modules, without a rank pattern, which not everything reads: rows and columns of zeros
+            padding = lora_r - lora_A.shape[0]
+            lora_A = nn.functional.pad(lora_A, (0, 0, 0, padding))
+            lora_B = nn.functional.pad(lora_B, (0, padding))
+            yield LoraModule(name, change, lora_B, lora_A, isinstance(layer, Embedding))
+
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    # PEFT gives transformers models no prefix; `clone`, because safetensors refuses tied tensors
+    state_dict = {PREFIX + key.removeprefix(PREFIX): tensor.detach().cpu() for key, tensor in state_dict.items()}
+    others = {key: tensor.clone() for key, tensor in other_tensors(state_dict, layers).items()}
+    fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
+    return lora_export(root, config, modules(), others, fan_in_fan_out, dtype)
+
+
+def other_tensors(state_dict: dict[str, torch.Tensor], modules: Iterable[str]) -> dict[str, torch.Tensor]:
+    """What an adapter file holds beside the factors of `modules`, such as trained tokens and modules."""
+    modules = set(modules)
+    return {
+        key: tensor
+        for key, tensor in state_dict.items()
+        if re.split(r"\.(?:scl|lora)_", key.removeprefix(PREFIX))[0] not in modules
+    }
+
+
+def lora_export(
+    base: nn.Module,
+    config: LoraConfig | SclConfig,
+    modules: Iterable[LoraModule],
+    others: dict[str, torch.Tensor],
+    fan_in_fan_out: bool,
+    dtype: torch.dtype,
+) -> LoraExport:
+    """
+    A LoRA adapter with the scaling 1 of given factors, for exactly the given modules.
+
+    Args:
+        base (`nn.Module`):
+            The base model, in which the modules have their names.
+        config ([`~peft.LoraConfig`] or [`SclConfig`]):
+            Configuration of the adapter that is exported.
+        modules (`Iterable[LoraModule]`):
+            The factors. Modules of other ranks than the largest are named in `rank_pattern` and `alpha_pattern`.
+        others (`dict[str, torch.Tensor]`):
+            What comes along as it is, under the names of an adapter file.
+        fan_in_fan_out (`bool`):
+            Whether a module is a `Conv1D`.
+        dtype (`torch.dtype`):
+            Dtype of the factors.
+
+    Returns:
+        [`LoraExport`]: The adapter.
+    """
     state_dict: dict[str, torch.Tensor] = {}
     norms: dict[str, tuple[float, float]] = {}
-    for name, layer in layers.items():
-        change = layer.weight_change(adapter_name)
-        lora_B, lora_A = _factors(change, None if r is None else min(r, ranks[name]))
-        # One rank for all modules, without a rank pattern, which not everything reads: rows and columns of zeros
-        padding = lora_r - lora_A.shape[0]
-        lora_A = nn.functional.pad(lora_A, (0, 0, 0, padding)).to(dtype)
-        lora_B = nn.functional.pad(lora_B, (0, padding)).to(dtype)
+    ranks: dict[str, int] = {}
+    for name, change, lora_B, lora_A, is_embedding in modules:
+        lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
         norms[name] = _norms(change, lora_B.double(), lora_A.double())
-        keys = (
-            ("lora_embedding_A", "lora_embedding_B")
-            if isinstance(layer, Embedding)
-            else ("lora_A.weight", "lora_B.weight")
-        )
+        ranks[name] = len(lora_A)
+        keys = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A.weight", "lora_B.weight")
         for key, factor in zip(keys, (lora_A, lora_B), strict=True):
-            state_dict[f"{prefix}{name}.{key}"] = factor.cpu().contiguous()
+            state_dict[f"{PREFIX}{name}.{key}"] = factor.cpu().contiguous()
         if change.shift is not None:
-            state_dict[f"{prefix}{name}.lora_B.bias"] = change.shift.to(dtype).cpu()
+            state_dict[f"{PREFIX}{name}.lora_B.bias"] = change.shift.to(dtype).cpu()
 
-    # What else PEFT saves: trained tokens and modules. `clone`, because safetensors refuses tied ones.
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        key = key.removeprefix(prefix)
-        if re.split(r"\.(?:scl|lora)_", key)[0] not in layers:
-            state_dict[prefix + key] = tensor.detach().cpu().clone()
-
+    r = max(ranks.values())
+    # PEFT takes the keys of patterns for the ends of names, and for regular expressions
+    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
     lora_config = LoraConfig(
-        r=lora_r,
-        lora_alpha=lora_r,
+        r=r,
+        lora_alpha=r,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
         lora_bias=isinstance(config, SclConfig) and config.scl_bias,
-        bias="none" if isinstance(config, SclConfig) else config.bias,
-        fan_in_fan_out=any(layer.fan_in_fan_out for layer in layers.values()),
+        bias=config.bias if isinstance(config, LoraConfig) else "none",
+        fan_in_fan_out=fan_in_fan_out,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=isinstance(config, LoraConfig) and config.ensure_weight_tying,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
         inference_mode=config.inference_mode,
     )
-    lora_config.target_modules = _exact_targets(lora_config, set(layers), [name for name, _ in root.named_modules()])
+    lora_config.target_modules = _exact_targets(lora_config, set(ranks), [name for name, _ in base.named_modules()])
     if config.task_type is None:  # what `AutoPeftModel` looks for, written by PEFT when it saves
         lora_config.auto_mapping = {
-            "base_model_class": type(root).__name__,
-            "parent_library": type(root).__module__,
+            "base_model_class": type(base).__name__,
+            "parent_library": type(base).__module__,
         }
     errors = {name: _ratio(*pair) for name, pair in norms.items()}
     total, distance = torch.tensor(list(norms.values()), dtype=torch.float64).norm(dim=0).tolist()
-    return LoraExport(lora_config, state_dict, _ratio(total, distance), errors)
+    return LoraExport(lora_config, state_dict | others, _ratio(total, distance), errors)
 
 
 def _is_dense(layer: SclLayer | FederaLayer, name: str) -> bool:
@@ -230,11 +291,14 @@ def _factors(change: WeightChange, r: int | None) -> tuple[torch.Tensor, torch.T
 
 def _norms(change: WeightChange, lora_B: torch.Tensor, lora_A: torch.Tensor) -> tuple[float, float]:
     """Frobenius norms of the change and of its difference to `lora_B @ lora_A`."""
+    columns = change.left.shape[1] + lora_B.shape[1]
+    if change.rest is None and columns < min(len(change.left), change.right.shape[1]):
+        difference = torch.cat([change.left, -lora_B], dim=1), torch.cat([change.right, lora_A])
+        return _product_norm(change.left, change.right), _product_norm(*difference)
+    dense = change.left @ change.right
     if change.rest is not None:
-        dense = change.left @ change.right + change.rest
-        return dense.norm().item(), (dense - lora_B @ lora_A).norm().item()
-    difference = torch.cat([change.left, -lora_B], dim=1), torch.cat([change.right, lora_A])
-    return _product_norm(change.left, change.right), _product_norm(*difference)
+        dense += change.rest
+    return dense.norm().item(), (dense - lora_B @ lora_A).norm().item()
 
 
 def _product_norm(left: torch.Tensor, right: torch.Tensor) -> float:

@@ -20,6 +20,7 @@ from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
 from peft_scl import FederaLayer, SclLayer
+from peft_scl.linalg import full_precision
 
 from ..adapter_state import AdapterState
 from ..options import check_integer
@@ -225,11 +226,17 @@ def check_foldable(pairs: Sequence[FactorPair], aggregation: str) -> None:
 
 
 @torch.no_grad()
-def add_to_base(model: PeftModel, base_change: dict[str, LowRank], pairs: Sequence[FactorPair]) -> None:
+def add_to_base(
+    model: PeftModel,
+    base_change: dict[str, LowRank],
+    pairs: Sequence[FactorPair],
+    originals: dict[str, torch.Tensor] | None = None,
+) -> None:
     """
     Add what an aggregation has for the base to the base weights, in place, a block of rows at a time.
 
     The sum is taken in float32. A base in bfloat16 or float16 rounds it: changes below half a unit in the last place are lost.
+    [`BaseChanges`] adds up several rounds without that loss.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -238,6 +245,8 @@ def add_to_base(model: PeftModel, base_change: dict[str, LowRank], pairs: Sequen
             `Aggregator.base_change`.
         pairs (`Sequence[FactorPair]`):
             [`factor_pairs`] of the model.
+        originals (`dict[str, torch.Tensor]`, *optional*):
+            By module the weight to add to; the present base weight if not given.
 
     Raises:
         ValueError: If a module cannot take an addition.
@@ -247,13 +256,16 @@ def add_to_base(model: PeftModel, base_change: dict[str, LowRank], pairs: Sequen
     base: Any = model.get_base_model()
     for module, (left, right) in base_change.items():
         weight = base.get_submodule(module).get_base_layer().weight
+        source = weight if originals is None else originals[module]
         left, right = (factor.to(weight.device, torch.float32) for factor in (left, right))
         if by_module[module].transposed:
             left, right = right.T, left.T
         size = max(1, BLOCK // weight.shape[1])
-        for first in range(0, len(weight), size):
-            rows = slice(first, first + size)
-            weight[rows] = torch.addmm(weight[rows].float(), left[rows], right).to(weight.dtype)
+        with full_precision(weight.device):
+            for first in range(0, len(weight), size):
+                rows = slice(first, first + size)
+                start = source[rows].to(weight.device, torch.float32)
+                weight[rows] = torch.addmm(start, left[rows], right).to(weight.dtype)
 
 
 def truncate_ranks(
