@@ -34,6 +34,7 @@ class LocalRoundMixin(Trainer):
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0
+    _checkpointing_is_on: bool = False
 
     def local_round(
         self, state: AdapterState, dataset: Dataset, seed: int, data_seed: int | None, lr_factor: float
@@ -69,8 +70,8 @@ class LocalRoundMixin(Trainer):
         self.control = TrainerControl()
         self.callback_handler = _LocalCallbackHandler(federation[2])
         checkpointing = self.args.activation_checkpointing
-        if self._initial_optimizer_state is not None:
-            self.args.activation_checkpointing = False  # it is on already, and every switching on adds a hook
+        if self._checkpointing_is_on:
+            self.args.activation_checkpointing = False  # every switching on adds a hook
         try:
             output = super().train()
         finally:
@@ -92,6 +93,7 @@ class LocalRoundMixin(Trainer):
             self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
             self.accelerator.free_memory = self._free_local_round
+            self._checkpointing_is_on = True
         else:
             self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer_state))
             if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
@@ -106,6 +108,22 @@ class LocalRoundMixin(Trainer):
         self.create_scheduler(num_training_steps=max_steps)
         self.callback_handler.lr_scheduler = self.lr_scheduler
         return self.model_wrapped, train_dataloader
+
+    def _drop_engine(self) -> None:
+        """
+        Let the next local round build an engine anew, because other parameters are trained from now on.
+
+        The model stays as it is, mixed precision and gradient checkpointing included.
+        """
+        if self._initial_optimizer_state is None:  # there is none yet
+            return
+        if self._initial_scaler_state is not None:
+            self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
+        self._initial_optimizer_state = self._initial_scaler_state = None
+        self.optimizer = self.lr_scheduler = None  # type: ignore[assignment]
+        self.model_wrapped = self.model  # type: ignore[assignment]
+        del self.accelerator.free_memory  # the method of the class again, which lets go of the old engine
+        self.accelerator.free_memory()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `train()` calls to evaluate, also for `eval_on_start`: a matter of the run, not of each client."""

@@ -47,7 +47,7 @@ def shared_mask(name: str, shape: torch.Size | tuple[int, ...], density: float, 
 
 def densify(values: torch.Tensor, indices: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
     """The change `(out, in)` of one weight in float32: `values` at `indices`, zero elsewhere."""
-    dense = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32)
+    dense = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=values.device)
     dense[indices] = values.float()
     return dense.view(shape)
 
@@ -65,19 +65,19 @@ def lora_start(change: torch.Tensor, r: int, scaling: float, A: torch.Tensor) ->
         scaling (`float`):
             Its scaling.
         A (`torch.Tensor`):
-            Random `(r, in)`, kept (with `B = 0`) for directions that the change does not have.
+            Random `(r, in)`, kept (with `B = 0`) for directions that the change does not have. On the device of `change`.
 
     Returns:
         `tuple`: `LowRank(B, A)`, without the scaling, and the relative error `||change - scaling B A||_F / ||change||_F`.
     """
     norm = float(change.norm())
     if norm == 0:
-        return LowRank(torch.zeros(change.shape[0], r), A.float().clone()), 0.0
+        return LowRank(torch.zeros(change.shape[0], r, device=change.device), A.float().clone()), 0.0
     rank = min(r, *change.shape)
     left, values, right = truncated_svd(change, rank)
     rank = int((values > 1e-6 * values[0]).sum())  # the resolution of float32
     root = (values[:rank] / scaling).sqrt()
-    new_A, B = A.float().clone(), torch.zeros(change.shape[0], r)
+    new_A, B = A.float().clone(), torch.zeros(change.shape[0], r, device=change.device)
     new_A[:rank] = (root[:, None] * right[:rank]).float()
     B[:, :rank] = (left[:, :rank] * root).float()
     return LowRank(B, new_A), float((change - scaling * (B @ new_A)).norm()) / norm
