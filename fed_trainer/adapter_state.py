@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
@@ -80,6 +81,11 @@ class LiveState:
             for key, tensor in self._tensors.items()
             if include_frozen or key not in self._frozen
         }
+
+    @contextmanager
+    def publishable(self) -> Iterator[None]:
+        """Within, `save_pretrained` of the model writes what it computes."""
+        yield
 
     def saved(self) -> AdapterState:
         """All that is saved, in the form that `load` takes."""

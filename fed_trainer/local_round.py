@@ -38,6 +38,7 @@ class LocalRoundMixin(Trainer):
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
     _objective: LocalObjective | None = None
+    _checkpointing_is_on: bool = False
 
     def local_round(
         self,
@@ -91,8 +92,8 @@ class LocalRoundMixin(Trainer):
         checkpointing, budget = self.args.activation_checkpointing, self.args.max_steps
         if max_steps is not None:
             self.args.max_steps = max_steps
-        if self._initial_optimizer_state is not None:
-            self.args.activation_checkpointing = False  # it is on already, and every switching on adds a hook
+        if self._checkpointing_is_on:
+            self.args.activation_checkpointing = False  # every switching on adds a hook
         try:
             output = super().train()
         finally:
@@ -123,6 +124,7 @@ class LocalRoundMixin(Trainer):
             self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
             # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
             self.accelerator.free_memory = self._free_local_round
+            self._checkpointing_is_on = True
         else:
             self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer_state))
             if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
@@ -140,6 +142,22 @@ class LocalRoundMixin(Trainer):
         self.create_scheduler(num_training_steps=max_steps)
         self.callback_handler.lr_scheduler = self.lr_scheduler
         return self.model_wrapped, train_dataloader
+
+    def _drop_engine(self) -> None:
+        """
+        Let the next local round build an engine anew, because other parameters are trained from now on.
+
+        The model stays as it is, mixed precision and gradient checkpointing included.
+        """
+        if self._initial_optimizer_state is None:  # there is none yet
+            return
+        if self._initial_scaler_state is not None:
+            self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
+        self._initial_optimizer_state = self._initial_scaler_state = None
+        self.optimizer = self.lr_scheduler = None  # type: ignore[assignment]
+        self.model_wrapped = self.model  # type: ignore[assignment]
+        del self.accelerator.free_memory  # the method of the class again, which lets go of the old engine
+        self.accelerator.free_memory()
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `train()` calls to evaluate, also for `eval_on_start`: a matter of the run, not of each client."""

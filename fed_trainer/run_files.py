@@ -62,7 +62,8 @@ class RunFilesMixin(Trainer):
         if self._base_changes is not None:
             self._base_changes.to_lora(self._live_adapter.read(include_frozen=True)).save_pretrained(folder)
         else:
-            self.model.save_pretrained(str(folder), state_dict=state_dict)
+            with self._live_adapter.publishable():
+                self.model.save_pretrained(str(folder), state_dict=state_dict)
         if self.processing_class is not None:
             # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
             self.processing_class.save_pretrained(str(folder), save_jinja_files=False)

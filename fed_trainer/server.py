@@ -19,6 +19,7 @@ from .aggregation import (
     FactorPair,
     InvalidUpdateError,
     LowRank,
+    SLoRA,
     check_adapter,
     require_clients,
     truncate_ranks,
@@ -89,6 +90,16 @@ class Server:
         options |= _options("aggregation_kwargs", args.aggregation, self.method.rule, args.aggregation_kwargs)
         self.rule = _built("aggregation_kwargs", lambda: self.method.build(self.pairs, **options))
         self.optimizer = _server_optimizer(args, num_clients)
+        if self.sparse_rounds >= args.num_rounds:
+            raise ValueError(
+                f"`sparse_rounds={self.sparse_rounds}` of {args.num_rounds} rounds leaves none for the LoRA, which is what 'slora' "
+                "publishes. Lower it, or raise `num_rounds`."
+            )
+        if self.sparse_rounds and self.objective is not None and self.objective.keeps_client_state:
+            raise ValueError(
+                f"`local_objective={args.local_objective!r}` remembers tensors between rounds, but 'slora' trains other tensors in its "
+                "second stage. Use 'fedprox' or no local objective."
+            )
         needed = max(args.min_clients, self.rule.min_updates)
         if num_sampled < needed:
             raise ValueError(
@@ -141,6 +152,11 @@ class Server:
         if not self.method.restarts:
             return set()
         return {key for pair in self.pairs for key in (pair.key_A, pair.key_B)}
+
+    @property
+    def sparse_rounds(self) -> int:
+        """Rounds of the first stage of SLoRA; 0 for other methods."""
+        return self.rule.sparse_rounds if isinstance(self.rule, SLoRA) else 0
 
     # A round
 
@@ -226,6 +242,10 @@ class Server:
         if self.objective is not None:
             state |= {f"objective.{key}": tensor for key, tensor in self.objective.state_dict().items()}
         return state
+
+    def forget(self) -> None:
+        """Begin anew, because other tensors travel from now on."""
+        self.load_state_dict({})
 
     def load_state_dict(self, state: AdapterState) -> None:
         """Take over a `state_dict`."""

@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes, subtract
-from .aggregation import ClientUpdate
+from .aggregation import ClientUpdate, SLoRA
 from .base_changes import BaseChanges
 from .checkpoint import (
     ADAPTER_WEIGHTS,
@@ -52,6 +52,7 @@ from .record import check_same_run, held_out_metrics, read_record
 from .refusals import refuse_what_would_leak
 from .run_files import CLIENTS_FOLDER, SERVER_STATE, RunFilesMixin
 from .server import Server, freeze_for_good
+from .sparse_change import LiveSparseChange
 
 
 __all__ = ["FederatedMixin"]
@@ -71,6 +72,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     """
 
     _config_class: type[FederationArguments] = FederationArguments
+    _base_change_bytes = 0
+    _sparse_stage_errors: dict[str, float]
 
     def __init__(
         self,
@@ -153,6 +156,7 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             self._base_digest,
         )
         self._base_changes = BaseChanges(self.model, self.server.pairs) if self.server.method.adds_to_base else None
+        self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / CLIENTS_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
         self._refuse_what_cannot_be_evaluated_or_wrapped()
@@ -191,6 +195,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             for round in range(done + 1, last + 1):
                 seconds: dict[str, float] = {}
                 clients: dict[str, dict[str, float]] = {}
+                if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
+                    self._end_sparse_stage()
                 self.server.begin(self._global_state, round)
                 for client in self.sampler.sample(round):
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
@@ -246,7 +252,7 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
                 objective.begin(shared, remembered)
             local, metrics = train(start, objective=None if is_personal else objective)
             delta = subtract(local, start)
-            keeps = {LOCAL: {key: local[key] for key in self._local_keys}}
+            keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
             if objective is not None:
                 keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
             if is_personal:
@@ -293,6 +299,23 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             if client in entry["clients"] or client in entry["refused"]:
                 break  # it came to that round with all that was added before
         return missed
+
+    def _begin_sparse_stage(self) -> None:
+        """SLoRA begins with a sparse change of the base weights."""
+        rule = self.server.rule
+        assert isinstance(rule, SLoRA)
+        self._live_adapter = LiveSparseChange(self.model, self.server.pairs, rule.density, self.args.seed)
+        self._global_state = self._live_adapter.read()
+        self._drop_engine()
+
+    def _end_sparse_stage(self) -> None:
+        """SLoRA goes on with a LoRA that starts from what the first stage has learnt."""
+        assert isinstance(self._live_adapter, LiveSparseChange)
+        self._sparse_stage_errors = self._live_adapter.finish()
+        self._live_adapter = LiveAdapter(self.model)
+        self._global_state = self._live_adapter.read()
+        self._drop_engine()
+        self.server.forget()
 
     def client_state(self, client: str) -> AdapterState:
         """
@@ -358,6 +381,10 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     ) -> None:
         """Enter the round into the record, `log_history` and whatever `report_to` names."""
         total = sum(client["num_examples"] for client in clients.values())
+        if self._sparse_stage_errors:
+            # how much of the sparse change the start of the LoRA does not hold, by module
+            self._record["sparse_stage"] = {"rounds": round - 1, "relative_errors": self._sparse_stage_errors}
+            self._sparse_stage_errors = {}
         entry: dict[str, Any] = {
             "round": round,
             "clients": clients,
@@ -417,6 +444,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         refuse_another_run(self._folder)
         self._store.clear()
+        if self.server.sparse_rounds:
+            self._begin_sparse_stage()
         self._record = self._new_record()
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
@@ -432,8 +461,12 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         check_same_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
+        if done <= self.server.sparse_rounds:
+            self._begin_sparse_stage()
         self._load(folder)
         self._global_state = self._live_adapter.read()
+        if "sparse_stage" in record:
+            fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         return done
@@ -469,6 +502,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
 
     def _end(self) -> TrainOutput:
         rounds = self._record["rounds"]
+        if isinstance(self._live_adapter, LiveSparseChange):  # stopped by a callback
+            self._end_sparse_stage()
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
             self.state.save_to_json(str(self._folder / TRAINER_STATE_NAME))

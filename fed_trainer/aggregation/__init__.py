@@ -10,7 +10,7 @@ from .hetlora import HetLoRA, pruned_rank, pruning_penalty
 from .low_rank import LowRank, LowRankSum
 from .methods import METHODS, Method, check_adapter
 from .robust import CoordinateMedian, GeometricMedian, Krum, MultiKrum, NormBounding, TrimmedMean
-from .slora import densify, lora_start, shared_mask
+from .slora import SLoRA, densify, lora_start, shared_mask
 from .validation import InvalidUpdateError, TooFewClientsError, require_clients, state_digest, validated
 
 
@@ -35,6 +35,7 @@ __all__ = [
     "Method",
     "MultiKrum",
     "NormBounding",
+    "SLoRA",
     "TooFewClientsError",
     "TrimmedMean",
     "add_to_base",

@@ -21,6 +21,7 @@ from .flexlora import FlexLoRA
 from .flora import FLoRA
 from .hetlora import HetLoRA
 from .robust import CoordinateMedian, GeometricMedian, Krum, MultiKrum, NormBounding, TrimmedMean
+from .slora import SLoRA
 
 
 __all__ = ["METHODS", "Method", "check_adapter"]
@@ -123,6 +124,7 @@ METHODS: dict[str, Method] = {
     "lora_fair": Method(
         LoRAFair, uses_pairs=True, takes_server_optimizer=False, takes_layers=True, keeps_updates=True
     ),
+    "slora": Method(SLoRA, linear=True),
     "median": Method(CoordinateMedian, keeps_updates=True),
     "trimmed_mean": Method(TrimmedMean, keeps_updates=True),
     "geometric_median": Method(GeometricMedian, keeps_updates=True),
@@ -152,9 +154,10 @@ def check_adapter(aggregation: str, model: PeftModel) -> list[FactorPair]:
     method = METHODS[aggregation]
     if aggregation == "ffa_lora":
         _check_frozen_factors(LiveAdapter(model).read(include_frozen=True))
-    if not method.uses_pairs and aggregation != "rolora":
+    # with one factor fixed, RoLoRA is exact for what is linear in either; SLoRA replaces both
+    if not method.uses_pairs and aggregation not in ("rolora", "slora"):
         return []
-    pairs = factor_pairs(model)  # with one factor fixed, RoLoRA is exact for what is linear in either
+    pairs = factor_pairs(model)
     if method.adds_to_base:
         check_foldable(pairs, aggregation)
     return pairs

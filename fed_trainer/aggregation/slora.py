@@ -1,7 +1,7 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The two stages of SLoRA (https://huggingface.co/papers/2308.06522) as functions.
+The two stages of SLoRA (https://huggingface.co/papers/2308.06522).
 
 Stage 1 federates a sparse change of the full target weights: `values` at the places of a random mask that all machines draw
 from one seed, so that only the values travel; their mean is FedAvg, exact. Stage 2 starts LoRA from the change.
@@ -15,10 +15,31 @@ import torch
 
 from peft_scl.linalg import truncated_svd
 
+from ..options import check_integer, check_number
+from .fedavg import FedAvg
 from .low_rank import LowRank
 
 
-__all__ = ["densify", "lora_start", "shared_mask"]
+__all__ = ["SLoRA", "densify", "lora_start", "shared_mask"]
+
+
+class SLoRA(FedAvg):
+    """
+    FedAvg in both stages of SLoRA (https://huggingface.co/papers/2308.06522): of the values of a sparse change of the full
+    target weights first, then of the LoRA that starts from it.
+
+    Args:
+        sparse_rounds (`int`):
+            Rounds of the first stage.
+        density (`float`, *optional*, defaults to `0.01`):
+            Share of every target weight that the first stage trains.
+    """
+
+    def __init__(self, sparse_rounds: int, density: float = 0.01) -> None:
+        check_integer("sparse_rounds", sparse_rounds, 1)
+        check_number("density", density, lambda value: 0 < value <= 1, "a number in (0, 1]")
+        super().__init__()
+        self.sparse_rounds, self.density = sparse_rounds, density
 
 
 def shared_mask(name: str, shape: torch.Size | tuple[int, ...], density: float, seed: int) -> torch.Tensor:
@@ -47,7 +68,7 @@ def shared_mask(name: str, shape: torch.Size | tuple[int, ...], density: float, 
 
 def densify(values: torch.Tensor, indices: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
     """The change `(out, in)` of one weight in float32: `values` at `indices`, zero elsewhere."""
-    dense = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32)
+    dense = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=values.device)
     dense[indices] = values.float()
     return dense.view(shape)
 
@@ -65,19 +86,19 @@ def lora_start(change: torch.Tensor, r: int, scaling: float, A: torch.Tensor) ->
         scaling (`float`):
             Its scaling.
         A (`torch.Tensor`):
-            Random `(r, in)`, kept (with `B = 0`) for directions that the change does not have.
+            Random `(r, in)`, kept (with `B = 0`) for directions that the change does not have. On the device of `change`.
 
     Returns:
         `tuple`: `LowRank(B, A)`, without the scaling, and the relative error `||change - scaling B A||_F / ||change||_F`.
     """
     norm = float(change.norm())
     if norm == 0:
-        return LowRank(torch.zeros(change.shape[0], r), A.float().clone()), 0.0
+        return LowRank(torch.zeros(change.shape[0], r, device=change.device), A.float().clone()), 0.0
     rank = min(r, *change.shape)
     left, values, right = truncated_svd(change, rank)
     rank = int((values > 1e-6 * values[0]).sum())  # the resolution of float32
     root = (values[:rank] / scaling).sqrt()
-    new_A, B = A.float().clone(), torch.zeros(change.shape[0], r)
+    new_A, B = A.float().clone(), torch.zeros(change.shape[0], r, device=change.device)
     new_A[:rank] = (root[:, None] * right[:rank]).float()
     B[:, :rank] = (left[:, :rank] * root).float()
     return LowRank(B, new_A), float((change - scaling * (B @ new_A)).norm()) / norm
