@@ -61,8 +61,9 @@ class ServerOptimizer:
         for key, tensor in state.items():
             if key in delta:
                 direction = self._direction(key, delta[key].float())
-                tensor = torch.add(tensor.float(), direction, alpha=self.lr).to(tensor.dtype)
-            stepped[key] = tensor
+                stepped[key] = _cast(torch.add(tensor.float(), direction, alpha=self.lr), tensor.dtype)
+            else:
+                stepped[key] = tensor
         return stepped
 
     def _direction(self, key: str, delta: torch.Tensor) -> torch.Tensor:
@@ -97,6 +98,12 @@ class ServerOptimizer:
                     "with the server optimiser the run was started with."
                 )
             buffers[name][key] = tensor.to(torch.float32, copy=True)
+        incomplete = [name for name, tensors in buffers.items() if tensors.keys() != buffers[self.buffers[0]].keys()]
+        if incomplete:
+            raise ValueError(
+                f"The state has no {incomplete[0]!r} for some of its tensors, which {type(self).__name__} keeps for all. Resume "
+                "with the server optimiser the run was started with."
+            )
         self._buffers = buffers
 
 
@@ -230,6 +237,11 @@ SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
 By the name in the config; the one dictionary that is looked up, so that no name can mean a plain step by accident. [`FedDyn`]
 is not in it: without the clients' half it is not FedDyn, so the local objective brings it.
 """
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To `dtype`; to the nearest integer, where a cast would truncate a count of 6.9999 to 6."""
+    return (tensor if dtype.is_floating_point else tensor.round()).to(dtype)
 
 
 def _check_unit(name: str, value: float) -> None:

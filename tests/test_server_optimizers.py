@@ -134,6 +134,10 @@ def test_every_name_selects_the_optimiser_of_that_name() -> None:
     assert not any(torch.equal(second[a], second[b]) for a in names for b in names if a < b)
 
 
+def test_feddyn_cannot_be_chosen_without_its_local_objective() -> None:
+    assert FedDyn not in SERVER_OPTIMIZERS.values()
+
+
 def test_plain_step_with_rate_one_is_the_mean_itself() -> None:
     stepped = ServerOptimizer().step(random_state(0), DELTAS[0])
     assert all(torch.equal(stepped[key], tensor + DELTAS[0][key]) for key, tensor in random_state(0).items())
@@ -157,6 +161,23 @@ def test_state_of_another_optimiser_is_refused() -> None:
     adam.step(random_state(0), DELTAS[0])
     with pytest.raises(ValueError, match="'second_moment.x.lora_A.weight', which FedAvgM does not keep"):
         FedAvgM().load_state_dict(adam.state_dict())
+
+
+def test_state_of_an_optimiser_with_fewer_moments_is_refused() -> None:
+    """FedAvgM and FedAdam both have a momentum, but not the same."""
+    momentum = FedAvgM()
+    momentum.step(random_state(0), DELTAS[0])
+    with pytest.raises(
+        ValueError, match="The state has no 'second_moment' for some of its tensors, which FedAdam keeps"
+    ):
+        FedAdam().load_state_dict(momentum.state_dict())
+    FedAdam().load_state_dict({})  # of a run before its first step
+
+
+def test_integer_buffers_are_rounded_and_not_truncated() -> None:
+    state, delta = {"n": torch.tensor(100)}, {"n": torch.tensor(6.9999995)}
+    assert ServerOptimizer().step(state, delta)["n"].item() == 107
+    assert ServerOptimizer().step({"n": torch.tensor(9)}, {"n": torch.tensor(-1.2)})["n"].item() == 8
 
 
 @optimizers

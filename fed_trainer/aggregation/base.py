@@ -47,7 +47,7 @@ class Aggregator(ABC):
     """
     Turns the updates of one round into one; takes them one at a time, so memory need not grow with their number.
 
-    A rule sees only what is shared (see [`TensorRoles`]).
+    A rule sees only what is shared (see [`TensorRoles`]). A round is `begin`, an `add` per client and one `finish`.
     """
 
     @abstractmethod
@@ -56,11 +56,17 @@ class Aggregator(ABC):
 
     @abstractmethod
     def add(self, update: ClientUpdate) -> None:
-        """Take one client's update."""
+        """
+        Take one client's update, which is not changed. An update that does not fit is refused before any of it counts, so the
+        round can go on without it. Rules that compare clients keep the tensors themselves until `finish`.
+
+        Raises:
+            ValueError: If the update does not fit.
+        """
 
     @abstractmethod
     def finish(self) -> AdapterState:
-        """The aggregated delta of the round, in float32."""
+        """The aggregated delta of the round, in float32; the caller's from then on."""
 
     @property
     def min_updates(self) -> int:
@@ -74,3 +80,20 @@ class Aggregator(ABC):
         the scaling in them. Empty for most rules.
         """
         return {}
+
+
+def check_tensors(update: ClientUpdate, reference: AdapterState, partial: bool = False) -> None:
+    """Refuse an update without the tensors of `reference`, or with other shapes, which could broadcast."""
+    for key, expected in reference.items():
+        if key not in update.delta:
+            if partial:
+                continue
+            raise ValueError(
+                f"The update of client {update.client!r} lacks the tensor {key}. Leave the client out of the round, or, if "
+                "clients train different layers, aggregate with `partial=True`."
+            )
+        if update.delta[key].shape != expected.shape:
+            raise ValueError(
+                f"The tensor {key} of client {update.client!r} has the shape {tuple(update.delta[key].shape)} instead of "
+                f"{tuple(expected.shape)}. Leave the client out, or give all clients the same PEFT config."
+            )

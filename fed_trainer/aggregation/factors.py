@@ -109,6 +109,7 @@ def factor_pairs(model: PeftModel, adapter_name: str | None = None) -> list[Fact
             names the layer and says why.
     """
     name = adapter_name or model.active_adapter
+    _refuse_tied_factors(model)
     base: Any = model.get_base_model()
     owners = Counter(id(weight) for module in model.modules() for weight in module._parameters.values())
     pairs = []
@@ -133,6 +134,19 @@ def factor_pairs(model: PeftModel, adapter_name: str | None = None) -> list[Fact
             "adapter, or 'fedavg', which takes any."
         )
     return pairs
+
+
+def _refuse_tied_factors(model: PeftModel) -> None:
+    """Refuse LoRA with `ensure_weight_tying` on tied weights: a factor of one module is that of another, transposed."""
+    owners: dict[int, str] = {}
+    for path, parameter in model.named_parameters():
+        if ".lora_" in path and parameter.numel() > 0:
+            owner = owners.setdefault(parameter.data_ptr(), path)
+            if owner != path:
+                raise ValueError(
+                    f"{path} is the same memory as {owner} (`ensure_weight_tying`), so the two pairs of factors cannot be set one by "
+                    "one. Leave one of the modules out of `target_modules`, or use 'fedavg'."
+                )
 
 
 def _lora_pair(path: str, layer: LoraLayer, name: str) -> FactorPair:
@@ -205,6 +219,8 @@ def _with_base_facts(pair: FactorPair, layer: Any, model: PeftModel, owners: Cou
     if unfoldable is None:
         if resolve_quantization_backend(base_layer, **get_quantization_kwargs(model.get_base_model())) is not None:
             unfoldable = "its base weight is quantised, so a small addition would be rounded away"
+        elif base_layer.weight.is_meta:
+            unfoldable = "its base weight is offloaded, so there is nothing in memory to add to"
         elif owners[id(base_layer.weight)] > 1:
             unfoldable = "its base weight is tied to another module, which the addition would change too"
     return FactorPair(**{**vars(pair), "unfoldable": unfoldable})
@@ -220,7 +236,7 @@ def check_foldable(pairs: Sequence[FactorPair], aggregation: str) -> None:
     for pair in pairs:
         if pair.unfoldable is not None:
             raise ValueError(
-                f"The aggregation {aggregation!r} adds to the base weights, but for {pair.module} {pair.unfoldable}. Use "
+                f"{aggregation!r} adds to the base weights, but for {pair.module} {pair.unfoldable}. Use "
                 "'fedavg', 'ffa_lora' or 'flexlora', which change the adapter only."
             )
 
@@ -235,8 +251,8 @@ def add_to_base(
     """
     Add what an aggregation has for the base to the base weights, in place, a block of rows at a time.
 
-    The sum is taken in float32. A base in bfloat16 or float16 rounds it: changes below half a unit in the last place are lost.
-    [`BaseChanges`] adds up several rounds without that loss.
+    The sum is taken in float32, or float64 for a base in float64. A base in bfloat16 or float16 rounds it: changes below half a
+    unit in the last place are lost. [`BaseChanges`] adds up several rounds without that loss.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -252,19 +268,20 @@ def add_to_base(
         ValueError: If a module cannot take an addition.
     """
     by_module = {pair.module: pair for pair in pairs}
-    check_foldable([by_module[module] for module in base_change], "that was chosen")
+    check_foldable([by_module[module] for module in base_change], "base_change")
     base: Any = model.get_base_model()
     for module, (left, right) in base_change.items():
         weight = base.get_submodule(module).get_base_layer().weight
         source = weight if originals is None else originals[module]
-        left, right = (factor.to(weight.device, torch.float32) for factor in (left, right))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        left, right = (factor.to(weight.device, dtype) for factor in (left, right))
         if by_module[module].transposed:
             left, right = right.T, left.T
         size = max(1, BLOCK // weight.shape[1])
         with full_precision(weight.device):
             for first in range(0, len(weight), size):
                 rows = slice(first, first + size)
-                start = source[rows].to(weight.device, torch.float32)
+                start = source[rows].to(weight.device, dtype)
                 weight[rows] = torch.addmm(start, left[rows], right).to(weight.dtype)
 
 
@@ -304,14 +321,17 @@ def truncate_ranks(
         ratio = 1.0 if scalings is None else pair.scaling / scalings[pair.module]
         if rank < len(A) or ratio != 1:
             refuse_start(pair, "of another rank or scaling at a client")
-        if ratio != 1:
-            B = B * ratio
-        A, B = A[:rank], B[:, :rank]
+        A, B = A[:rank], _rescaled(B[:, :rank], ratio)
         if pad:
             missing = len(state[pair.key_A]) - len(A)
             A, B = nn.functional.pad(A, (0, 0, 0, missing)), nn.functional.pad(B, (0, missing))
-        sent[pair.key_A], sent[pair.key_B] = A.contiguous(), B.contiguous()
+        sent[pair.key_A], sent[pair.key_B] = (factor.clone(memory_format=torch.contiguous_format) for factor in (A, B))
     return sent
+
+
+def _rescaled(B: torch.Tensor, ratio: float) -> torch.Tensor:
+    """In the dtype of `B`, so that the server knows what a client in bfloat16 started from."""
+    return B if ratio == 1 else B * ratio
 
 
 def refuse_start(pair: FactorPair, what: str) -> None:
@@ -355,20 +375,56 @@ class FactorAggregator(Aggregator):
         self._others.begin({key: tensor for key, tensor in state.items() if key not in factors}, round)
 
     def add(self, update: ClientUpdate) -> None:
+        pairs = self._checked(update)
         self._others.add(update)
-        for pair in self.pairs:
-            if self.partial and pair.key_A not in update.delta and pair.key_B not in update.delta:
-                continue
+        for pair in pairs:
             self._add_pair(pair, update)
             self._weights[pair.module] += update.num_examples
+
+    def _checked(self, update: ClientUpdate) -> list[FactorPair]:
+        """The pairs that the update has, after all of it has been checked."""
+        self._others._check(update)
+        sent = [
+            pair for pair in self.pairs if not self.partial or pair.key_A in update.delta or pair.key_B in update.delta
+        ]
+        for pair in sent:
+            self._check_pair(pair, update)
+        return sent
+
+    def _check_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
+        """Refuse factors that are not there, do not fit the global ones, or have no scaling."""
+        for key in (pair.key_A, pair.key_B):
+            if key not in update.delta:
+                raise ValueError(
+                    f"The update of client {update.client!r} lacks the tensor {key}, and the rule combines both factors of a "
+                    "pair. Leave the client out of the round, or, if clients train different layers, send both factors of "
+                    "those and aggregate with `partial=True`."
+                )
+        if update.scalings is not None and pair.module not in update.scalings:
+            raise ValueError(
+                f"The `scalings` of client {update.client!r} lack {pair.module}. Give the scaling of every module, or none if they "
+                "are the server's."
+            )
+        delta_A, delta_B = update.delta[pair.key_A], update.delta[pair.key_B]
+        A, B = self._state[pair.key_A], self._state[pair.key_B]
+        rank = len(delta_A)
+        if rank > len(A) or delta_A.shape[1:] != A.shape[1:] or delta_B.shape != (len(B), rank):
+            raise ValueError(
+                f"The factors of {pair.module} from client {update.client!r} have the shapes {tuple(delta_A.shape)} and "
+                f"{tuple(delta_B.shape)}, which do not fit the global {tuple(A.shape)} and {tuple(B.shape)}. The global rank "
+                "must be the largest of the clients' ranks."
+            )
+        if rank != len(A) or self._scaling(pair, update) != pair.scaling:
+            refuse_start(pair, "of another rank or scaling at a client")
 
     def _add_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
         raise NotImplementedError
 
     def _finish_others(self) -> AdapterState:
-        if not any(self._weights.values()):
+        others = self._others._mean()
+        if not any(self._weights.values()) and not any(self._others._weights.values()):
             raise ValueError("No client update with examples arrived in this round, so there is nothing to aggregate.")
-        return self._others._mean()
+        return others
 
     def _trained_pairs(self) -> list[FactorPair]:
         """Those that some client sent."""
@@ -384,19 +440,14 @@ class FactorAggregator(Aggregator):
         [`truncate_ranks`] of the global adapter.
         """
         delta_A, delta_B = update.delta[pair.key_A], update.delta[pair.key_B]
-        A, B = self._state[pair.key_A], self._state[pair.key_B]
-        rank = len(delta_A)
-        scaling = pair.scaling if update.scalings is None else update.scalings[pair.module]
-        if rank > len(A) or delta_A.shape[1:] != A.shape[1:] or delta_B.shape != (len(B), rank):
-            raise ValueError(
-                f"The factors of {pair.module} from client {update.client!r} have the shapes {tuple(delta_A.shape)} and "
-                f"{tuple(delta_B.shape)}, which do not fit the global {tuple(A.shape)} and {tuple(B.shape)}. The global rank "
-                "must be the largest of the clients' ranks."
-            )
-        if rank != len(A) or scaling != pair.scaling:
-            refuse_start(pair, "of another rank or scaling at a client")
-        local = A[:rank].float() + delta_A, B[:, :rank].float() * (pair.scaling / scaling) + delta_B
-        return *pair.whole(*local), scaling
+        rank, scaling = len(delta_A), self._scaling(pair, update)
+        start_A = self._state[pair.key_A][:rank]
+        start_B = _rescaled(self._state[pair.key_B][:, :rank], pair.scaling / scaling)
+        return *pair.whole(start_A.float() + delta_A, start_B.float() + delta_B), scaling
+
+    @staticmethod
+    def _scaling(pair: FactorPair, update: ClientUpdate) -> float:
+        return pair.scaling if update.scalings is None else update.scalings[pair.module]
 
 
 def refuse_other_ranks(pair: FactorPair, update: ClientUpdate, state: AdapterState, aggregation: str) -> None:

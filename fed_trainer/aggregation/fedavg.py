@@ -6,7 +6,7 @@ import torch
 
 from ..adapter_state import AdapterState
 from ..options import check_flag, check_number
-from .base import Aggregator, ClientUpdate
+from .base import Aggregator, ClientUpdate, check_tensors
 
 
 __all__ = ["FedAvg", "FedNova"]
@@ -28,6 +28,8 @@ class FedAvg(Aggregator):
             Weight all clients alike, as SCAFFOLD and FedDyn do.
     """
 
+    _sum: AdapterState | None = None
+
     def __init__(self, partial: bool = False, uniform: bool = False) -> None:
         check_flag("partial", partial)
         check_flag("uniform", uniform)
@@ -42,25 +44,34 @@ class FedAvg(Aggregator):
         self._add(update, 1 if self.uniform else update.num_examples)
 
     def finish(self) -> AdapterState:
+        self._open_sum()
         if not any(self._weights.values()):
             raise ValueError("No client update with examples arrived in this round, so there is nothing to average.")
         return self._mean()
 
     def _mean(self) -> AdapterState:
-        return {key: total.div_(self._weights[key] or 1.0) for key, total in self._sum.items()}
+        """Ends the round: the sums become the means in place."""
+        total, self._sum = self._open_sum(), None
+        return {key: tensor.div_(self._weights[key] or 1.0) for key, tensor in total.items()}
+
+    def _check(self, update: ClientUpdate) -> None:
+        check_tensors(update, self._open_sum(), self.partial)
 
     def _add(self, update: ClientUpdate, weight: float, factor: float = 1.0) -> None:
         """Add `factor` times the update with the weight `weight`."""
-        for key, total in self._sum.items():
-            if key not in update.delta:
-                if self.partial:
-                    continue
-                raise ValueError(
-                    f"The update of client {update.client!r} lacks the tensor {key}. Leave the client out of the round, or, if "
-                    "clients train different layers, aggregate with `partial=True`."
-                )
-            total.add_(update.delta[key], alpha=weight * factor)
-            self._weights[key] += weight
+        self._check(update)
+        for key, total in self._open_sum().items():
+            if key in update.delta:
+                total.add_(update.delta[key], alpha=weight * factor)
+                self._weights[key] += weight
+
+    def _open_sum(self) -> AdapterState:
+        if self._sum is None:
+            raise RuntimeError(
+                "No round is open: `finish` ends a round, and its result has been handed out. Call `begin` before the updates of "
+                "every round."
+            )
+        return self._sum
 
 
 class FedNova(FedAvg):
@@ -76,7 +87,7 @@ class FedNova(FedAvg):
         momentum (`float`, *optional*, defaults to `0.0`):
             Momentum of the local SGD.
         partial (`bool`, *optional*, defaults to `False`):
-            As in [`FedAvg`].
+            As in [`FedAvg`]; both sums then are over the clients that sent the tensor.
     """
 
     def __init__(self, momentum: float = 0.0, partial: bool = False) -> None:
@@ -86,7 +97,7 @@ class FedNova(FedAvg):
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
         super().begin(state, round)
-        self._weighted_steps = self._num_examples = 0.0
+        self._weighted_steps = dict.fromkeys(state, 0.0)
 
     def add(self, update: ClientUpdate) -> None:
         if update.num_steps is None or update.num_steps < 1:
@@ -96,12 +107,14 @@ class FedNova(FedAvg):
             )
         steps = effective_steps(update.num_steps, self.momentum)
         self._add(update, update.num_examples, 1 / steps)
-        self._weighted_steps += update.num_examples * steps
-        self._num_examples += update.num_examples
+        for key in self._weighted_steps.keys() & update.delta.keys():
+            self._weighted_steps[key] += update.num_examples * steps
 
     def finish(self) -> AdapterState:
         mean = super().finish()
-        return {key: tensor.mul_(self._weighted_steps / self._num_examples) for key, tensor in mean.items()}
+        return {
+            key: tensor.mul_(self._weighted_steps[key] / (self._weights[key] or 1.0)) for key, tensor in mean.items()
+        }
 
 
 def effective_steps(num_steps: int, momentum: float) -> float:

@@ -42,8 +42,11 @@ class MeanOfFactors(FactorAggregator):
         super().add(update)
         self._means.add(update)
 
-    def _add_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
+    def _check_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
+        super()._check_pair(pair, update)
         refuse_other_ranks(pair, update, self._state, self.aggregation)
+
+    def _add_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
         A, B = update.delta[pair.key_A].float(), update.delta[pair.key_B].float()
         if pair.module not in self._references:
             self._references[pair.module] = A.clone(), B.clone()
@@ -54,7 +57,7 @@ class MeanOfFactors(FactorAggregator):
 
     def _lacking(self, pair: FactorPair, means: AdapterState) -> LowRank | None:
         """`sum_k p_k B_k A_k - B A`, without the scaling; `None` if only one client has the pair."""
-        total = self._sums[pair.module]
+        total = self._sums.pop(pair.module)  # no longer needed, and as large as what the clients sent
         if total.num_columns == 0:
             return None
         left, right = total.product(1 / self._weights[pair.module])
@@ -98,7 +101,7 @@ class FedExLoRA(MeanOfFactors):
         self.max_rank = max_rank
 
     def finish(self) -> AdapterState:
-        delta, means = self._finish_others(), self._means.finish()
+        delta, means = self._finish_others(), self._means._mean()
         for pair in self._trained_pairs():
             residual = self._lacking(pair, means)
             if residual is None:
@@ -142,7 +145,7 @@ class LoRAFair(MeanOfFactors):
         self.ridge = ridge
 
     def finish(self) -> AdapterState:
-        delta, means = self._finish_others(), self._means.finish()
+        delta, means = self._finish_others(), self._means._mean()
         for pair in self._trained_pairs():
             lacking = self._lacking(pair, means)
             if lacking is None:

@@ -20,7 +20,7 @@ class FlexLoRA(MeanOfProducts):
 
     The directions are in the order of their singular values, so a client of rank `r_k` gets the best approximation of *its*
     rank by [`truncate_ranks`]. The singular values are shared evenly by `A` and `B`. Directions that `dW` does not have keep
-    their `A` and start with `B = 0`; with both zero they could not be trained.
+    their `A` and start with `B = 0`, or keep their `B` where `A` is zero; with both zero they could not be trained.
 
     For FeDeRA and SCL with a kept residual, the whole products are averaged and approximated: their constant start drops out of
     the difference.
@@ -36,19 +36,22 @@ class FlexLoRA(MeanOfProducts):
             Whether a client may lack modules.
     """
 
-    def _new_factors(self, pair: FactorPair, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        product = self._sums[pair.module].product(1 / (self._weights[pair.module] * pair.scaling))
+    def _new_factors(
+        self, pair: FactorPair, mean: LowRank, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        product = LowRank(mean.left / pair.scaling, mean.right)
         return pair.stored(*principal_factors(product, *pair.whole(A, B)))
 
 
 def principal_factors(product: LowRank, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Factors `(r, in)`, `(out, r)` of the best rank-`r` approximation of `product`; rows of `A` and zeros where its rank is less.
+    Factors `(r, in)`, `(out, r)` of the best rank-`r` approximation of `product`; one of the given and zeros where its rank is
+    less.
     """
     u, values, vt = product_svd(*product)
     rank = int((values[: len(A)] > 1e-7 * values[0]).sum())  # the resolution of float32
     root = values[:rank].sqrt()
-    new_A, new_B = A.clone(), torch.zeros_like(B)
+    new_A, new_B = A.clone(), B * ~A.any(dim=1)  # PEFT starts embeddings with `A = 0`
     new_A[:rank] = root[:, None] * vt[:rank]
     new_B[:, :rank] = u[:, :rank] * root
     return new_A, new_B

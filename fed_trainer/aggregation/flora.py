@@ -25,7 +25,7 @@ class FLoRA(MeanOfProducts):
     no server optimiser.
 
     A LoRA restarts with a random `A` (uniform as PEFT draws it, from `seed`, the round and the name, the same on every machine)
-    and `B = 0`. FeDeRA and SCL go back to their start `A0`, `B0`, whose product stays subtracted, so that the model is continued
+    and `B = 0`; on embeddings, as PEFT starts them, with `A = 0` and a normal `B`. FeDeRA and SCL go back to their start `A0`, `B0`, whose product stays subtracted, so that the model is continued
     exactly; the start is then the principal part of the pretrained weight, not of the present one.
 
     Memory: the factors of all clients, as much as they sent; or a bounded number of columns with `max_columns`, which is then
@@ -50,8 +50,10 @@ class FLoRA(MeanOfProducts):
         check_integer("seed", seed, least=0)
         self.seed = seed
 
-    def _new_factors(self, pair: FactorPair, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        left, right = self._sums[pair.module].product(1 / self._weights[pair.module])
+    def _new_factors(
+        self, pair: FactorPair, mean: LowRank, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        left, right = mean
         if pair.start is not None:
             start_A, start_B = (tensor.to("cpu", torch.float32) for tensor in pair.start)
             left, right = torch.cat([left, -pair.scaling * start_B], dim=1), torch.cat([right, start_A])
@@ -68,5 +70,8 @@ def restart_factors(
         return pair.stored(start_A, start_B)
     digest = hashlib.sha256(f"{seed} {round} {pair.module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if "lora_embedding_" in pair.key_A:
+        # a random `A` has entries of 1 / sqrt(vocabulary), and each input is one of its columns: `B` would hardly learn
+        return torch.zeros_like(A), torch.empty_like(B).normal_(generator=generator)
     bound = 1 / math.sqrt(A.shape[1])  # kaiming_uniform_ with a = sqrt(5), as PEFT
     return torch.empty_like(A).uniform_(-bound, bound, generator=generator), torch.zeros_like(B)

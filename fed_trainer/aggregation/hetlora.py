@@ -26,7 +26,8 @@ class HetLoRA(FactorAggregator):
     the paper leaves that open.
 
     It is the clients' *adapters* that are padded, not their deltas: the sum starts from zero, not from the old global adapter, so
-    a direction that no client has any more is gone. Factors are averaged one by one, so the result is not the mean of the
+    a direction that no client *of the round* has is gone for good, also for clients that were not sampled (both factors are zero
+    there, so it has no gradient): sample a client of the largest rank in every round. Factors are averaged one by one, so the result is not the mean of the
     products; `flora` and `flexlora` are exact.
 
     Streaming: memory does not depend on the number of clients.
@@ -52,6 +53,7 @@ class HetLoRA(FactorAggregator):
         self._total = 0.0
 
     def add(self, update: ClientUpdate) -> None:
+        self._checked(update)
         if update.num_examples == 0:
             return
         local = [self._local(pair, update) for pair in self.pairs]
@@ -67,12 +69,12 @@ class HetLoRA(FactorAggregator):
         self._total += weight
 
     def finish(self) -> AdapterState:
+        delta = self._others._mean()
         if self._total == 0:
             raise ValueError(
                 "No client update with examples and a product that is not zero arrived in this round, so there is nothing to "
                 "weight by. Check that the clients train, or use `weighting='examples'`."
             )
-        delta = self._others._mean()
         for pair in self.pairs:
             A, B = (self._sums[key].div_(self._total) for key in (pair.key_A, pair.key_B))
             A, B = pair.stored(A, B)

@@ -171,6 +171,11 @@ def _check_frozen_factors(state: AdapterState) -> None:
                 f"'ffa_lora' is exact because one factor is the same everywhere, but {key} belongs to a second product, which "
                 "multiplies the first. Use `variant='compress'` or `train_down_proj='none'`, or 'fedavg'."
             )
+        if ".lora_magnitude_vector" in key:
+            raise ValueError(
+                f"'ffa_lora' is exact because the adapter is linear in `B`, but with {key} (DoRA) the sum of base weight and product "
+                "is rescaled. Use plain LoRA, or 'fedavg'."
+            )
         if ".lora_" in key and re.search(A_FACTORS, key) and not tensor.any():
             raise ValueError(
                 f"'ffa_lora' trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so nothing would be "

@@ -11,7 +11,7 @@ from ..adapter_state import AdapterState
 from ..options import check_integer
 from .base import ClientUpdate
 from .factors import FactorAggregator, FactorPair
-from .low_rank import LowRankSum
+from .low_rank import LowRank, LowRankSum
 
 
 __all__ = ["MeanOfProducts"]
@@ -52,10 +52,13 @@ class MeanOfProducts(FactorAggregator):
             if self._weights[pair.module] == 0:  # nobody trained it
                 delta[pair.key_A], delta[pair.key_B] = torch.zeros_like(A), torch.zeros_like(B)
                 continue
-            new_A, new_B = self._new_factors(pair, A, B)
+            total = self._sums.pop(pair.module)  # no longer needed, and as large as what the clients sent
+            new_A, new_B = self._new_factors(pair, total.product(1 / self._weights[pair.module]), A, B)
             delta[pair.key_A], delta[pair.key_B] = new_A - A, new_B - B
         return delta
 
     @abstractmethod
-    def _new_factors(self, pair: FactorPair, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next stored factors of a pair whose present ones are `A` and `B`."""
+    def _new_factors(
+        self, pair: FactorPair, mean: LowRank, A: torch.Tensor, B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next stored factors of a pair whose present ones are `A` and `B`, from `sum_k p_k s_k B_k A_k`."""

@@ -17,7 +17,7 @@ import torch
 
 from ..adapter_state import AdapterState
 from ..options import check_integer, check_number
-from .base import Aggregator, ClientUpdate
+from .base import Aggregator, ClientUpdate, check_tensors
 from .fedavg import FedAvg
 from .low_rank import LowRank
 
@@ -36,6 +36,7 @@ class _KeepingAggregator(Aggregator):
         self._updates: list[ClientUpdate] = []
 
     def add(self, update: ClientUpdate) -> None:
+        check_tensors(update, self._state)
         self._updates.append(update)
 
     def finish(self) -> AdapterState:

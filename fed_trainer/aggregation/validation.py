@@ -62,7 +62,7 @@ def validated(
             Whether tensors may be missing.
 
     Raises:
-        InvalidUpdateError: For a duplicate client, another base model, no examples, a wrong key, shape or dtype, an empty
+        InvalidUpdateError: For a duplicate client, another base model, a number of examples or steps or a scaling that is none, a wrong key, shape or dtype, an empty
             tensor, or a value that is not finite.
     """
     reason = _fault(update, reference, seen, base_digest, partial)
@@ -122,8 +122,15 @@ def _fault(
             f"it was trained on another base model (digest {update.base_digest[:12]}, expected {base_digest[:12]}). Load the same "
             "checkpoint on every machine."
         )
-    if not isinstance(update.num_examples, int) or update.num_examples < 1:
+    if not _is_count(update.num_examples):
         return f"`num_examples` is {update.num_examples!r}, but it should be a positive integer: it is the weight in the mean."
+    if update.num_steps is not None and not _is_count(update.num_steps):
+        return f"`num_steps` is {update.num_steps!r}, but it should be a positive integer. Send what the local round counted."
+    for module, scaling in (update.scalings or {}).items():
+        if not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
+            return (
+                f"the scaling of {module} is {scaling!r}, but it should be positive and finite. Send `lora_alpha / r`."
+            )
     unexpected, missing = (
         sorted(update.delta.keys() - reference.keys()),
         sorted(reference.keys() - update.delta.keys()),
@@ -143,6 +150,11 @@ def _fault(
         if tensor.numel() > 0 and not _is_finite(tensor):
             return f"{key} has values that are not finite. Lower `learning_rate`, or set `max_grad_norm`."
     return None
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is a positive integer that a float64 holds exactly."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 2**53
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

@@ -467,7 +467,115 @@ def test_bfloat16_adapters_are_combined_in_float32(rule) -> None:
         assert_close(base[module], change, tolerance=1e-6)
 
 
+@rules
+def test_finish_ends_the_round(rule) -> None:
+    aggregator = rule(pairs_of(LORA))
+    aggregate(aggregator, random_state(LORA, "global"), updates_of(LORA, NUM_EXAMPLES))
+    for call in (aggregator.finish, lambda: aggregator.add(updates_of(LORA, (5,))[0])):
+        with pytest.raises(RuntimeError, match="No round is open"):
+            call()
+
+
+@rules
+@pytest.mark.parametrize("position", [0, 1], ids=["A", "B"])
+def test_refused_update_leaves_nothing_behind(rule, position: int) -> None:
+    """The round goes on without a client whose last tensors turn out not to fit."""
+    state, updates = random_state(LORA, "global"), updates_of(LORA, NUM_EXAMPLES)
+    expected, expected_base = aggregate(rule(pairs_of(LORA)), state, updates)
+    key = LORA[-1].keys[position]
+    lacking, misshapen = updates_of(LORA, (40, 60), seed="bad")
+    del lacking.delta[key]
+    misshapen.delta[key] = misshapen.delta[key][1:]
+    aggregator = rule(pairs_of(LORA))
+    aggregator.begin(state)
+    for update in updates:
+        aggregator.add(update)
+        with pytest.raises(ValueError, match=f"client 'c0' lacks the tensor {key}, and the rule combines both"):
+            aggregator.add(lacking)
+        with pytest.raises(ValueError, match="from client 'c1' have the shapes|client 'c1' differs in mlp.up"):
+            aggregator.add(misshapen)
+    new = add(state, aggregator.finish())
+    assert all(torch.equal(new[key], tensor) for key, tensor in expected.items())
+    for module, (left, right) in aggregator.base_change.items():
+        assert torch.equal(left.double() @ right.double(), expected_base[module])
+
+
+@pytest.mark.parametrize("rule", [FLoRA, FlexLoRA, HetLoRA])
+def test_scalings_that_lack_a_module_are_refused(rule) -> None:
+    update = ClientUpdate("a", 5, random_state(LORA, 1), scalings={LORA[0].name: 2.0})
+    with pytest.raises(ValueError, match="The `scalings` of client 'a' lack mlp.up"):
+        aggregate(rule(pairs_of(LORA)), random_state(LORA, 0), [update])
+
+
+def test_client_of_another_scaling_in_bfloat16_starts_from_what_it_was_sent() -> None:
+    """It is sent `B` rescaled and rounded; the server must not add its delta to the exact one."""
+    layer, s_k = Layer("q_proj", 7, 6, 2, 1.5), {"q_proj": 0.7}
+    state = {key: tensor.to(torch.bfloat16) for key, tensor in random_state((layer,), "global").items()}
+    sent = truncate_ranks(state, [layer.pair()], 2, s_k)
+    zero = {key: torch.zeros_like(tensor) for key, tensor in sent.items()}
+    _, base = aggregate(FLoRA([layer.pair()]), state, [ClientUpdate("a", 5, zero, scalings=s_k)])
+    assert_close(base["q_proj"], 0.7 * sent[layer.keys[1]].double() @ sent[layer.keys[0]].double(), 1e-6)
+
+
+def test_truncated_factors_are_copies() -> None:
+    state = random_state(LORA, "global")
+    for rank in (1, 3):
+        for pad in (False, True):
+            sent = truncate_ranks(state, pairs_of(LORA), rank, pad=pad)
+            for layer in LORA:
+                for key in layer.keys:
+                    sent[key].fill_(float("nan"))
+    assert all(torch.equal(tensor, state[key]) for key, tensor in random_state(LORA, "global").items())
+
+
+def test_chorus_trap_fedex_residual_carries_the_scaling() -> None:
+    """Trap: chorus-fl folds the residual without `alpha / r`."""
+    layer, double = Layer("q_proj", 7, 5, 2, 1.0), Layer("q_proj", 7, 5, 2, 2.0)
+    (_, single), (_, scaled) = (
+        aggregate(FedExLoRA([one.pair()]), random_state((one,), "global"), updates_of((one,), NUM_EXAMPLES))
+        for one in (layer, double)
+    )
+    assert_close(scaled["q_proj"], 2 * single["q_proj"], 1e-6)
+
+
+# Embeddings, which PEFT starts with `A = 0` and a normal `B`
+
+
+EMBED = FactorPair("embed", "e.lora_embedding_A", "e.lora_embedding_B", 0.5, transposed=True)
+
+
+def test_flora_restarts_embeddings_as_peft_starts_them() -> None:
+    """With `A` of 1 / sqrt(vocabulary) and `B = 0`, each token would read a column of tiny entries, and hardly learn."""
+    state = {EMBED.key_A: torch.zeros(2, 1000), EMBED.key_B: randn((6, 2), "B")}
+    delta = {EMBED.key_A: randn((2, 1000), "delta"), EMBED.key_B: torch.zeros(6, 2)}
+    new, base = aggregate(FLoRA([EMBED]), state, [ClientUpdate("a", 5, delta)])
+    assert not new[EMBED.key_A].any()
+    assert 0.3 < new[EMBED.key_B].std() < 2
+    assert not torch.equal(new[EMBED.key_B], state[EMBED.key_B])
+    assert_close(base["embed"], 0.5 * state[EMBED.key_B].double() @ delta[EMBED.key_A].double())
+
+
+def test_flexlora_leaves_no_direction_of_an_embedding_that_cannot_be_trained() -> None:
+    state = {EMBED.key_A: torch.zeros(3, 11), EMBED.key_B: randn((6, 3), "B")}
+    delta = {EMBED.key_A: torch.zeros(3, 11), EMBED.key_B: torch.zeros(6, 3)}
+    delta[EMBED.key_A][:, 4] = 1.0  # one token was seen, so the product has rank 1
+    new, _ = aggregate(FlexLoRA([EMBED]), state, [ClientUpdate("a", 5, delta)])
+    A, B = new[EMBED.key_A], new[EMBED.key_B]
+    assert_close(B @ A, state[EMBED.key_B] @ delta[EMBED.key_A])
+    assert all(A[index].any() or B[:, index].any() for index in range(3))
+
+
 # Subsets of layers
+
+
+@pytest.mark.parametrize("rule", [FLoRA, FedExLoRA, FlexLoRA, LoRAFair])
+def test_round_in_which_only_the_head_was_trained_counts(rule) -> None:
+    state, (update,) = random_state(LORA, "global"), updates_of(LORA, (5,))
+    update.delta = {HEAD: update.delta[HEAD]}
+    new, base = aggregate(rule(pairs_of(LORA), partial=True), state, [update])
+    assert base == {}
+    assert_close(new[HEAD], state[HEAD] + update.delta[HEAD])
+    assert all(torch.equal(new[key], state[key]) for layer in LORA for key in layer.keys)
 
 
 @pytest.mark.parametrize("rule", [FLoRA, FedExLoRA, FlexLoRA, LoRAFair])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fed_trainer.adapter_state import AdapterState, LiveAdapter, subtract
@@ -18,6 +19,7 @@ from fed_trainer.aggregation import (
     METHODS,
     ClientUpdate,
     FactorPair,
+    LowRank,
     add_to_base,
     check_adapter,
     factor_pairs,
@@ -281,7 +283,44 @@ def test_tied_weights_are_not_added_to() -> None:
         add_to_base(model, {"embed": (torch.zeros(6, 1), torch.zeros(1, 11))}, list(pairs.values()))
 
 
+def test_offloaded_base_weights_are_not_added_to() -> None:
+    """On the meta device an addition would do nothing, and say nothing."""
+    model = lora(target_modules=["up"])
+    model.base_model.model.up.base_layer.to("meta")
+    with pytest.raises(ValueError, match="up its base weight is offloaded"):
+        check_adapter("flora", model)
+
+
+def test_base_in_float64_is_not_rounded_to_float32() -> None:
+    model = lora(target_modules=["up"])
+    layer = model.base_model.model.up.base_layer.double()
+    with torch.no_grad():
+        layer.weight.fill_(1 / 3)
+    add_to_base(model, {"up": LowRank(torch.zeros(10, 1), torch.zeros(1, 6))}, factor_pairs(model))
+    assert (layer.weight == torch.tensor(1 / 3, dtype=torch.float64)).all()
+
+
+def test_factors_tied_to_each_other_are_refused() -> None:
+    config = LlamaConfig(
+        vocab_size=19,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    settings = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = get_peft_model(LlamaForCausalLM(config), settings)
+    with pytest.raises(ValueError, match="lm_head.* is the same memory as .*embed_tokens.*`ensure_weight_tying`"):
+        factor_pairs(model)
+
+
 # Whether a method fits an adapter
+
+
+def test_ffa_refuses_dora() -> None:
+    with pytest.raises(ValueError, match="'ffa_lora' is exact because .* with .*lora_magnitude_vector.* is rescaled"):
+        check_adapter("ffa_lora", lora(use_dora=True, target_modules=["up"]))
 
 
 def test_ffa_refuses_embeddings_whose_frozen_factor_is_zero() -> None:

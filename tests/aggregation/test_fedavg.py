@@ -148,6 +148,33 @@ def test_update_may_be_freed_after_add() -> None:
     assert_equal(aggregator.finish(), expected)
 
 
+@pytest.mark.parametrize("call", [lambda rule: rule.finish(), lambda rule: rule.add(updates_of([5])[0])])
+def test_finish_ends_the_round(call) -> None:
+    """A second `finish` would divide the sums, which are the caller's means by then, once more."""
+    aggregator, updates = FedAvg(), updates_of(NUM_EXAMPLES)
+    with pytest.raises(RuntimeError, match="No round is open"):
+        call(aggregator)
+    mean = aggregate(updates, aggregator)
+    with pytest.raises(RuntimeError, match="No round is open"):
+        call(aggregator)
+    assert_equal(mean, formula(updates))
+
+
+def test_update_of_another_shape_is_refused_and_does_not_broadcast() -> None:
+    updates = updates_of(NUM_EXAMPLES)
+    updates[1].delta["head.bias"] = torch.ones(1)
+    with pytest.raises(ValueError, match=r"head.bias of client 'client_1' has the shape \(1,\) instead of \(3,\)"):
+        aggregate(updates)
+
+
+def test_integer_buffers_are_averaged() -> None:
+    aggregator = FedAvg()
+    aggregator.begin({"bn.num_batches_tracked": torch.tensor(3)})
+    for client, (number, batches) in enumerate([(1, 4), (3, 8)]):
+        aggregator.add(ClientUpdate(str(client), number, {"bn.num_batches_tracked": torch.tensor(batches)}))
+    assert aggregator.finish()["bn.num_batches_tracked"].item() == 7
+
+
 @given(num_examples=weights, seed=st.integers(0, 1000), data=st.data())
 def test_order_of_clients_does_not_matter(num_examples: list[int], seed: int, data: st.DataObject) -> None:
     updates = updates_of(num_examples, seed)

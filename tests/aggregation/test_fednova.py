@@ -88,6 +88,18 @@ def test_tensor_is_averaged_over_the_clients_that_have_it() -> None:
     assert_close(new[HEAD], state[HEAD] + (50 * updates[1].delta[HEAD] + 200 * updates[2].delta[HEAD]).double() / 250)
 
 
+def test_fednova_of_a_tensor_that_one_client_has_is_that_update() -> None:
+    state, updates = random_state(LORA, "global"), updates_with_steps()
+    del updates[0].delta[HEAD], updates[2].delta[HEAD]
+    new, _ = aggregate(FedNova(partial=True), state, updates)
+    assert_close(new[HEAD], state[HEAD] + updates[1].delta[HEAD])
+    absent = random_state(LORA, "global")
+    for update in updates:
+        update.delta.pop(HEAD, None)
+    new, _ = aggregate(FedNova(partial=True), absent, updates)
+    assert torch.equal(new[HEAD], absent[HEAD])
+
+
 def test_tensor_that_no_client_has_stays_as_it_is() -> None:
     state, updates = random_state(LORA, "global"), updates_of(LORA, NUM_EXAMPLES)
     for update in updates:

@@ -221,6 +221,22 @@ def test_rounds_are_independent(rule) -> None:
 
 
 @rules
+def test_update_that_does_not_fit_is_refused_when_it_arrives(rule) -> None:
+    lacking, misshapen = updates_of(2)
+    del lacking.delta["head.bias"]
+    misshapen.delta["head.bias"] = torch.ones(1)
+    aggregator = rule()
+    aggregator.begin(STATE)
+    with pytest.raises(ValueError, match="client 'client 00' lacks the tensor head.bias"):
+        aggregator.add(lacking)
+    with pytest.raises(ValueError, match=r"head.bias of client 'client 01' has the shape \(1,\)"):
+        aggregator.add(misshapen)
+    for update in updates_of(6):
+        aggregator.add(update)
+    assert torch.equal(flat(aggregator.finish()), flat(aggregate(rule(), updates_of(6))))
+
+
+@rules
 def test_round_without_clients_raises(rule) -> None:
     with pytest.raises(ValueError, match="No client update arrived"):
         aggregate(rule(), [])

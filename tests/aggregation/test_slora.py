@@ -86,6 +86,13 @@ def test_pruning_penalty_is_the_product_of_the_norms_behind_the_cut() -> None:
     assert not B.grad[:, :2].any() and B.grad[:, 2:].any()
 
 
+def test_pruning_penalty_has_a_gradient_where_an_adapter_starts() -> None:
+    """The norm of zeros has no derivative; NaN there would spoil the first step."""
+    A, B = randn((4, 7), "A").requires_grad_(), torch.zeros(5, 4, requires_grad=True)
+    pruning_penalty(A, B, decay=0.5).backward()
+    assert not A.grad.any() and not B.grad.any()
+
+
 @pytest.mark.parametrize("rank, decay, shorter", [(50, 0.58, 29), (4, 0.6, 2), (4, 0.99, 3), (1, 0.5, 1), (8, 0.5, 4)])
 def test_rank_shrinks_if_the_local_round_has_emptied_what_is_cut(rank: int, decay: float, shorter: int) -> None:
     assert pruned_rank(1.0, 0.9, rank, decay) == shorter

@@ -54,6 +54,14 @@ FAULTS = {
     "no examples": (update(0), "`num_examples` is 0, but it should be a positive integer"),
     "negative": (update(-3), "`num_examples` is -3"),
     "not a count": (update(float("nan")), "`num_examples` is nan"),  # type: ignore[arg-type]
+    "boolean": (update(True), "`num_examples` is True"),
+    "too many": (update(2**64), "`num_examples` is 18446744073709551616"),
+    "no steps": (ClientUpdate("alice", 5, delta(), num_steps=0), "`num_steps` is 0, but it should be a positive"),
+    "scaling": (
+        ClientUpdate("alice", 5, delta(), scalings={"x": float("nan")}),
+        "the scaling of x is nan, but it should be positive and finite",
+    ),
+    "zero scaling": (ClientUpdate("alice", 5, delta(), scalings={"x": 0.0}), "the scaling of x is 0.0"),
 }
 
 
