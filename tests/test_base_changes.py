@@ -200,6 +200,16 @@ def test_a_resumed_run_has_the_same_weights_bit_for_bit(
     assert_same_bits(others.state_dict(), changes.state_dict())
 
 
+def test_a_saved_sum_takes_the_place_of_the_present_one() -> None:
+    model, other = net(lora_config()), net(lora_config())
+    changes, others = begun(model), begun(other)
+    changes.add(random_change(model, 0))
+    others.add({"up": random_change(model, 1)["up"]})
+    changes.load_state_dict(others.state_dict())
+    assert_same_bits(weights_of(model), weights_of(other))
+    assert_same_bits(changes.state_dict(), others.state_dict())
+
+
 def test_the_saved_sum_is_float32_and_has_no_more_columns_than_the_weight() -> None:
     model = net(lora_config(), torch.bfloat16)
     changes = begun(model)
@@ -244,9 +254,10 @@ SIZES = {
 TOKENS = torch.arange(1, 13).view(2, 6)
 
 
-def llama() -> nn.Module:
+def llama(**kwargs: Any) -> nn.Module:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, head_dim=8, max_position_embeddings=32)).eval()
+    sizes = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **kwargs)).eval()
 
 
 def gpt2() -> nn.Module:
@@ -264,6 +275,10 @@ RUNS: dict[str, tuple[Callable[[], nn.Module], Callable[[], PeftConfig]]] = {
     "rank and alpha patterns": (llama, lambda: LoraConfig(**ATTENTION, **PATTERNS)),
     "lora with biases": (llama, lambda: LoraConfig(**ATTENTION, bias="all", modules_to_save=["lm_head"])),
     "lora with tokens": (llama, lambda: LoraConfig(**ATTENTION, trainable_token_indices={"embed_tokens": [1, 5]})),
+    "lora with a trained embedding tied to the head": (
+        lambda: llama(tie_word_embeddings=True),
+        lambda: LoraConfig(**ATTENTION, modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
     "lora on embedding and head": (
         llama,
         lambda: LoraConfig(r=3, target_modules=["embed_tokens", "lm_head", "q_proj"], task_type="CAUSAL_LM"),
@@ -329,7 +344,11 @@ def test_stock_peft_computes_what_the_live_model_does(
     untouched = base()
     assert (logits(model) - logits(untouched)).abs().max() > 0.1
     loaded = PeftModel.from_pretrained(untouched, tmp_path)
-    assert type(loaded.peft_config["default"]) is LoraConfig
+    loaded_config, live_config = loaded.peft_config["default"], model.peft_config["default"]
+    assert type(loaded_config) is LoraConfig
+    for name in ("bias", "ensure_weight_tying", "modules_to_save", "task_type", "trainable_token_indices"):
+        if hasattr(live_config, name):
+            assert getattr(loaded_config, name) == getattr(live_config, name)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
     for pair in factor_pairs(loaded):
         assert pair.scaling == 1
