@@ -77,7 +77,7 @@ class LiveSparseChange(LiveAdapter):
     """
     The state of a model in stage 1 of SLoRA (https://huggingface.co/papers/2308.06522), read and written in place.
 
-    While it lives in the model, the LoRA layers are switched off and frozen, and their base layers have a sparse change. What
+    While it lives in the model, the LoRA layers have no active adapter, and their base layers have a sparse change. What
     travels is the values of the changes (`base_model.model.<module>.sparse_values`) and whatever the adapter trains beside its
     factors, such as the head of a classifier, which both stages train. The factors are saved along, but do not travel.
 
@@ -164,19 +164,21 @@ class LiveSparseChange(LiveAdapter):
 
     def _attach(self) -> None:
         for module, layer in self._layers.items():
-            layer.enable_adapters(False)  # freezes the factors too
+            layer.set_adapter(
+                []
+            )  # no factors are used, all are frozen; `disable_adapter` would switch a disabled layer on
             layer.base_layer = self._changes[module]
 
     def _detach(self) -> None:
         for module, layer in self._layers.items():
             layer.base_layer = self._changes[module].base_layer
-            layer.enable_adapters(True)
+            layer.set_adapter(self._name)
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
 
     def _check(self, pair: FactorPair, layer: nn.Module) -> None:
         if not isinstance(layer, LoraLayer) or pair.start is not None:
-            reason = f"the adapter is a {type(layer).__name__}, which has a start of its own"
+            reason = "the adapter is not a plain LoRA"
         elif pair.unfoldable is not None:
             reason = pair.unfoldable
         elif not isinstance(layer.base_layer, (nn.Linear, Conv1D)):
