@@ -444,9 +444,9 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         refuse_another_run(self._folder)
         self._store.clear()
+        self._record = self._new_record()
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
-        self._record = self._new_record()
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
             self._record["start"]["eval"] = self.evaluate(ignore_keys=ignore_keys_for_eval)

@@ -211,7 +211,7 @@ def test_an_adapter_can_be_saved_in_stage_1(tiny_model_dir: Path, tmp_path: Path
     live = stage_1(model)
     fill(live)
     state, inside, logits = live.read(include_frozen=True), everything(model), model(TOKENS).logits
-    with live.as_lora() as errors:
+    with live.publishable() as errors:
         model.save_pretrained(tmp_path)
     assert everything(model) == inside
     assert same(live.read(include_frozen=True), state)
