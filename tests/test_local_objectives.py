@@ -147,7 +147,10 @@ def test_loss_scaling_is_refused(name: str, tmp_path: Path) -> None:
             "cannot be pruned",
         ),
         (lambda: RankPruning(PAIRS, 0.5, 0.1).begin(random_state(0), None), "the client has no state and so no rank"),
-        (lambda: FedProx(1.0).load_state_dict({"control.A": torch.ones(1)}), "'control.A', which FedProx does not keep"),
+        (
+            lambda: FedProx(1.0).load_state_dict({"control.A": torch.ones(1)}),
+            "'control.A', which FedProx does not keep",
+        ),
         (lambda: Scaffold(3).load_state_dict({"momentum.A": torch.ones(1)}), "which Scaffold does not keep"),
     ],
 )
