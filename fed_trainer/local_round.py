@@ -36,7 +36,7 @@ class LocalRoundMixin(Trainer):
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0
-    _objective: LocalObjective | None = None
+    _objective: LocalObjective | None
 
     def local_round(
         self,
@@ -88,7 +88,6 @@ class LocalRoundMixin(Trainer):
         finally:
             self.state, self.control, self.callback_handler = federation
             self.args.activation_checkpointing = checkpointing
-            self._objective = None
         metrics = {
             "train_loss": output.training_loss,
             "num_steps": output.global_step,

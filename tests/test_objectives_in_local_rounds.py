@@ -151,6 +151,18 @@ def test_added_gradients_are_clipped_along(make_federation) -> None:
     assert norm(subtract(ours, federation.start)) <= 1.001 * len(STEPS) * LR * 0.01
 
 
+def test_parameters_that_are_frozen_in_a_round_stay(make_federation) -> None:
+    """As in the rounds of RoLoRA: the optimiser holds both factors, and would step along any gradient."""
+    federation, objective = make_federation(), FedProx(0.4)
+    federation.local(federation.start, 0)  # builds the optimiser
+    for key, parameter in federation.trainer._live_adapter.parameters().items():
+        parameter.requires_grad = "lora_A" not in key
+    objective.begin(random_adapter(federation.start, seed=1), None)
+    ours = federation.local(federation.start, 0, objective)
+    for key, tensor in ours.items():
+        assert torch.equal(tensor, federation.start[key]) == ("lora_A" in key)
+
+
 def test_scaffold_equals_option_two_in_float64_over_rounds(make_federation) -> None:
     """
     With a schedule, client sampling and refused clients. The reference takes the mean of the gradients themselves as the
