@@ -37,7 +37,7 @@ class LocalRoundMixin(Trainer):
     _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
-    _objective: LocalObjective | None = None
+    _objective: LocalObjective | None
     _checkpointing_is_on: bool = False
 
     def local_round(
@@ -99,7 +99,6 @@ class LocalRoundMixin(Trainer):
         finally:
             self.state, self.control, self.callback_handler = federation
             self.args.activation_checkpointing, self.args.max_steps = checkpointing, budget
-            self._objective = None
         metrics = {
             "train_loss": output.training_loss,
             "num_steps": output.global_step,

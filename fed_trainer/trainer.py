@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -423,7 +423,9 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         if self._base_changes is not None:
             state |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
         if not self._saved_file_is_state:
-            state |= {f"state.{key}": tensor for key, tensor in self._live_adapter.saved().items()}
+            with self._base_changes.taken_out() if self._base_changes is not None else nullcontext():
+                saved = self._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
+            state |= {f"state.{key}": tensor for key, tensor in saved.items()}
         if state:
             save_file(state, folder / SERVER_STATE)
         self._store.link_into(folder / CLIENTS_FOLDER)
@@ -444,6 +446,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         refuse_another_run(self._folder)
         self._store.clear()
+        if self._base_changes is not None:
+            self._base_changes.reset()
         self._record = self._new_record()
         if self.server.sparse_rounds:
             self._begin_sparse_stage()

@@ -30,7 +30,11 @@ LOCAL = {
     "eval_on_start": False,
 }
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-NEEDED = {"norm_bounding": {"max_norm": 0.1}, "slora": {"sparse_rounds": 1, "density": 0.1}, "trimmed_mean": {"trim": 0.34}}
+NEEDED = {
+    "norm_bounding": {"max_norm": 0.1},
+    "slora": {"sparse_rounds": 1, "density": 0.1},
+    "trimmed_mean": {"trim": 0.34},
+}
 KRUM = {"num_byzantine": 0}
 NEEDED |= {"krum": KRUM, "multi_krum": KRUM}
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
@@ -137,9 +141,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("adapter_kind", ADAPTERS)
 @pytest.mark.parametrize("method", ["ffa_lora", "rolora", "flora", "fedex_lora"])
-def test_the_model_of_every_round_is_the_mean_of_the_clients_models(
-    make_trainer, monkeypatch, method, adapter_kind
-):
+def test_the_model_of_every_round_is_the_mean_of_the_clients_models(make_trainer, monkeypatch, method, adapter_kind):
     """Dense, in float64, with unequal weights, over three rounds."""
     checks = []
 

@@ -56,11 +56,11 @@ class RankPruning(LocalObjective):
         self._rank = int(client_state["rank"])
 
     def add_gradients(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
-        factors = [parameters[key] for pair in self.pairs for key in (pair.key_A, pair.key_B)]
-        # `grad`, not `backward`: the hooks of DDP wait for gradients of a forward
-        gradients = torch.autograd.grad(self.penalty_weight * self._penalty(parameters), factors)
-        for factor, gradient in zip(factors, gradients, strict=True):
-            add_gradient(factor, gradient)
+        keys = [key for pair in self.pairs for key in (pair.key_A, pair.key_B)]
+        factors = {key: parameters[key].detach().float().requires_grad_() for key in keys}
+        gradients = torch.autograd.grad(self.penalty_weight * self._penalty(factors), list(factors.values()))
+        for key, gradient in zip(factors, gradients, strict=True):
+            add_gradient(parameters[key], gradient)
 
     def finish(self, delta: AdapterState) -> AdapterState:
         end = {key: self._start[key] + delta[key] for pair in self.pairs for key in (pair.key_A, pair.key_B)}
