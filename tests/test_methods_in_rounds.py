@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.aggregation import METHODS, TooFewClientsError
-from fed_trainer.clients import client_seed
+from fed_trainer.aggregation import METHODS
 from peft_scl import FederaConfig, SclConfig
 
 
