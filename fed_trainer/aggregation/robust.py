@@ -4,7 +4,7 @@
 Rules that bear a number of arbitrary, finite updates. All but [`NormBounding`] compare clients, so they keep every update of
 the round: memory is the number of clients times the adapter, in the dtype it was sent in, plus blocks of a fixed size.
 
-Updates are compared as they travel. For LoRA that means factor by factor, of which the caution about means of factors holds
+Updates are compared as they travel, integer buffers (counts of batches) aside. For LoRA that means factor by factor, of which the caution about means of factors holds
 too. Only [`NormBounding`] and [`GeometricMedian`] look at numbers of examples, which a client could lie about.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -58,6 +59,11 @@ class _KeepingAggregator(Aggregator):
     def _combine_sorted(self, values: torch.Tensor) -> torch.Tensor:
         """From `(clients, coordinates)`, each coordinate in ascending order, to `(coordinates,)`."""
         raise NotImplementedError
+
+
+def _measured(state: AdapterState) -> AdapterState:
+    """What norms and distances are over: not integer buffers, whose counts of batches would outweigh all else."""
+    return {key: tensor for key, tensor in state.items() if tensor.is_floating_point()}
 
 
 def _blocks(updates: list[ClientUpdate], state: AdapterState) -> Iterator[tuple[str, slice, torch.Tensor]]:
@@ -150,12 +156,12 @@ class GeometricMedian(_KeepingAggregator):
             raise ValueError("No client update with examples arrived in this round, so there is nothing to weight by.")
         shares = shares / shares.sum()
         squared = torch.zeros_like(shares)
-        for _, _, values in _blocks(updates, self._state):
+        for _, _, values in _blocks(updates, _measured(self._state)):
             squared += (values - _median(values.sort(dim=0).values)).square().sum(dim=1)
         weights = self._weights(shares, squared)
         for _ in range(self.max_iterations):
             squared = torch.zeros_like(shares)
-            for _, _, values in _blocks(updates, self._state):
+            for _, _, values in _blocks(updates, _measured(self._state)):
                 squared += (values - weights @ values).square().sum(dim=1)
             previous, weights = weights, self._weights(shares, squared)
             if (weights - previous).abs().max() <= self.tolerance:
@@ -208,7 +214,7 @@ class MultiKrum(_KeepingAggregator):
                 f"Select at most {count - bad}."
             )
         squared = torch.zeros(count, count, dtype=torch.float64)
-        for _, _, values in _blocks(updates, self._state):
+        for _, _, values in _blocks(updates, _measured(self._state)):
             # not by Grams, in whose rounding the distances of close updates drown when these are far from zero
             squared += torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square()
         squared.fill_diagonal_(math.inf)
@@ -261,13 +267,15 @@ class NormBounding(Aggregator):
         return self.aggregator.min_updates
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
+        self._keys = _measured(state).keys()
         self.aggregator.begin(state, round)
 
     def add(self, update: ClientUpdate) -> None:
-        norm = math.hypot(*(float(tensor.double().norm()) for tensor in update.delta.values()))
+        bounded = {key: tensor for key, tensor in update.delta.items() if key in self._keys}
+        norm = math.hypot(*(float(tensor.double().norm()) for tensor in bounded.values()))
         if norm > self.max_norm:
-            delta = {key: tensor.float() * (self.max_norm / norm) for key, tensor in update.delta.items()}
-            update = ClientUpdate(**{**vars(update), "delta": delta})
+            delta = {key: tensor.float() * (self.max_norm / norm) for key, tensor in bounded.items()}
+            update = replace(update, delta=update.delta | delta)
         self.aggregator.add(update)
 
     def finish(self) -> AdapterState:

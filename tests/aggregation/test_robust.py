@@ -148,6 +148,25 @@ def test_norm_bounding_passes_on_to_another_rule_what_it_needs() -> None:
     assert_close(flat(bounded), expected, 1e-6)
 
 
+@pytest.mark.parametrize("rule", [GeometricMedian, Krum, MultiKrum, lambda: NormBounding(0.5)])
+def test_counts_of_batches_are_not_compared_with_weights(rule) -> None:
+    """Clients of different sizes count different numbers of batches, which are large beside any change of weights."""
+    counts = [900, 20, 300, 50, 7, 100]
+    updates = updates_of(len(counts))
+    expected = aggregate(rule(), updates)
+    for update, count in zip(updates, counts, strict=True):
+        update.delta["bn.num_batches_tracked"] = torch.tensor(count)
+    aggregator = rule()
+    aggregator.begin(STATE | {"bn.num_batches_tracked": torch.tensor(5)})
+    for update in updates:
+        aggregator.add(update)
+    result = aggregator.finish()
+    assert torch.equal(flat(result), flat(expected))
+    assert 7 <= result["bn.num_batches_tracked"] <= 900
+    if isinstance(aggregator, NormBounding):
+        assert result["bn.num_batches_tracked"].item() == pytest.approx(sum(counts) / len(counts))
+
+
 # Byzantine clients
 
 
