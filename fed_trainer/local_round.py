@@ -155,8 +155,7 @@ class LocalRoundMixin(Trainer):
         self._initial_optimizer_state = self._initial_scaler_state = None
         self.optimizer = self.lr_scheduler = None  # type: ignore[assignment]
         self.model_wrapped = self.model  # type: ignore[assignment]
-        del self.accelerator.free_memory  # the method of the class again, which lets go of the old engine
-        self.accelerator.free_memory()
+        del self.accelerator.free_memory  # `train()` then lets go of the old one
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `train()` calls to evaluate, also for `eval_on_start`: a matter of the run, not of each client."""

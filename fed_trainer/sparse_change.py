@@ -164,9 +164,8 @@ class LiveSparseChange(LiveAdapter):
 
     def _attach(self) -> None:
         for module, layer in self._layers.items():
-            layer.set_adapter(
-                []
-            )  # no factors are used, all are frozen; `disable_adapter` would switch a disabled layer on
+            # None is active, which freezes the factors; one that is switched off would come back after `disable_adapter`.
+            layer.set_adapter([])
             layer.base_layer = self._changes[module]
 
     def _detach(self) -> None:

@@ -135,7 +135,7 @@ def test_a_change_below_the_resolution_of_bfloat16_adds_up() -> None:
     nn.init.constant_(layer.weight, 1.0)
     change = SparseChange(layer, "default", torch.arange(5))
     for _ in range(4):
-        change.trained.data += 2**-9  # half a unit in the last place is 2**-8
+        change.trained.data += 2**-10 + 2**-18  # in the end a little more than half a unit in the last place
     x = torch.eye(8, dtype=torch.bfloat16)
     assert change.trained.dtype == torch.float32
     assert torch.equal(change(x).T, (layer.weight.float() + change.dense()).bfloat16())

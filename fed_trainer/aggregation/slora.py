@@ -4,7 +4,8 @@
 The two stages of SLoRA (https://huggingface.co/papers/2308.06522).
 
 Stage 1 federates a sparse change of the full target weights: `values` at the places of a random mask that all machines draw
-from one seed, so that only the values travel; their mean is FedAvg, exact. Stage 2 starts LoRA from the change.
+from one seed, so that only the values travel; their mean is FedAvg, exact. Stage 2 starts LoRA from the change. On a live model
+[`LiveSparseChange`] does both.
 """
 
 from __future__ import annotations
