@@ -33,6 +33,9 @@ class LiveState:
     the optimiser go on holding the same objects.
     """
 
+    saved_file_is_state: bool = True
+    """Whether `save_pretrained` writes all that is needed to train on; if not, a checkpoint holds the state beside it."""
+
     _tensors: dict[str, torch.Tensor]  # all that is saved
     _frozen: set[str]  # keys of what no client trains, which does not travel
 
@@ -56,6 +59,37 @@ class LiveState:
         for key, tensor in state.items():
             self._tensors[key].copy_(tensor)
 
+    def load(self, saved: AdapterState, source: str) -> None:
+        """
+        Write a whole state, as `read(include_frozen=True)` gives it, into the model.
+
+        Args:
+            saved (`dict[str, torch.Tensor]`):
+                The tensors of a checkpoint.
+            source (`str`):
+                Where they came from, for the error message.
+
+        Raises:
+            ValueError: If they do not fit.
+        """
+        check_same_layout(saved, self.read(include_frozen=True), source)
+        self.write(saved)
+
+    def from_saved(self, saved: AdapterState, source: str) -> AdapterState:
+        """
+        The state in a file of `save_pretrained`.
+
+        Args:
+            saved (`dict[str, torch.Tensor]`):
+                The tensors of the file.
+            source (`str`):
+                Where they came from, for the error message.
+
+        Raises:
+            ValueError: If the file does not hold the state.
+        """
+        return saved
+
 
 class LiveAdapter(LiveState):
     """
@@ -74,12 +108,6 @@ class LiveAdapter(LiveState):
         if len(active) != 1:
             raise ValueError(
                 f"The adapters {active} are active, but a federation trains one adapter. Call `set_adapter` with one name."
-            )
-        if model.peft_config[active[0]].is_prompt_learning:
-            raise ValueError(
-                f"The adapter is of type {PeftType(model.peft_config[active[0]].peft_type).value}, which PEFT saves as computed "
-                "prompts rather than as its parameters, so it cannot be averaged and loaded back. Use an adapter inside the "
-                "model, such as SCL or LoRA."
             )
         owners = {tensor.data_ptr(): tensor for tensor in [*model.buffers(), *model.parameters()]}
         self._model, self._name = model, active[0]
@@ -106,23 +134,16 @@ class LiveAdapter(LiveState):
 
     def load(self, saved: AdapterState, source: str) -> None:
         """
-        Write an adapter as PEFT saves it, whole, into the model.
-
-        Args:
-            saved (`dict[str, torch.Tensor]`):
-                The tensors of an adapter file.
-            source (`str`):
-                Where they came from, for the error message.
+        Write an adapter as PEFT saves it, whole, into the model; `source` is where it came from, for the error message.
 
         Raises:
-            ValueError: If they do not fit.
+            ValueError: If it does not fit.
         """
-        state = unstack_start(saved) if self._is_federa else saved
-        check_same_layout(state, self.read(include_frozen=True), source)
-        if self._is_federa:  # another start moves the base model with it
-            set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
-        else:
-            self.write(state)
+        if not self._is_federa:
+            return super().load(saved, source)
+        check_same_layout(unstack_start(saved), self.read(include_frozen=True), source)
+        # another start moves the base model with it
+        set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
 
 
 def _start_of(module: nn.Module) -> list[torch.Tensor]:

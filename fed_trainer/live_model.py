@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .adapter_state import AdapterState, LiveState, check_same_layout
+from .adapter_state import AdapterState, LiveState
 
 
 __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
@@ -43,11 +43,6 @@ class LiveModel(LiveState):
             for key, tensor in self._tensors.items()
             if not (tensor.requires_grad if id(tensor) in parameters else tensor.is_floating_point())
         }
-
-    def load(self, saved: AdapterState, source: str) -> None:
-        """Write a whole model, as [`load_model`] gives it; `source` is where it came from, for the error message."""
-        check_same_layout(saved, self.read(include_frozen=True), source)
-        self.write(saved)
 
 
 def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterState:

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 
-from .adapter_state import AdapterState, LiveAdapter
-from .live_model import LiveModel
+from .adapter_state import AdapterState, LiveState
 
 
 __all__ = ["LocalRoundMixin"]
@@ -30,7 +29,7 @@ class LocalRoundMixin(Trainer):
     """
 
     optimizer: torch.optim.Optimizer
-    _live_adapter: LiveAdapter | LiveModel
+    _live_adapter: LiveState
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
     _lr_factor: float = 1.0

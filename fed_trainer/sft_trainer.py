@@ -10,6 +10,7 @@ import datasets
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from .clients import check_sft_columns
@@ -24,6 +25,9 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
     """
     Federated supervised fine-tuning: a [`~trl.SFTTrainer`] whose training data is spread over clients.
 
+    Without a `peft_config`, a plain model is trained as `SFTTrainer` does it: every parameter that requires gradients travels,
+    and whole models are saved. That is full fine-tuning, or BitFit if only the biases require gradients.
+
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
             Base model, as in `SFTTrainer`. It is loaded once and stays alive over all clients and rounds.
@@ -32,9 +36,9 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         train_dataset (`dict[str, Dataset]`):
             Training data by client, in any format that `SFTTrainer` takes.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            Held-out data on which the global adapter is evaluated.
+            Held-out data on which the global model is evaluated.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to train; not needed for a `PeftModel` or with `args.initial_adapter`.
+            The adapter to train, if `model` is no `PeftModel` and there is no `args.initial_adapter`.
         kwargs (`dict[str, Any]`, *optional*):
             Further arguments of `SFTTrainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
             `optimizer_cls_and_kwargs`, `formatting_func`, ... Callbacks see a round as a step of the run (`on_log`,
@@ -63,14 +67,9 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
 
     _config_class = FederatedConfig
     args: FederatedConfig
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
-        if peft_config is None and not isinstance(model, PeftModel):
-            raise ValueError(
-                "A federation sends adapters around, but neither a `peft_config` nor a `PeftModel` was given. Pass for "
-                "instance `peft_config=SclConfig(r=16, task_type='CAUSAL_LM')`."
-            )
         return {"model": model, "peft_config": peft_config}  # `SFTTrainer` loads and wraps
 
     def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:

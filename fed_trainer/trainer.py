@@ -25,7 +25,7 @@ from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
-from .adapter_state import AdapterState, LiveAdapter, check_same_layout, state_bytes, subtract
+from .adapter_state import AdapterState, check_same_layout, state_bytes, subtract
 from .aggregation import AGGREGATIONS, ClientUpdate
 from .checkpoint import (
     ADAPTER_WEIGHTS,
@@ -39,7 +39,9 @@ from .checkpoint import (
 from .clients import ClientSampler, check_clients, client_seed, local_batch
 from .config import FederationArguments, joins_examples, round_lr_factors
 from .hub import fetch_adapter, publish
-from .live_model import MODEL_WEIGHTS, LiveModel, load_model
+from .live_model import MODEL_WEIGHTS, load_model
+from .live_prompt import check_prompt_arguments
+from .live_state import live_state
 from .local_round import LocalRoundMixin
 from .progress import RoundProgress
 from .record import RECORD_NAME, held_out_metrics, read_record
@@ -126,7 +128,9 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
 
         self._prepared_clients: dict[str, Dataset] = {}
         self._keep_prepared(first, self.train_dataset)  # `super().__init__` has tokenised it
-        self._live_adapter = LiveAdapter(self.model) if isinstance(self.model, PeftModel) else LiveModel(self.model)
+        self._live_adapter = live_state(self.model)
+        if isinstance(self.model, PeftModel):
+            check_prompt_arguments(self.model, args)
         self._refuse_what_would_leak()
         if adapter_folder is not None:
             self._start_from(adapter_folder)
@@ -319,6 +323,11 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
         _refuse_another_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
+        if not self._live_adapter.saved_file_is_state:
+            raise NotImplementedError(
+                f"A federation of {record['peft_type']} cannot be resumed: the checkpoint {str(folder)!r} holds the prompts as "
+                "PEFT saves them, without the encoder that computes them. Start the run again in another `output_dir`."
+            )
         saved = load_adapter(folder) if isinstance(self.model, PeftModel) else load_model(folder, self.model)
         kind = "adapter" if isinstance(self.model, PeftModel) else "model"
         self._live_adapter.load(saved, f"The {kind} in {str(folder)!r}")
@@ -418,8 +427,8 @@ class FederatedMixin(LocalRoundMixin, RunFilesMixin):
             )
 
     def _start_from(self, folder: Path) -> None:
-        state = load_adapter(folder)
         source = f"The adapter {self.args.initial_adapter!r}"
+        state = self._live_adapter.from_saved(load_adapter(folder), source)
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         record = read_record(folder)
         theirs, ours = record.get("base_digest"), self._base_digest
