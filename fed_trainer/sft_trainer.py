@@ -15,10 +15,17 @@ from trl import SFTTrainer
 
 from .clients import check_sft_columns
 from .config import FederatedConfig
+from .record import peft_type_name
 from .trainer import FederatedMixin
 
 
 __all__ = ["FederatedTrainer"]
+
+
+_WITHOUT_LOG_PROBS = {
+    "ADAPTION_PROMPT": "it takes the model apart in another way. Train it with `FederatedTaskTrainer`, on tokenised data",
+    "CPT": "it computes a loss of its own from the logits. Use PROMPT_TUNING",
+}
 
 
 class FederatedTrainer(FederatedMixin, SFTTrainer):
@@ -70,6 +77,13 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
     model: PeftModel | PreTrainedModel
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
+        config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+        kind = None if config is None else peft_type_name(config)
+        if kind in _WITHOUT_LOG_PROBS:
+            raise ValueError(
+                f"TRL's SFTTrainer asks the model for log-probabilities (`fused_lm_head`), which {kind} does not give: "
+                f"{_WITHOUT_LOG_PROBS[kind]}."
+            )
         return {"model": model, "peft_config": peft_config}  # `SFTTrainer` loads and wraps
 
     def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:

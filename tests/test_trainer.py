@@ -9,7 +9,6 @@ from datasets import DatasetDict
 from peft import (
     LoraConfig,
     PeftModel,
-    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
@@ -359,7 +358,7 @@ def test_a_peft_model_is_taken_as_it_is(make_trainer, tiny_model_dir, tmp_path):
     assert json.loads((tmp_path / "out" / "federation.json").read_text())["peft_type"] == "LORA"
 
 
-def test_refusals_before_training(make_trainer, make_clients, tiny_model_dir, tmp_path):
+def test_refusals_before_training(make_trainer, make_clients):
     clients = make_clients(num_clients=2)
     with pytest.raises(ValueError, match="Client 'client_1' has no examples"):
         make_trainer(clients={**clients, "client_1": clients["client_1"].select([])})
@@ -371,12 +370,6 @@ def test_refusals_before_training(make_trainer, make_clients, tiny_model_dir, tm
         make_trainer(clients={name: rows.rename_column("completion", "answer") for name, rows in clients.items()})
     with pytest.raises(ValueError, match="`label_column` is 'colour'"):
         make_trainer(clients=clients, label_column="colour")
-    with pytest.raises(ValueError, match="neither a `peft_config` nor a `PeftModel`"):
-        FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=FederatedConfig(output_dir=str(tmp_path / "x"), **LOCAL),
-            train_dataset=clients,
-        )
 
 
 def test_parameters_outside_the_adapter_may_not_be_trained(make_trainer, tiny_model_dir):
@@ -449,11 +442,6 @@ def test_a_stopped_run_leaves_its_last_round(make_trainer, tmp_path):
 
     make_trainer(num_rounds=4, save_rounds=3, callbacks=[Stops()]).train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
-
-
-def test_prompt_learning_is_refused(make_trainer):
-    with pytest.raises(ValueError, match="of type PROMPT_TUNING, which PEFT saves as computed prompts"):
-        make_trainer(peft_config=PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
 
 
 def test_no_local_path_is_written_into_the_record_or_the_card(make_trainer, tmp_path, tiny_model_dir):
