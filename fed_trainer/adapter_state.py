@@ -134,7 +134,9 @@ class LiveAdapter(LiveState):
         # What no client trains is the same everywhere and does not travel: frozen parameters, and buffers, which hold what a
         # method starts from or projects with. Only those of `modules_to_save`, such as running statistics, change.
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        trained |= {id(b) for module in model.modules() if isinstance(module, ModulesToSaveWrapper) for b in module.buffers()}
+        trained |= {
+            id(b) for module in model.modules() if isinstance(module, ModulesToSaveWrapper) for b in module.buffers()
+        }
         self._frozen = set()
         for key, owner in self._tensors.items():
             if id(owner) in trained:

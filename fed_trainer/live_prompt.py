@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from transformers import TrainingArguments
 from trl import SFTConfig
@@ -37,7 +38,9 @@ class LivePrompt(LiveState):
     def __init__(self, model: PeftModel) -> None:
         name = model.active_adapters[0]
         self._type = PeftType(model.peft_config[name].peft_type).value
-        tensors = {f"{_PREFIX}{key}": tensor for key, tensor in model.prompt_encoder[name].named_parameters()}
+        tensors: dict[str, torch.Tensor] = {
+            f"{_PREFIX}{key}": tensor for key, tensor in model.prompt_encoder[name].named_parameters()
+        }
         encoder = {id(tensor) for tensor in tensors.values()}
         parameters = {id(parameter) for parameter in model.parameters()}
         owners = {
@@ -50,9 +53,7 @@ class LivePrompt(LiveState):
                 tensors[key] = owners[tensor.data_ptr()]
         self._tensors = dict(sorted(tensors.items()))
         self._frozen = {
-            key
-            for key, tensor in self._tensors.items()
-            if id(tensor) in parameters and not tensor.requires_grad
+            key for key, tensor in self._tensors.items() if id(tensor) in parameters and not tensor.requires_grad
         }
 
     def from_saved(self, saved: AdapterState, source: str) -> AdapterState:

@@ -43,6 +43,9 @@ class RunFilesMixin(Trainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        if self._peft_config is not None and self._peft_config.is_prompt_learning:
+            # PEFT saves what it computes, which must be without dropout; training steps switch it on again
+            self.model.get_submodule("prompt_encoder").eval()
         self.model.save_pretrained(str(folder), state_dict=state_dict)
         if self.processing_class is not None:
             # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
