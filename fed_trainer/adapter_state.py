@@ -112,6 +112,12 @@ class LiveAdapter(LiveState):
         kind = PeftType(model.peft_config[active[0]].peft_type).value
         if kind in _REFUSED:
             raise ValueError(f"An adapter of type {kind} cannot be federated: {_REFUSED[kind]}")
+        for field in _STATEFUL_FIELDS:
+            if getattr(model.peft_config[active[0]], field, None) is not None:
+                raise ValueError(
+                    f"`{field}` keeps what it has seen or drawn in buffers that it replaces while it trains, so they would go on "
+                    "from client to client. Leave it out."
+                )
         owners = {tensor.data_ptr(): tensor for tensor in [*model.buffers(), *model.parameters()]}
         self._model, self._name = model, active[0]
         self._is_federa = isinstance(model.peft_config[active[0]], FederaConfig)
@@ -162,6 +168,8 @@ _REFUSED = {
     "ADALORA": "it moves ranks between layers by statistics that it keeps outside the adapter and that would go on from client "
     "to client. Use LORA.",
 }
+
+_STATEFUL_FIELDS = ("velora_config", "monteclora_config")  # of a `LoraConfig`
 
 _ALTERNATIVES = {"VBLORA": "Set `save_only_topk_weights=False`."}
 

@@ -192,6 +192,11 @@ def test_a_round_is_the_mean_in_float64_and_stock_peft_loads_it(make_trainer, bi
     [
         (("AdaLoraConfig", {"total_step": 10, **QV}), "type ADALORA cannot be federated: it moves ranks .* Use LORA"),
         (
+            ("LoraConfig", {"velora_config": peft.VeloraConfig(), **QV}),
+            "`velora_config` keeps what it has seen or drawn",
+        ),
+        (("LoraConfig", {"monteclora_config": peft.MontecloraConfig(), **QV}), "`monteclora_config` keeps"),
+        (
             ("VBLoRAConfig", {"num_vectors": 8, "vector_length": 4, "save_only_topk_weights": True, **QV}),
             "VBLORA makes it when it is saved.* Set `save_only_topk_weights=False`",
         ),
