@@ -24,6 +24,16 @@ __all__ = ["AdapterState", "LiveAdapter", "LiveState", "base_digest", "check_sam
 AdapterState = dict[str, torch.Tensor]  # on CPU, contiguous, keyed as PEFT saves it
 
 
+_REFUSED = {
+    "ADALORA": "it moves ranks between layers by statistics that it keeps outside the adapter and that would go on from client "
+    "to client. Use LORA.",
+}
+
+_STATEFUL_FIELDS = ("velora_config", "monteclora_config")  # of a `LoraConfig`
+
+_ALTERNATIVES = {"VBLORA": "Set `save_only_topk_weights=False`."}
+
+
 class LiveState:
     """
     Tensors of a model as an [`AdapterState`], read and written in place.
@@ -162,16 +172,6 @@ class LiveAdapter(LiveState):
             set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
         else:
             super().load(saved, source)
-
-
-_REFUSED = {
-    "ADALORA": "it moves ranks between layers by statistics that it keeps outside the adapter and that would go on from client "
-    "to client. Use LORA.",
-}
-
-_STATEFUL_FIELDS = ("velora_config", "monteclora_config")  # of a `LoraConfig`
-
-_ALTERNATIVES = {"VBLORA": "Set `save_only_topk_weights=False`."}
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:

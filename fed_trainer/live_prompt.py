@@ -7,7 +7,6 @@ from __future__ import annotations
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
 from transformers import TrainingArguments
-from trl import SFTConfig
 
 from .adapter_state import AdapterState, LiveState
 
@@ -16,6 +15,12 @@ __all__ = ["LivePrompt", "check_prompt_arguments"]
 
 
 _PREFIX = "prompt_encoder."
+# in a file of PEFT, and in the encoder
+_NAMES = {
+    "prompt_embeddings": "embedding.weight",
+    "prefix_task_cols": "prefix_task_cols",
+    "prefix_task_rows": "prefix_task_rows",
+}
 # these put the prompt into the key-value cache, the others before the embeddings
 _IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
@@ -68,14 +73,6 @@ class LivePrompt(LiveState):
         return state
 
 
-# in a file of PEFT, and in the encoder
-_NAMES = {
-    "prompt_embeddings": "embedding.weight",
-    "prefix_task_cols": "prefix_task_cols",
-    "prefix_task_rows": "prefix_task_rows",
-}
-
-
 def check_prompt_arguments(model: PeftModel, args: TrainingArguments) -> None:
     """
     Raise for settings under which a prompt would be dropped without a word.
@@ -92,8 +89,8 @@ def check_prompt_arguments(model: PeftModel, args: TrainingArguments) -> None:
             f"{kind} puts its prompt into the key-value cache, which gradient checkpointing drops, so nothing would be "
             "trained. Set `gradient_checkpointing=False`."
         )
-    if isinstance(args, SFTConfig) and (args.packing or args.padding_free):
+    joining = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name, False)]
+    if joining:
         raise ValueError(
-            f"`{'packing' if args.packing else 'padding_free'}=True` joins examples into one sequence, of which {kind} gives a "
-            "prompt to the first alone. Leave it off."
+            f"`{joining[0]}=True` joins examples into one sequence, of which {kind} gives a prompt to the first alone. Leave it off."
         )

@@ -23,7 +23,7 @@ __all__ = ["FederatedTrainer"]
 
 
 _WITHOUT_LOG_PROBS = {
-    "ADAPTION_PROMPT": "it takes the model apart in another way. Train it with `FederatedTaskTrainer`, on tokenised data",
+    "ADAPTION_PROMPT": "it keeps the model's forward from before. Train it with `FederatedTaskTrainer`, on tokenised data",
     "CPT": "it computes a loss of its own from the logits. Use PROMPT_TUNING",
 }
 
