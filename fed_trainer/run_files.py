@@ -31,11 +31,7 @@ from .record import (
 )
 
 
-__all__ = ["CLIENTS_FOLDER", "SERVER_STATE", "RunFilesMixin"]
-
-
-SERVER_STATE = "server_state.safetensors"
-CLIENTS_FOLDER = "clients"
+__all__ = ["RunFilesMixin"]
 
 
 class RunFilesMixin(Trainer):
