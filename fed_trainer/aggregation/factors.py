@@ -362,6 +362,7 @@ class FactorAggregator(Aggregator):
         self._base_change = {}
         self._others.begin({key: tensor for key, tensor in state.items() if key not in factors}, round)
 
+    @torch.no_grad()
     def add(self, update: ClientUpdate) -> None:
         pairs = self._checked(update)
         self._others.add(update)

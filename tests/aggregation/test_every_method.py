@@ -394,3 +394,15 @@ def test_equal_updates_give_the_model_of_one_client(name: str) -> None:
     assert_close(ours[HEAD], end[HEAD])
     for layer in LORA:
         assert_close(ours[layer.name], layer.change(end))
+
+
+@methods
+def test_deltas_with_gradients_do_not_build_a_graph(name: str) -> None:
+    """It would keep every client of the run in memory."""
+    updates = updates_of(LORA, NUM_EXAMPLES)
+    expected = model_after(name, updates_of(LORA, NUM_EXAMPLES))
+    for update in updates:
+        update.delta = {key: tensor.requires_grad_() for key, tensor in update.delta.items()}
+    ours = model_after(name, updates)
+    assert not any(tensor.requires_grad for tensor in ours.values())
+    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())

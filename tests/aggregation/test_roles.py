@@ -119,10 +119,11 @@ def test_roles_with_two_defaults_cannot_be_joined() -> None:
 
 
 @pytest.mark.parametrize("role", ["shared", "local", "frozen"])
-def test_string_in_the_place_of_a_tuple_is_refused(role: str) -> None:
+@pytest.mark.parametrize("value", ["classifier", None])
+def test_string_in_the_place_of_a_tuple_is_refused(role: str, value: str | None) -> None:
     """Each of its characters would count as a pattern, and match about everything."""
-    with pytest.raises(ValueError, match=f"`{role}` should be a tuple of patterns .* the string 'classifier'"):
-        TensorRoles(**{role: "classifier"})
+    with pytest.raises(ValueError, match=f"`{role}` should be a tuple of patterns but the value passed is {value!r}"):
+        TensorRoles(**{role: value})
 
 
 def test_invalid_settings_are_refused() -> None:
@@ -130,6 +131,8 @@ def test_invalid_settings_are_refused() -> None:
         TensorRoles(default="private")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not a regular expression"):
         TensorRoles(local=("(",))
+    with pytest.raises(ValueError, match="The pattern 1 is not a regular expression"):
+        TensorRoles(local=(1,))  # type: ignore[arg-type]
 
 
 # The methods
