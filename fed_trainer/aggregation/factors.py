@@ -415,10 +415,6 @@ class FactorAggregator(Aggregator):
             raise ValueError("No client update with examples arrived in this round, so there is nothing to aggregate.")
         return others
 
-    def _trained_pairs(self) -> list[FactorPair]:
-        """Those that some client sent."""
-        return [pair for pair in self.pairs if self._weights[pair.module]]
-
     @property
     def base_change(self) -> dict[str, LowRank]:
         return self._base_change
