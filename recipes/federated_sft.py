@@ -11,6 +11,7 @@ overridden on the command line. `--resume_from_checkpoint True` continues a run 
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -51,7 +52,10 @@ class RecipeArguments:
         test_size (`float`, *optional*, defaults to `0.05`):
             Fraction to hold out, drawn with `seed`.
         max_eval_samples (`int`, *optional*):
-            Evaluate on the first so many held-out rows only.
+            Evaluate on the first so many held-out rows only; of each client with `evaluate_clients`.
+        evaluate_clients (`bool`, *optional*, defaults to `False`):
+            Evaluate the model of every client on the held-out rows that have its value of `partition_column`; `eval_loss` is the
+            mean weighted by rows. Needs `partition_method="natural"`, and is needed where clients keep tensors to themselves.
         prompt_template (`str`, *optional*):
             Prompt made of the columns of a row, as in `"Question: {question}\nAnswer: "`. Needs `completion_column`. Rows
             with an empty completion are dropped. Without it the rows are used as they are.
@@ -82,6 +86,9 @@ class RecipeArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "Held-out split, if the dataset has one."})
     test_size: float = field(default=0.05, metadata={"help": "Fraction held out of the training split otherwise."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many held-out rows only."})
+    evaluate_clients: bool = field(
+        default=False, metadata={"help": "Evaluate every client's model on the held-out rows of that client."}
+    )
     prompt_template: str | None = field(default=None, metadata={"help": "Prompt made of the columns of a row."})
     completion_column: str | None = field(default=None, metadata={"help": "Column with the text to learn."})
     partition_method: str = field(
@@ -112,6 +119,11 @@ class RecipeArguments:
         if self.partition_method in ("natural", "dirichlet", "pathological") and self.partition_column is None:
             raise ValueError(
                 f"`partition_method={self.partition_method!r}` splits by a column, but `partition_column` is not given."
+            )
+        if self.evaluate_clients and self.partition_method != "natural":
+            raise ValueError(
+                f"`evaluate_clients` takes a client's held-out rows by `partition_column`, but `partition_method={self.partition_method!r}` "
+                "does not give every client a value of its own. Use 'natural', or leave `evaluate_clients` out."
             )
 
 
@@ -173,6 +185,24 @@ def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[dict[str, 
             return iid_partition(rows, recipe.num_clients, seed), "iid"
 
 
+def held_out(rows: Dataset, recipe: RecipeArguments, clients: Iterable[str]) -> Dataset | dict[str, Dataset]:
+    """The rows to evaluate on, by client if every client's model is evaluated."""
+
+    def first(rows: Dataset) -> Dataset:
+        return rows if recipe.max_eval_samples is None else rows.select(range(min(recipe.max_eval_samples, len(rows))))
+
+    if not recipe.evaluate_clients:
+        return first(rows)
+    parts = natural_partition(rows, recipe.partition_column or "")
+    own = {client: first(parts[client]) for client in clients if client in parts}
+    if not own:
+        raise ValueError(
+            f"`evaluate_clients` needs held-out rows of the clients, but those have the values {list(parts)} of "
+            f"{recipe.partition_column!r}, and none of the clients has. Hold out rows of the same {recipe.partition_column!r}."
+        )
+    return own
+
+
 def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     """The PEFT config named in the recipe; `None` leaves it to `initial_adapter`, or trains the whole model."""
     if not isinstance(recipe.peft_config, dict):
@@ -180,17 +210,20 @@ def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     return get_peft_config({"task_type": "CAUSAL_LM", **recipe.peft_config})
 
 
+def prepare(
+    recipe: RecipeArguments, args: FederatedConfig, train: Dataset, test: Dataset
+) -> tuple[dict[str, Dataset], Dataset | dict[str, Dataset]]:
+    """The clients and the rows to evaluate on; `args` is told of the split."""
+    args.label_column = args.label_column or recipe.partition_column
+    clients, args.partition = split(to_prompt_completion(train, recipe, args.label_column), recipe, args.seed)
+    return clients, held_out(to_prompt_completion(test, recipe, args.label_column), recipe, clients)
+
+
 def main() -> None:
     parser = TrlParser([RecipeArguments, FederatedConfig])  # type: ignore[list-item]
     recipe, args = parser.parse_args_and_config()
 
-    train, test = load_data(recipe, args.seed)
-    args.label_column = args.label_column or recipe.partition_column
-    clients, args.partition = split(to_prompt_completion(train, recipe, args.label_column), recipe, args.seed)
-    test = to_prompt_completion(test, recipe, args.label_column)
-    if recipe.max_eval_samples is not None:
-        test = test.select(range(min(recipe.max_eval_samples, len(test))))
-
+    clients, test = prepare(recipe, args, *load_data(recipe, args.seed))
     trainer = FederatedTrainer(
         model=recipe.model_name_or_path,
         args=args,
