@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -139,7 +140,6 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if adapter_folder is not None:
             self._start_from(adapter_folder)
         self._global_state = self._live_adapter.read()
-        self._initial_state = self._global_state
         self._client_settings = parse_client_settings(
             given(args, "client_settings"), self._clients, self._global_state
         )
@@ -159,7 +159,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / CLIENTS_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        self._refuse_what_cannot_be_evaluated_or_wrapped()
+        self._refuse_what_the_method_cannot_have(kwargs.get("optimizers", (None, None))[0] is not None)
         self._record = self._new_record()
 
     def train(
@@ -180,8 +180,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
         Raises:
             FileExistsError: If `output_dir` holds a run that is not being resumed.
-            ValueError: If the checkpoint belongs to another run, or a client's update is not usable. The live model then
-                holds the global adapter of the last finished round.
+            ValueError: If the checkpoint belongs to another run.
+            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
+                adapter of the last finished round.
         """
         if trial is not None:
             raise NotImplementedError(
@@ -225,6 +226,28 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 if self.control.should_training_stop:  # a callback
                     break
         return self._end()
+
+    def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
+        """
+        Save the model of one client: the global one, with the tensors that the client keeps.
+
+        Args:
+            client (`str`):
+                Name of the client. One that has not trained yet has the global model.
+            output_dir (`str`):
+                Folder to write to, as `save_pretrained` does.
+
+        Raises:
+            ValueError: If there is no such client.
+        """
+        if client not in self._clients:
+            raise ValueError(f"There is no client {client!r}. The clients are {sorted(self._clients)}.")
+        self._live_adapter.write(self.client_state(client))
+        try:
+            if self.is_world_process_zero():
+                self._save_weights(Path(output_dir))
+        finally:
+            self._live_adapter.write(self._global_state)
 
     # The steps of a round
 
@@ -389,7 +412,17 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     # Refusals
 
-    def _refuse_what_cannot_be_evaluated_or_wrapped(self) -> None:
+    def _refuse_what_the_method_cannot_have(self, has_optimizer: bool) -> None:
+        if self.server.sparse_rounds and (has_optimizer or self.args.initial_adapter is not None):
+            what = (
+                "`optimizers`, which hold the LoRA"
+                if has_optimizer
+                else f"`initial_adapter={self.args.initial_adapter!r}`"
+            )
+            raise ValueError(
+                f"'slora' trains a sparse change of the base weights first and starts the LoRA from it, but was given {what}. Leave "
+                "it out, or use 'fedavg'."
+            )
         is_personal = self.server.objective is not None and self.server.objective.is_personal
         if (self._local_keys or is_personal) and self.eval_dataset is not None and not self.evaluates_clients:
             what = (

@@ -145,6 +145,16 @@ def test_a_client_that_has_not_trained_yet_has_the_initial_local_tensors(make_tr
         assert all(torch.equal(state[key], trainer._global_state[key]) for key in state)
 
 
+def test_the_model_of_a_client_can_be_saved(make_trainer, make_clients, tmp_path):
+    trainer = make_trainer(aggregation="fedsa_lora", clients=make_clients(num_clients=3))
+    trainer.train()
+    trainer.save_client_model("client_2", tmp_path / "personal")
+    assert same(adapter(tmp_path / "personal"), trainer.client_state("client_2"))
+    assert same(trainer._live_adapter.read(), trainer._global_state)
+    with pytest.raises(ValueError, match="There is no client 'client_9'"):
+        trainer.save_client_model("client_9", tmp_path / "nobody")
+
+
 def test_without_a_model_for_all_there_is_nothing_to_evaluate_on_common_data(make_trainer, make_clients):
     rows = make_clients(num_clients=1)["client_0"]
     with pytest.raises(
@@ -367,6 +377,15 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
         ({"min_clients": 4}, "A round needs 4 usable updates"),
         ({"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 2}}, "of 2 rounds leaves none for the LoRA"),
         (
+            {
+                "aggregation": "slora",
+                "aggregation_kwargs": {"sparse_rounds": 1},
+                "local_objective": "feddyn",
+                "local_objective_kwargs": {"alpha": 1.0},
+            },
+            "trains other tensors in its second stage|all weighted alike",
+        ),
+        (
             {"aggregation": "flora", "peft_config": SclConfig(r=4, variant="bottleneck", task_type="CAUSAL_LM")},
             "acts on the input of the down projection|product of the two",
         ),
@@ -487,3 +506,19 @@ def test_flora_sends_no_factors_down_because_everybody_draws_them(make_trainer):
     first, second = trainer._record["rounds"]
     assert first["bytes_down"] == 0
     assert second["bytes_down"] == 3 * first["base_change_bytes"] == 3 * first["bytes_up"]
+
+
+def test_the_card_of_a_run_that_changed_the_base_shows_how_to_load_what_was_published(make_trainer, tmp_path):
+    trainer = make_trainer(
+        aggregation="fedex_lora",
+        num_rounds=1,
+        server_optimizer="sgd",
+        peft_config=SclConfig(r=4, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "import peft_scl" not in card
+    assert "| aggregation | `fedex_lora` |" in card
+    fedadam = make_trainer("adam", num_rounds=1, server_optimizer="fedadam")
+    fedadam.train()
+    assert "| aggregation | `fedavg`, `fedadam` on the server |" in (tmp_path / "adam" / "README.md").read_text()
