@@ -79,6 +79,8 @@ class Server:
         self._user_roles = _user_roles(args)
         self._buffers = live.buffers
         self._check_settings(args.aggregation, settings, live.read())
+        if args.aggregation == "hetlora":
+            _check_largest_rank(settings, num_clients, max(len(live.read()[pair.key_A]) for pair in self.pairs))
 
         self.objective = _objective(args, self.pairs, num_clients)
         self.partial = any(client.layers_to_transform is not None for client in settings.values())
@@ -302,6 +304,15 @@ def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
             "given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
         )
     return []
+
+
+def _check_largest_rank(settings: Mapping[str, ClientSettings], num_clients: int, largest: int) -> None:
+    ranks = [client.r or largest for client in settings.values()]
+    if len(ranks) == num_clients and max(ranks) < largest:
+        raise ValueError(
+            f"The PEFT config has the rank {largest}, but the largest of `client_settings` is {max(ranks)}: in 'hetlora' the directions "
+            f"that no client has become zero for good. Set `r={max(ranks)}` in the PEFT config."
+        )
 
 
 def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clients: int) -> LocalObjective | None:

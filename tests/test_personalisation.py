@@ -345,6 +345,10 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
             {"aggregation": "median", "client_settings": {"client_0": {"layers_to_transform": [0]}}},
             "'median' compares or weights whole updates",
         ),
+        (
+            {"aggregation": "hetlora", "client_settings": {f"client_{c}": {"r": 2} for c in range(3)}},
+            r"the largest of `client_settings` is 2: .* Set `r=2` in the PEFT config",
+        ),
         ({"client_settings": {"nobody": {"max_steps": 2}}}, "names the client 'nobody'"),
         (
             {"aggregation": "flora", "client_settings": {"client_0": {"r": 2}}, "peft_config": FederaConfig(**LORA)},
