@@ -16,6 +16,7 @@ from peft_scl.lora import PREFIX, LoraExport, LoraModule, lora_export, other_ten
 
 from .adapter_state import AdapterState
 from .aggregation import FactorPair, LowRank, add_to_base
+from .aggregation.low_rank import bounded, stacked
 
 
 __all__ = ["BaseChanges"]
@@ -191,25 +192,6 @@ class BaseChanges:
         """`(out, in)`."""
         rows, columns = self._weight(module).shape
         return (columns, rows) if self._pairs[module].transposed else (rows, columns)
-
-
-def stacked(terms: Sequence[LowRank]) -> LowRank:
-    """The sum of products, as new factors with the columns of all."""
-    return LowRank(torch.cat([term.left for term in terms], dim=1), torch.cat([term.right for term in terms]))
-
-
-def bounded(product: LowRank) -> LowRank:
-    """
-    The same matrix with at most `min(out, in)` columns: itself, or, if it has more, the whole product and the identity, which
-    costs one matrix product where an SVD, of no lower rank as a rule, costs about thirty.
-    """
-    left, right = product
-    rows, columns = len(left), right.shape[1]
-    if product.num_columns <= min(rows, columns):
-        return product
-    if rows < columns:
-        return LowRank(torch.eye(rows), left @ right)
-    return LowRank(left @ right, torch.eye(columns))
 
 
 def is_embedding(pair: FactorPair) -> bool:

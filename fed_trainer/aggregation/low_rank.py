@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 
-__all__ = ["LowRank", "LowRankSum", "product_norm", "product_svd", "truncate"]
+__all__ = ["LowRank", "LowRankSum", "bounded", "product_norm", "product_svd", "stacked", "truncate"]
 
 
 class LowRank(NamedTuple):
@@ -64,13 +65,32 @@ def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(squared.clamp(min=0).sqrt())
 
 
+def stacked(terms: Sequence[LowRank]) -> LowRank:
+    """The sum of products, as new factors with the columns of all."""
+    return LowRank(torch.cat([term.left for term in terms], dim=1), torch.cat([term.right for term in terms]))
+
+
+def bounded(product: LowRank) -> LowRank:
+    """
+    The same matrix with at most `min(out, in)` columns: itself, or, if it has more, the whole product and the identity, which
+    costs one matrix product where an SVD, of no lower rank as a rule, costs about thirty.
+    """
+    left, right = product
+    rows, columns = len(left), right.shape[1]
+    if product.num_columns <= min(rows, columns):
+        return product
+    if rows < columns:
+        return LowRank(torch.eye(rows, device=left.device), left @ right)
+    return LowRank(left @ right, torch.eye(columns, device=left.device))
+
+
 class LowRankSum:
     """
     `sum_k left_k @ right_k`, kept as stacked float32 factors.
 
-    Exact by default, with `sum_k r_k` columns: as many numbers as the factors of all clients, which is what an exact sum of
-    products takes. With `max_columns` it is cut back to the best approximation of that many columns whenever there are more
-    than twice as many, so that memory does not grow with the number of summands; [`LowRankSum.dropped`] bounds the error.
+    Exact by default, with `sum_k r_k` columns: as many numbers as the factors of all clients, until that is more than twice what
+    the whole matrix takes. With `max_columns` it is cut back to the best approximation of that many columns whenever there are
+    more than twice as many; [`LowRankSum.dropped`] bounds the error. So memory does not grow with the number of summands for good.
 
     Args:
         max_columns (`int`, *optional*):
@@ -100,6 +120,9 @@ class LowRankSum:
             kept, dropped = truncate(self.product(), self.max_columns)
             self._left, self._right = [kept.left], [kept.right]
             self._dropped += dropped
+        elif self.num_columns > 2 * min(len(left), right.shape[1]):
+            whole = bounded(self.product())
+            self._left, self._right = [whole.left], [whole.right]
 
     def product(self, factor: float = 1.0) -> LowRank:
         """`factor` times the sum; the factor is on `left` alone."""

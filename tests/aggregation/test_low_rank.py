@@ -72,6 +72,19 @@ def test_sum_is_exact_and_copies_its_summands() -> None:
     assert total.dropped == 0
 
 
+@pytest.mark.parametrize(("out", "in_"), [(6, 9), (9, 6)])
+def test_a_sum_of_many_products_takes_no_more_than_a_few_matrices_and_stays_exact(out: int, in_: int) -> None:
+    total, expected = LowRankSum(), torch.zeros(out, in_, dtype=torch.float64)
+    for seed in range(40):
+        left, right = product(out, 2, in_, seed)
+        total.add(left, right)
+        expected += left.double() @ right.double()
+        assert total.num_columns <= 12
+    ours = total.product(0.5)
+    torch.testing.assert_close(ours.left.double() @ ours.right.double(), 0.5 * expected, rtol=1e-5, atol=1e-5)
+    assert total.dropped == 0
+
+
 def test_bounded_sum_keeps_its_size_and_bounds_its_error() -> None:
     total, expected = LowRankSum(max_columns=5), torch.zeros(20, 18, dtype=torch.float64)
     for seed in range(30):
