@@ -186,7 +186,14 @@ class LiveAdapter(LiveState):
                     f"The adapter tensor {key} is no parameter or buffer of the model: {kind} makes it when it is saved, so what "
                     f"a client sends could not be written back. {_ALTERNATIVES.get(kind, 'Use another type, such as LORA.')}"
                 )
-            self._tensors[key] = owners[tensor.data_ptr()]
+            owner = owners[tensor.data_ptr()]
+            if owner.shape != tensor.shape:
+                raise ValueError(
+                    f"The adapter tensor {key} is the memory of a parameter of the shape {tuple(owner.shape)}, seen as "
+                    f"{tuple(tensor.shape)}: two layers share it (`ensure_weight_tying=True`), and it would be averaged twice. "
+                    "Set `ensure_weight_tying=False`, or target one of the layers."
+                )
+            self._tensors[key] = owner
         # What no client trains is the same everywhere and does not travel: frozen parameters, and buffers, which hold what a
         # method starts from or projects with. Only those of `modules_to_save`, such as running statistics, change.
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

@@ -18,7 +18,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fed_trainer.adapter_state import (
     AdapterState,
@@ -454,3 +454,20 @@ def test_quantised_base_has_no_digest(tiny_model_dir: Path) -> None:
     model = make_model(tiny_model_dir, "lora")
     model.get_base_model().is_quantized = True
     assert base_digest(model) is None
+
+
+def test_factors_that_two_layers_share_are_refused() -> None:
+    """Seen from the other layer they are transposed, and would be saved so."""
+    config = LlamaConfig(
+        vocab_size=19,
+        hidden_size=8,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    settings = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    with pytest.raises(
+        ValueError, match="two layers share it .*`ensure_weight_tying=True`.* Set `ensure_weight_tying=False`"
+    ):
+        LiveAdapter(get_peft_model(LlamaForCausalLM(config), settings))

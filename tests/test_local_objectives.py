@@ -16,6 +16,7 @@ from fed_trainer.adapter_state import AdapterState
 from fed_trainer.aggregation import FactorPair
 from fed_trainer.local_objectives import (
     LOCAL_OBJECTIVES,
+    Ditto,
     FedDynRegularizer,
     FedProx,
     LocalObjective,
@@ -62,6 +63,7 @@ def term_of(objective: LocalObjective, parameters: dict[str, nn.Parameter]) -> t
 
 def begun(name: str) -> LocalObjective:
     objective = {
+        "ditto": lambda: Ditto(0.3),
         "fedprox": lambda: FedProx(0.3),
         "feddyn": lambda: FedDynRegularizer(0.3),
         "scaffold": lambda: Scaffold(num_clients=10),

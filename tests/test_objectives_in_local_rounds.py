@@ -65,7 +65,7 @@ class Federation:
     def local(self, state: AdapterState, client: int, objective: LocalObjective | None = None) -> AdapterState:
         self.batches.clear()
         dataset = self.trainer._prepared_client(f"client_{client}")
-        local, metrics = self.trainer.local_round(state, dataset, client, None, 1.0, objective)
+        local, metrics = self.trainer.local_round(state, dataset, client, None, 1.0, objective=objective)
         assert metrics["num_steps"] == len(STEPS) and len(self.batches) == sum(STEPS)
         return local
 
