@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from compare_runs import cell
 from federated_sft import RecipeArguments, load_data, make_peft_config, prepare
 from transformers.utils import logging
 from trl import TrlParser
@@ -34,6 +35,7 @@ from fed_trainer.record import federation_settings, held_out_metrics, local_sett
 
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "aggregations"
+BASELINE = "fedavg"
 
 
 def parse(config: Path, overrides: Sequence[str]) -> tuple[RecipeArguments, FederatedConfig]:
@@ -182,21 +184,26 @@ def summary(method: str, learning_rate: float, seed: int, record: dict[str, Any]
 
 
 def table(runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> str:
-    """A Markdown table of the learning rate and the records of every method, the smallest loss first."""
+    """
+    A Markdown table of the learning rate and the records of every method, the smallest loss first. A seed draws the same clients for
+    all methods, so the difference from the baseline is taken seed by seed.
+    """
     lines = [
-        "| method | learning rate | held-out loss | trained parameters | MB up | MB down | seconds |",
-        "|---" * 7 + "|",
+        f"| method | learning rate | held-out loss | minus that of `{BASELINE}` | trained parameters | MB up | MB down | seconds |",
+        "|---" * 8 + "|",
     ]
     losses = {method: [last_loss(record) for record in records] for method, (_, records) in runs.items()}
     for method in sorted(runs, key=lambda method: statistics.mean(losses[method])):
         learning_rate, records = runs[method]
-        spread = f" ({statistics.stdev(losses[method]):.3f})" if len(records) > 1 else ""
+        difference = "-"
+        if BASELINE in losses:
+            difference = cell([own - base for own, base in zip(losses[method], losses[BASELINE], strict=True)])
         up, down = (
             statistics.mean(megabytes(record, direction) for record in records)
             for direction in ("bytes_up", "bytes_down")
         )
         lines.append(
-            f"| `{method}` | {learning_rate:.2g} | {statistics.mean(losses[method]):.3f}{spread} | "
+            f"| `{method}` | {learning_rate:.2g} | {cell(losses[method])} | {difference} | "
             f"{records[0]['num_trainable_parameters']:,} | {up:.3f} | {down:.3f} | {statistics.median(map(seconds, records)):.0f} |"
         )
     return "\n".join(lines)

@@ -107,7 +107,8 @@ def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, 
         record = json.loads((tmp_path / line["method"] / f"lr-{rate}" / "seed-0" / "federation.json").read_text())
         assert line["eval_loss"]["1"] == record["rounds"][0]["eval"]["eval_loss"]
         (row,) = (row for row in rows if f"`{line['method']}`" in row)
-        assert f"| {rate} | {line['eval_loss']['1']:.3f} |" in row
+        loss = line["eval_loss"]["1"]
+        assert f"| {rate} | {loss:.3f} | {loss - lines[0]['eval_loss']['1']:.3f} |" in row
         # the chosen learning rate is the best of those tried
         losses = {
             folder.name: compare_aggregations.last_loss(
