@@ -12,19 +12,28 @@ from contextlib import contextmanager
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from peft_scl import FederaConfig, FederaLayer, SclLayer, federa_state_dict
+from peft_scl import FederaConfig, FederaLayer, federa_state_dict
 from peft_scl.federa.layer import evenly_spaced
 from peft_scl.federa.state import unstack_start
-from peft_scl.started import StartedLinear
 
 
 __all__ = ["AdapterState", "LiveAdapter", "LiveState", "base_digest", "check_same_layout", "state_bytes", "subtract"]
 
 
 AdapterState = dict[str, torch.Tensor]  # on CPU, contiguous, keyed as PEFT saves it
+
+
+_REFUSED = {
+    "ADALORA": "it moves ranks between layers by statistics that it keeps outside the adapter and that would go on from client "
+    "to client. Use LORA.",
+}
+
+_STATEFUL_FIELDS = ("velora_config", "monteclora_config")  # of a `LoraConfig`
+
+_ALTERNATIVES = {"VBLORA": "Set `save_only_topk_weights=False`."}
 
 
 class LiveState:
@@ -35,9 +44,11 @@ class LiveState:
     the optimiser go on holding the same objects.
     """
 
+    saved_file_is_state: bool = True
+    """Whether `save_pretrained` writes all that is needed to train on; if not, a checkpoint holds the state beside it."""
+
     _tensors: dict[str, torch.Tensor]  # all that is saved
     _frozen: set[str]  # keys of what no client trains, which does not travel
-    saved_file_is_state = True  # whether PEFT's (or the model's) file is enough to train on
 
     @property
     def tensor_ids(self) -> set[int]:
@@ -91,13 +102,19 @@ class LiveState:
         """All that is saved, in the form that `load` takes."""
         return self.read(include_frozen=True)
 
+    @torch.no_grad()
+    def write(self, state: AdapterState) -> None:
+        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
+        for key, tensor in state.items():
+            self._tensors[key].copy_(tensor)
+
     def load(self, saved: AdapterState, source: str) -> None:
         """
-        Write what was saved, whole, into the model.
+        Write a whole state, as `saved` gives it, into the model.
 
         Args:
             saved (`dict[str, torch.Tensor]`):
-                The tensors of a file.
+                The tensors of a checkpoint.
             source (`str`):
                 Where they came from, for the error message.
 
@@ -107,11 +124,20 @@ class LiveState:
         check_same_layout(saved, self.read(include_frozen=True), source)
         self.write(saved)
 
-    @torch.no_grad()
-    def write(self, state: AdapterState) -> None:
-        """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
-        for key, tensor in state.items():
-            self._tensors[key].copy_(tensor)
+    def from_saved(self, saved: AdapterState, source: str) -> AdapterState:
+        """
+        The state in a file of `save_pretrained`.
+
+        Args:
+            saved (`dict[str, torch.Tensor]`):
+                The tensors of the file.
+            source (`str`):
+                Where they came from, for the error message.
+
+        Raises:
+            ValueError: If the file does not hold the state.
+        """
+        return saved
 
 
 class LiveAdapter(LiveState):
@@ -123,7 +149,8 @@ class LiveAdapter(LiveState):
             A model with exactly one active adapter.
 
     Raises:
-        ValueError: If several adapters are active, or a saved tensor is not a parameter or buffer of the model.
+        ValueError: If several adapters are active, a saved tensor is not a parameter or buffer of the model, or the type keeps
+            what it learns elsewhere.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -132,12 +159,15 @@ class LiveAdapter(LiveState):
             raise ValueError(
                 f"The adapters {active} are active, but a federation trains one adapter. Call `set_adapter` with one name."
             )
-        if model.peft_config[active[0]].is_prompt_learning:
-            raise ValueError(
-                f"The adapter is of type {PeftType(model.peft_config[active[0]].peft_type).value}, which PEFT saves as computed "
-                "prompts rather than as its parameters, so it cannot be averaged and loaded back. Use an adapter inside the "
-                "model, such as SCL or LoRA."
-            )
+        kind = PeftType(model.peft_config[active[0]].peft_type).value
+        if kind in _REFUSED:
+            raise ValueError(f"An adapter of type {kind} cannot be federated: {_REFUSED[kind]}")
+        for field in _STATEFUL_FIELDS:
+            if getattr(model.peft_config[active[0]], field, None) is not None:
+                raise ValueError(
+                    f"`{field}` keeps what it has seen or drawn in buffers that it replaces while it trains, so they would go on "
+                    "from client to client. Leave it out."
+                )
         owners = {tensor.data_ptr(): tensor for tensor in [*model.buffers(), *model.parameters()]}
         self._model, self._name = model, active[0]
         self._is_federa = isinstance(model.peft_config[active[0]], FederaConfig)
@@ -146,20 +176,29 @@ class LiveAdapter(LiveState):
         saved = state_dict(model, adapter_name=active[0])
         self._tensors = {}
         for key, tensor in sorted(saved.items()):
-            if tensor.numel() == 0 or tensor.is_meta or tensor.data_ptr() not in owners:
+            if tensor.numel() == 0 or tensor.is_meta:
                 raise ValueError(
                     f"The adapter tensor {key} is empty or not held by this process, as in a partitioned (ZeRO-3, FSDP) or "
                     "meta-device model, so it cannot be federated. Load the model unpartitioned."
                 )
+            if tensor.data_ptr() not in owners:
+                raise ValueError(
+                    f"The adapter tensor {key} is no parameter or buffer of the model: {kind} makes it when it is saved, so what "
+                    f"a client sends could not be written back. {_ALTERNATIVES.get(kind, 'Use another type, such as LORA.')}"
+                )
             self._tensors[key] = owners[tensor.data_ptr()]
-        # What no client trains is the same everywhere and does not travel: frozen parameters, and the start of SCL
-        # compressions and of FeDeRA. Other buffers change in training, such as running statistics.
-        constants = {id(tensor) for module in model.modules() for tensor in _start_of(module)}
-        self._frozen = {
-            key
-            for key, owner in self._tensors.items()
-            if id(owner) in constants or (isinstance(owner, nn.Parameter) and not owner.requires_grad)
+        # What no client trains is the same everywhere and does not travel: frozen parameters, and buffers, which hold what a
+        # method starts from or projects with. Only those of `modules_to_save`, such as running statistics, change.
+        trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+        trained |= {
+            id(b) for module in model.modules() if isinstance(module, ModulesToSaveWrapper) for b in module.buffers()
         }
+        self._frozen = set()
+        for key, owner in self._tensors.items():
+            if id(owner) in trained:
+                trained.remove(id(owner))  # one that layers share is saved under several names and travels once
+            else:
+                self._frozen.add(key)
 
     def saved(self) -> AdapterState:
         """The adapter as PEFT saves it."""
@@ -170,21 +209,11 @@ class LiveAdapter(LiveState):
 
     def load(self, saved: AdapterState, source: str) -> None:
         """Write an adapter as PEFT saves it, whole, into the model."""
-        if not self._is_federa:
-            return super().load(saved, source)
-        check_same_layout(unstack_start(saved), self.read(include_frozen=True), source)
-        # another start moves the base model with it
-        set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
-        return None
-
-
-def _start_of(module: nn.Module) -> list[torch.Tensor]:
-    """The constants that a layer starts from."""
-    if isinstance(module, SclLayer):
-        return [*module.scl_start_A.values(), *module.scl_start_B.values()]
-    if isinstance(module, FederaLayer):
-        return [*module.lora_start_A.values(), *module.lora_start_B.values()]
-    return [module.start] if isinstance(module, StartedLinear) else []
+        if self._is_federa:  # another start moves the base model with it
+            check_same_layout(unstack_start(saved), self.read(include_frozen=True), source)
+            set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
+        else:
+            super().load(saved, source)
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:

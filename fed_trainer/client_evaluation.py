@@ -51,10 +51,11 @@ class ClientEvaluationMixin(Trainer):
         self.client_evaluation = None
         if eval_dataset is not None or not self.evaluates_clients:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        held_out: Any = self.eval_dataset
         start, counts = time.time(), {}
         self.client_evaluation = {}
         try:
-            for client, dataset in sorted(self.eval_dataset.items()):
+            for client, dataset in sorted(held_out.items()):
                 self._live_adapter.write(self.client_state(client))
                 output = self.evaluation_loop(
                     self.get_eval_dataloader(dataset),

@@ -38,7 +38,8 @@ class ClientStore:
         path = self._path(client)
         parts: dict[str, AdapterState] = {}
         if path.is_file():
-            for entry, tensor in load_file(path).items():
+            # into memory of its own: a memory map, the default, keeps some bytes per tensor for good (safetensors 0.8.0)
+            for entry, tensor in load_file(path, backend="pread").items():
                 part, _, key = entry.partition("/")
                 parts.setdefault(part, {})[key] = tensor
         return parts

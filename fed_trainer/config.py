@@ -16,7 +16,14 @@ from .local_objectives import LOCAL_OBJECTIVES
 from .server_optimizers import SERVER_OPTIMIZERS
 
 
-__all__ = ["FederatedConfig", "FederatedTaskConfig", "FederationArguments", "joins_examples", "round_lr_factors"]
+__all__ = [
+    "FederatedConfig",
+    "FederatedTaskConfig",
+    "FederationArguments",
+    "given",
+    "joins_examples",
+    "round_lr_factors",
+]
 
 if TYPE_CHECKING:
     _Arguments = TrainingArguments
@@ -269,6 +276,11 @@ def _mapping(name: str, value: Any) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` should be a dictionary but the value passed is {value!r}")
     return value
+
+
+def given(args: FederationArguments, field: str) -> dict[str, Any]:
+    """What the user has put into a field that takes a dictionary; empty if nothing."""
+    return getattr(args, field) or {}
 
 
 def joins_examples(args: FederationArguments) -> bool:

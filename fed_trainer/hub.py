@@ -147,7 +147,7 @@ def model_card(
         "|---|---|",
         f"| base model | {base} |",
         f"| method | {methods.get(method, method or 'fine-tuning without an adapter')} |",
-        f"| aggregation | `{record['aggregation']}` |",
+        f"| aggregation | `{record['aggregation']}`{_beside(record['federation'])} |",
         f"| rounds | {len(rounds)} of {record['num_rounds']} |",
         f"| clients | {len(per_client)}, {record['num_sampled']} per round |",
         f"| split | {record['partition'] or 'not stated'} |",
@@ -171,6 +171,14 @@ def model_card(
         lines += [f"## Held-out metrics of the global {'adapter' if method else 'model'}", "", *curve, ""]
     lines += ["The whole record of the run is in `federation.json`.", ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def _beside(federation: dict[str, Any]) -> str:
+    """The server optimiser and the local objective, where they are not the plain ones."""
+    optimizer, objective = federation["server_optimizer"], federation["local_objective"]
+    named = [f"`{optimizer}` on the server"] if optimizer != "sgd" else []
+    named += [f"`{objective}` at the clients"] if objective is not None else []
+    return "".join(f", {name}" for name in named)
 
 
 def _megabytes(rounds: list[dict[str, Any]]) -> str:

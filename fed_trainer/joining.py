@@ -9,7 +9,8 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from .adapter_state import AdapterState, LiveAdapter, base_digest
+from .adapter_state import AdapterState, base_digest
+from .live_state import live_state
 from .record import peft_fields, peft_type_name
 
 
@@ -32,7 +33,8 @@ class Invitation:
         peft_config (`dict[str, Any]`):
             Fields of the server's PEFT config, as JSON keeps them.
         adapter (`dict[str, torch.Tensor]`):
-            The whole adapter as PEFT saves it, on CPU, with what is never trained: the start of SCL and FeDeRA.
+            The whole adapter as PEFT saves it, on CPU, with what is never trained: the start of SCL and FeDeRA. Of a prompt,
+            the whole encoder.
     """
 
     base_digest: str | None
@@ -45,7 +47,11 @@ def invite(model: PeftModel) -> Invitation:
     """The invitation to train the active adapter of `model`."""
     name = model.active_adapters[0]
     config = model.peft_config[name]
-    saved = get_peft_model_state_dict(model, adapter_name=name)
+    live = live_state(model)
+    if live.saved_file_is_state:
+        saved = get_peft_model_state_dict(model, adapter_name=name)
+    else:
+        saved = live.read(include_frozen=True)
     return Invitation(
         base_digest(model),
         peft_type_name(config),
@@ -94,4 +100,4 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
                 f"{here.get(field)!r} instead of {there.get(field)!r}), so the same tensors would compute something else. "
                 "Make it with the server's PEFT config."
             )
-    LiveAdapter(model).load(invitation.adapter, f"The adapter that the server sent to client {client!r}")
+    live_state(model).load(invitation.adapter, f"The adapter that the server sent to client {client!r}")

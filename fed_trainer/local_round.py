@@ -153,7 +153,7 @@ class LocalRoundMixin(Trainer):
         if self._initial_scaler_state is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
         self._initial_optimizer_state = self._initial_scaler_state = None
-        self.optimizer = self.lr_scheduler = None  # type: ignore[assignment]
+        self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model  # type: ignore[assignment]
         del self.accelerator.free_memory  # `train()` then lets go of the old one
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import get_config_model_id
 
@@ -31,11 +31,7 @@ from .record import (
 )
 
 
-__all__ = ["CLIENTS_FOLDER", "SERVER_STATE", "RunFilesMixin"]
-
-
-SERVER_STATE = "server_state.safetensors"
-CLIENTS_FOLDER = "clients"
+__all__ = ["RunFilesMixin"]
 
 
 class RunFilesMixin(Trainer):
@@ -59,16 +55,19 @@ class RunFilesMixin(Trainer):
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        if self._base_changes is not None:
-            self._base_changes.to_lora(self._live_adapter.read(include_frozen=True)).save_pretrained(folder)
-        else:
-            with self._live_adapter.publishable():
-                self.model.save_pretrained(str(folder), state_dict=state_dict)
+        self._save_weights(folder, state_dict)
         if self.processing_class is not None:
             # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
             self.processing_class.save_pretrained(str(folder), save_jinja_files=False)
         self._write_record(folder)
         self._card().save(folder / "README.md")
+
+    def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self._base_changes is not None:
+            self._base_changes.to_lora(self._live_adapter.read(include_frozen=True)).save_pretrained(folder)
+            return
+        with self._live_adapter.publishable():
+            self.model.save_pretrained(str(folder), state_dict=state_dict)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -119,8 +118,11 @@ class RunFilesMixin(Trainer):
     ) -> ModelCard:
         base = get_config_model_id(self.model.config)
         peft_config = self._peft_config
+        record = self._record
+        if self._base_changes is not None:  # what is published is a LoRA, whatever was trained
+            record = {**record, "peft_type": peft_type_name(LoraConfig())}
         return model_card(
-            self._record,
+            record,
             peft_config.task_type if peft_config is not None else None,
             self.hub_model_id,
             base if base and not os.path.isdir(base) else None,

@@ -26,8 +26,8 @@ from .aggregation import (
     validated,
 )
 from .client_settings import ClientSettings
-from .config import FederationArguments
-from .local_objectives import LOCAL_OBJECTIVES, LocalObjective, RankPruning
+from .config import FederationArguments, given
+from .local_objectives import LOCAL_OBJECTIVES, FedDynRegularizer, LocalObjective, RankPruning
 from .server_optimizers import SERVER_OPTIMIZERS, FedDyn, ServerOptimizer
 from .tensor_roles import TensorRoles
 
@@ -79,6 +79,8 @@ class Server:
         self._user_roles = _user_roles(args)
         self._buffers = live.buffers
         self._check_settings(args.aggregation, settings, live.read())
+        if args.aggregation == "hetlora":
+            _check_largest_rank(settings, num_clients, max(len(live.read()[pair.key_A]) for pair in self.pairs))
 
         self.objective = _objective(args, self.pairs, num_clients)
         self.partial = any(client.layers_to_transform is not None for client in settings.values())
@@ -87,9 +89,9 @@ class Server:
             options["partial"] = True
         if self.objective is not None and self.objective.uniform:
             options["uniform"] = True
-        options |= _options("aggregation_kwargs", args.aggregation, self.method.rule, args.aggregation_kwargs)
+        options |= _options("aggregation_kwargs", args.aggregation, self.method.rule, args)
         self.rule = _built("aggregation_kwargs", lambda: self.method.build(self.pairs, **options))
-        self.optimizer = _server_optimizer(args, num_clients)
+        self.optimizer = _server_optimizer(args, self.objective, num_clients)
         if self.sparse_rounds >= args.num_rounds:
             raise ValueError(
                 f"`sparse_rounds={self.sparse_rounds}` of {args.num_rounds} rounds leaves none for the LoRA, which is what 'slora' "
@@ -282,13 +284,13 @@ PLAIN = ServerOptimizer()
 
 
 def _user_roles(args: FederationArguments) -> TensorRoles:
-    given: Any = args.tensor_roles or {}
+    fields = given(args, "tensor_roles")
     names = set(inspect.signature(TensorRoles).parameters)
-    if not set(given) <= names:
-        raise ValueError(f"`tensor_roles` has {sorted(set(given) - names)}, but takes {sorted(names)}.")
-    patterns = {
+    if not set(fields) <= names:
+        raise ValueError(f"`tensor_roles` has {sorted(set(fields) - names)}, but takes {sorted(names)}.")
+    patterns: dict[str, Any] = {
         name: value if name == "default" else (value,) if isinstance(value, str) else tuple(value)
-        for name, value in given.items()
+        for name, value in fields.items()
     }
     return TensorRoles(**patterns)
 
@@ -304,6 +306,15 @@ def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
     return []
 
 
+def _check_largest_rank(settings: Mapping[str, ClientSettings], num_clients: int, largest: int) -> None:
+    ranks = [client.r or largest for client in settings.values()]
+    if len(ranks) == num_clients and max(ranks) < largest:
+        raise ValueError(
+            f"The PEFT config has the rank {largest}, but the largest of `client_settings` is {max(ranks)}: in 'hetlora' the directions "
+            f"that no client has become zero for good. Set `r={max(ranks)}` in the PEFT config."
+        )
+
+
 def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clients: int) -> LocalObjective | None:
     if args.local_objective is None:
         if args.local_objective_kwargs:
@@ -313,7 +324,7 @@ def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clien
             )
         return None
     kind = LOCAL_OBJECTIVES[args.local_objective]
-    options = _options("local_objective_kwargs", args.local_objective, kind, args.local_objective_kwargs)
+    options = _options("local_objective_kwargs", args.local_objective, kind, args)
     if _takes(kind, "num_clients"):
         options["num_clients"] = num_clients
     if _takes(kind, "pairs"):
@@ -335,34 +346,37 @@ def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clien
     return objective
 
 
-def _server_optimizer(args: FederationArguments, num_clients: int) -> ServerOptimizer:
+def _server_optimizer(
+    args: FederationArguments, objective: LocalObjective | None, num_clients: int
+) -> ServerOptimizer:
     is_plain = args.server_optimizer == "sgd" and args.server_lr in (None, 1) and not args.server_optimizer_kwargs
     if not METHODS[args.aggregation].takes_server_optimizer and not is_plain:
         raise ValueError(
             f"`server_optimizer={args.server_optimizer!r}` with `server_lr={args.server_lr}` cannot follow {args.aggregation!r}: it sets "
             "the factors to new values, which are no direction to step along. Leave the server optimiser out, or use 'fedavg'."
         )
-    if args.local_objective == "feddyn":
+    if isinstance(objective, FedDynRegularizer):
         if not is_plain:
             raise ValueError(
                 f"`local_objective='feddyn'` has a server step of its own, but `server_optimizer={args.server_optimizer!r}` with "
                 f"`server_lr={args.server_lr}` was given. Leave both out."
             )
-        return FedDyn((args.local_objective_kwargs or {})["alpha"], num_clients)
+        return FedDyn(objective.alpha, num_clients)
     kind = SERVER_OPTIMIZERS[args.server_optimizer]
-    options = _options("server_optimizer_kwargs", args.server_optimizer, kind, args.server_optimizer_kwargs)
+    options = _options("server_optimizer_kwargs", args.server_optimizer, kind, args)
     if args.server_lr is not None:
         options["lr"] = args.server_lr
     return _built("server_optimizer_kwargs", lambda: kind(**options))
 
 
-def _options(field: str, name: str, kind: Callable[..., Any], given: Mapping[str, Any] | None) -> dict[str, Any]:
+def _options(field: str, name: str, kind: Callable[..., Any], args: FederationArguments) -> dict[str, Any]:
     """The user's options of a part, after refusing those it does not have."""
     names = sorted(set(inspect.signature(kind).parameters) - NOT_OPTIONS)
-    unknown = sorted(set(given or {}) - set(names))
+    options = given(args, field)
+    unknown = sorted(set(options) - set(names))
     if unknown:
         raise ValueError(f"`{field}` has {unknown}, which {name!r} does not take. It takes {names or 'no options'}.")
-    return dict(given or {})
+    return dict(options)
 
 
 def _built(field: str, build: Callable[[], Part]) -> Part:

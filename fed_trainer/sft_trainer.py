@@ -10,19 +10,30 @@ import datasets
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from .clients import check_sft_columns
 from .config import FederatedConfig
+from .record import peft_type_name
 from .trainer import FederatedMixin
 
 
 __all__ = ["FederatedTrainer"]
 
 
+_WITHOUT_LOG_PROBS = {
+    "ADAPTION_PROMPT": "it keeps the model's forward from before. Train it with `FederatedTaskTrainer`, on tokenised data",
+    "CPT": "it computes a loss of its own from the logits. Use PROMPT_TUNING",
+}
+
+
 class FederatedTrainer(FederatedMixin, SFTTrainer):
     """
     Federated supervised fine-tuning: a [`~trl.SFTTrainer`] whose training data is spread over clients.
+
+    Without a `peft_config`, a plain model is trained as `SFTTrainer` does it: every parameter that requires gradients travels,
+    and whole models are saved. That is full fine-tuning, or BitFit if only the biases require gradients.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -32,9 +43,9 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
         train_dataset (`dict[str, Dataset]`):
             Training data by client, in any format that `SFTTrainer` takes.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            Held-out data on which the global adapter is evaluated.
+            Held-out data on which the global model is evaluated.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to train; not needed for a `PeftModel` or with `args.initial_adapter`.
+            The adapter to train, if `model` is no `PeftModel` and there is no `args.initial_adapter`.
         kwargs (`dict[str, Any]`, *optional*):
             Further arguments of `SFTTrainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
             `optimizer_cls_and_kwargs`, `formatting_func`, ... Callbacks see a round as a step of the run (`on_log`,
@@ -63,13 +74,15 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
 
     _config_class = FederatedConfig
     args: FederatedConfig
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
-        if peft_config is None and not isinstance(model, PeftModel):
+        config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+        kind = None if config is None else peft_type_name(config)
+        if kind in _WITHOUT_LOG_PROBS:
             raise ValueError(
-                "A federation sends adapters around, but neither a `peft_config` nor a `PeftModel` was given. Pass for "
-                "instance `peft_config=SclConfig(r=16, task_type='CAUSAL_LM')`."
+                f"TRL's SFTTrainer asks the model for log-probabilities (`fused_lm_head`), which {kind} does not give: "
+                f"{_WITHOUT_LOG_PROBS[kind]}."
             )
         return {"model": model, "peft_config": peft_config}  # `SFTTrainer` loads and wraps
 

@@ -68,14 +68,14 @@ class TensorRoles:
                 f"`default` should be 'shared', 'local' or 'frozen' but the value passed is {self.default!r}"
             )
         for role, patterns in (("shared", self.shared), ("local", self.local), ("frozen", self.frozen)):
-            if isinstance(patterns, str):  # whose characters would count as patterns
+            if not isinstance(patterns, (tuple, list)):  # of a string, every character would count as a pattern
                 raise ValueError(
-                    f"`{role}` should be a tuple of patterns but the value passed is the string {patterns!r}. Put it in a tuple."
+                    f"`{role}` should be a tuple of patterns but the value passed is {patterns!r}. Put a single pattern in a tuple."
                 )
         for pattern in (*self.shared, *self.local, *self.frozen):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise ValueError(
                     f"The pattern {pattern!r} is not a regular expression ({error}). Escape special characters."
                 ) from error

@@ -5,30 +5,27 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
-import time
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
-from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
-from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes, subtract
-from .aggregation import ClientUpdate, SLoRA
+from .adapter_state import LiveAdapter, base_digest, check_same_layout, state_bytes
+from .aggregation import SLoRA
 from .base_changes import BaseChanges
 from .checkpoint import (
     ADAPTER_WEIGHTS,
@@ -36,34 +33,31 @@ from .checkpoint import (
     load_adapter,
     refuse_another_run,
     refuse_later_rounds,
-    rotate_checkpoints,
-    write_checkpoint,
 )
-from .client_evaluation import ClientEvaluationMixin
 from .client_settings import ClientSettings, parse_client_settings
 from .client_store import ClientStore
-from .clients import ClientSampler, check_clients, client_seed, local_batch
-from .config import FederationArguments, joins_examples, round_lr_factors
-from .hub import fetch_adapter, publish
-from .live_model import MODEL_WEIGHTS, LiveModel, load_model
-from .local_round import LocalRoundMixin
+from .client_turn import ClientTurnMixin
+from .clients import ClientSampler, check_clients
+from .config import FederationArguments, given, round_lr_factors
+from .hub import fetch_adapter
+from .live_model import MODEL_WEIGHTS
+from .live_prompt import check_prompt_arguments
+from .live_state import live_state
 from .progress import RoundProgress
 from .record import check_same_run, held_out_metrics, read_record
 from .refusals import refuse_what_would_leak
-from .run_files import CLIENTS_FOLDER, SERVER_STATE, RunFilesMixin
+from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
 from .server import Server, freeze_for_good
 from .sparse_change import LiveSparseChange
+from .timing import timed
 
 
 __all__ = ["FederatedMixin"]
 
 logger = logging.get_logger(__name__)
 
-TRAINER_STATE_NAME = "trainer_state.json"
-LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"  # what a client keeps: parts of its file
 
-
-class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
+class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
@@ -137,15 +131,18 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
 
         self._prepared_clients: dict[str, Dataset] = {}
         self._keep_prepared(first, self.train_dataset)  # `super().__init__` has tokenised it
-        self._live_adapter = LiveAdapter(self.model) if isinstance(self.model, PeftModel) else LiveModel(self.model)
+        self._live_adapter = live_state(self.model)
+        if isinstance(self.model, PeftModel):
+            check_prompt_arguments(self.model, args)
         refuse_what_would_leak(self.model, self._live_adapter)
         freeze_for_good(args, self.model, self._live_adapter)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         if adapter_folder is not None:
             self._start_from(adapter_folder)
         self._global_state = self._live_adapter.read()
-        self._initial_state = self._global_state
-        self._client_settings = parse_client_settings(args.client_settings, self._clients, self._global_state)
+        self._client_settings = parse_client_settings(
+            given(args, "client_settings"), self._clients, self._global_state
+        )
         self.server = Server(
             args,
             self.model,
@@ -155,11 +152,14 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             self.sampler.num_sampled,
             self._base_digest,
         )
-        self._base_changes = BaseChanges(self.model, self.server.pairs) if self.server.method.adds_to_base else None
+        self._base_changes = None
+        if self.server.method.adds_to_base:
+            assert isinstance(self.model, PeftModel)  # others have no factor pairs
+            self._base_changes = BaseChanges(self.model, self.server.pairs)
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / CLIENTS_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        self._refuse_what_cannot_be_evaluated_or_wrapped()
+        self._refuse_what_the_method_cannot_have(kwargs.get("optimizers", (None, None))[0] is not None)
         self._record = self._new_record()
 
     def train(
@@ -180,8 +180,9 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
 
         Raises:
             FileExistsError: If `output_dir` holds a run that is not being resumed.
-            ValueError: If the checkpoint belongs to another run, or a client's update is not usable. The live model then
-                holds the global adapter of the last finished round.
+            ValueError: If the checkpoint belongs to another run.
+            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
+                adapter of the last finished round.
         """
         if trial is not None:
             raise NotImplementedError(
@@ -207,17 +208,17 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
                         continue
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
-                with _timed(seconds, "aggregate"):
+                with timed(seconds, "aggregate"):
                     self._end_of_round()
 
                 self.state.global_step = self.state.epoch = round
                 evaluation = None
                 if self._is_due(round, self.args.eval_rounds) and self.eval_dataset is not None:
-                    with _timed(seconds, "evaluate"):
+                    with timed(seconds, "evaluate"):
                         evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
                 self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
                 if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
-                    with _timed(seconds, "checkpoint"):
+                    with timed(seconds, "checkpoint"):
                         self._save_round(round)
                     self.log({"seconds_checkpoint": seconds["checkpoint"]})  # known only now
                     self._write_record(self._folder)
@@ -226,63 +227,29 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
                     break
         return self._end()
 
+    def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
+        """
+        Save the model of one client: the global one, with the tensors that the client keeps.
+
+        Args:
+            client (`str`):
+                Name of the client. One that has not trained yet has the global model.
+            output_dir (`str`):
+                Folder to write to, as `save_pretrained` does.
+
+        Raises:
+            ValueError: If there is no such client.
+        """
+        if client not in self._clients:
+            raise ValueError(f"There is no client {client!r}. The clients are {sorted(self._clients)}.")
+        self._live_adapter.write(self.client_state(client))
+        try:
+            if self.is_world_process_zero():
+                self._save_weights(Path(output_dir))
+        finally:
+            self._live_adapter.write(self._global_state)
+
     # The steps of a round
-
-    def _client_round(self, client: str, round: int, lr_factor: float, seconds: dict[str, float]) -> dict[str, float]:
-        """One client's turn: it gets the shared tensors, trains, and its update is offered to the server."""
-        with _timed(seconds, "prepare"):
-            dataset = self._prepared_client(client)
-            kept = self._store.read(client)
-            settings = self._settings_of(client, kept)
-            sent, shared = self.server.sent_to(settings), self.server.start_of(settings)
-            start = {**self._global_state, **shared, **kept.get(LOCAL, {})}
-        train = functools.partial(
-            self.local_round,
-            dataset=dataset,
-            seed=client_seed(self.args.seed, round, client),
-            data_seed=None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client),
-            lr_factor=lr_factor,
-            trained=self.server.trained_keys(self._global_state, round, settings),
-            max_steps=settings.max_steps,
-        )
-        objective, remembered = self.server.objective, kept.get(OBJECTIVE) or self.server.first_memory(settings)
-        is_personal = objective is not None and objective.is_personal
-        with _timed(seconds, "local"):
-            if objective is not None:
-                objective.begin(shared, remembered)
-            local, metrics = train(start, objective=None if is_personal else objective)
-            delta = subtract(local, start)
-            keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
-            if objective is not None:
-                keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
-            if is_personal:
-                keeps[PERSONAL], personal = train({**start, **kept.get(PERSONAL, {})}, objective=objective)
-                metrics |= {f"personal_{key}": value for key, value in personal.items()}
-        update = ClientUpdate(
-            client,
-            self._num_examples(client),
-            self.server.cut(delta, sent),
-            metrics,
-            num_steps=int(metrics["num_steps"]),
-            base_digest=self._base_digest,
-        )
-        with _timed(seconds, "aggregate"):
-            if self.server.receive(update, sent) is None:
-                if objective is not None:
-                    objective.accept(remembered, keeps[OBJECTIVE])
-                self._keep(client, keeps)
-        traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, sent)}
-        return {"num_examples": update.num_examples, **metrics, **traffic}
-
-    def _settings_of(self, client: str, kept: dict[str, AdapterState]) -> ClientSettings:
-        settings = self._client_settings.get(client, ClientSettings())
-        rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
-        return settings if rank is None else dataclasses.replace(settings, r=int(rank))
-
-    def _keep(self, client: str, parts: dict[str, AdapterState]) -> None:
-        if self.is_world_process_zero():
-            self._store.write(client, parts)
-        self.accelerator.wait_for_everyone()
 
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
@@ -291,63 +258,22 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             self._base_changes.add(base_change)
         self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
 
-    def _download_bytes(self, client: str, sent: AdapterState) -> int:
-        """What the client is sent, and what has been added to the base model since it was last here."""
-        missed = state_bytes({key: sent[key] for key in sent.keys() - self.server.drawn_keys})
-        for entry in reversed(self._record["rounds"]):
-            missed += entry["base_change_bytes"]
-            if client in entry["clients"] or client in entry["refused"]:
-                break  # it came to that round with all that was added before
-        return missed
-
     def _begin_sparse_stage(self) -> None:
         """SLoRA begins with a sparse change of the base weights."""
         rule = self.server.rule
-        assert isinstance(rule, SLoRA)
+        assert isinstance(rule, SLoRA) and isinstance(self.model, PeftModel)
         self._live_adapter = LiveSparseChange(self.model, self.server.pairs, rule.density, self.args.seed)
         self._global_state = self._live_adapter.read()
         self._drop_engine()
 
     def _end_sparse_stage(self) -> None:
         """SLoRA goes on with a LoRA that starts from what the first stage has learnt."""
-        assert isinstance(self._live_adapter, LiveSparseChange)
+        assert isinstance(self._live_adapter, LiveSparseChange) and isinstance(self.model, PeftModel)
         self._sparse_stage_errors = self._live_adapter.finish()
         self._live_adapter = LiveAdapter(self.model)
         self._global_state = self._live_adapter.read()
         self._drop_engine()
         self.server.forget()
-
-    def client_state(self, client: str) -> AdapterState:
-        """
-        What the model of a client is made of: the global state with the tensors that the client keeps, or its own model (Ditto).
-        A client that has not trained yet has the global state.
-        """
-        kept = self._store.read(client)
-        return {**self._global_state, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}
-
-    def _num_examples(self, client: str) -> int:
-        """Examples that are trained on; preparation drops those without a label, and packing joins them."""
-        return len(self._clients[client] if joins_examples(self.args) else self._prepared_client(client))
-
-    def _prepared_client(self, client: str) -> Dataset:
-        """A client's dataset, tokenised at its first local round and kept."""
-        if client not in self._prepared_clients:
-            self._keep_prepared(client, self._prepare_client_dataset(self._clients[client], client))
-        return self._prepared_clients[client]
-
-    def _keep_prepared(self, client: str, dataset: Dataset) -> None:
-        if len(dataset) == 0:
-            raise ValueError(
-                f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: every "
-                "label is masked. Raise `max_length` (prompts may fill it), or leave the client out."
-            )
-        if len(dataset) < local_batch(self.args) and not joins_examples(self.args):
-            raise ValueError(
-                f"Client {client!r} has {len(self._clients[client])} examples, but only {len(dataset)} are left after "
-                f"preparation (the others have no label), fewer than one local batch of {local_batch(self.args)}. Raise "
-                "`max_length` (prompts may fill it), lower the batch size, or leave the client out."
-            )
-        self._prepared_clients[client] = dataset
 
     def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
@@ -366,10 +292,6 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         set_seed(self.args.seed)  # adapters start at random
         # a copy: for a classifier PEFT adds the head to `modules_to_save` of the config, each time it gets it
         return {"model": get_peft_model(model, copy.deepcopy(peft_config))}
-
-    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
-        """Tokenise one client's data; the base trainer's own preparation, where it has one."""
-        return dataset
 
     def _report(
         self,
@@ -406,41 +328,6 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         self.log(logs)
         self._write_record(self._folder)
 
-    def _save_round(self, round: int) -> None:
-        if self.is_world_process_zero():
-            folder = write_checkpoint(self._folder, round, self._write_checkpoint_files)
-            rotate_checkpoints(self._folder, self.args.save_total_limit)
-            is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
-            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and not is_last:
-                self._publish_round(folder, round)
-        self.accelerator.wait_for_everyone()
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _write_checkpoint_files(self, folder: Path) -> None:
-        self._save(str(folder))
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        state = {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
-        if self._base_changes is not None:
-            state |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
-        if not self._saved_file_is_state:
-            with self._base_changes.taken_out() if self._base_changes is not None else nullcontext():
-                saved = self._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
-            state |= {f"state.{key}": tensor for key, tensor in saved.items()}
-        if state:
-            save_file(state, folder / SERVER_STATE)
-        self._store.link_into(folder / CLIENTS_FOLDER)
-
-    @property
-    def _saved_file_is_state(self) -> bool:
-        """Whether the model can be trained on from the file that is published."""
-        return self._base_changes is None and self._live_adapter.saved_file_is_state
-
-    def _publish_round(self, folder: Path, round: int) -> None:
-        try:
-            publish(folder, self.hub_model_id, f"Round {round}", self.args.hub_token, self.args.hub_revision)
-        except Exception as error:  # the run, and what it has on disk, is worth more than one upload
-            logger.warning(f"Round {round} could not be pushed to {self.hub_model_id}: {error}. The run goes on.")
-
     # Beginning and end
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
@@ -474,28 +361,6 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         return done
-
-    def _load(self, folder: Path) -> None:
-        """Take over a checkpoint: model, server, what clients keep."""
-        parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}}
-        if (folder / SERVER_STATE).is_file():
-            for entry, tensor in load_file(folder / SERVER_STATE).items():
-                part, _, key = entry.partition(".")
-                parts[part][key] = tensor
-        saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"
-        if self._saved_file_is_state:
-            is_adapter = isinstance(self.model, PeftModel)
-            saved = load_adapter(folder) if is_adapter else load_model(folder, self.model)
-            source = f"The {'adapter' if is_adapter else 'model'} in {str(folder)!r}"
-        if self._base_changes is not None:
-            self._base_changes.reset()  # the adapter is relative to the untouched base
-        self._live_adapter.load(saved, source)
-        if self._base_changes is not None:
-            self._base_changes.load_state_dict(parts["base"])
-        self.server.load_state_dict(parts["server"])
-        if self.is_world_process_zero():
-            self._store.restore(folder / CLIENTS_FOLDER)
-        self.accelerator.wait_for_everyone()
 
     def _begin(self, state: TrainerState) -> None:
         self.state = state
@@ -547,7 +412,17 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
 
     # Refusals
 
-    def _refuse_what_cannot_be_evaluated_or_wrapped(self) -> None:
+    def _refuse_what_the_method_cannot_have(self, has_optimizer: bool) -> None:
+        if self.server.sparse_rounds and (has_optimizer or self.args.initial_adapter is not None):
+            what = (
+                "`optimizers`, which hold the LoRA"
+                if has_optimizer
+                else f"`initial_adapter={self.args.initial_adapter!r}`"
+            )
+            raise ValueError(
+                f"'slora' trains a sparse change of the base weights first and starts the LoRA from it, but was given {what}. Leave "
+                "it out, or use 'fedavg'."
+            )
         is_personal = self.server.objective is not None and self.server.objective.is_personal
         if (self._local_keys or is_personal) and self.eval_dataset is not None and not self.evaluates_clients:
             what = (
@@ -570,8 +445,8 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             )
 
     def _start_from(self, folder: Path) -> None:
-        state = load_adapter(folder)
         source = f"The adapter {self.args.initial_adapter!r}"
+        state = self._live_adapter.from_saved(load_adapter(folder), source)
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         record = read_record(folder)
         theirs, ours = record.get("base_digest"), self._base_digest
@@ -582,12 +457,3 @@ class FederatedMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
                 "start without `initial_adapter`."
             )
         self._live_adapter.write(state)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start

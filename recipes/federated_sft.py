@@ -74,8 +74,9 @@ class RecipeArguments:
             For `"pathological"`.
         min_examples (`int`, *optional*, defaults to `32`):
             Least number of examples per client for `"dirichlet"` and `"quantity_skew"`.
-        peft_config (`dict`):
-            Fields of any PEFT config, with `peft_type`: `{peft_type: SCL, r: 16}`.
+        peft_config (`dict`, *optional*):
+            Fields of any PEFT config, with `peft_type`: `{peft_type: SCL, r: 16}`. Without it (`--peft_config null`) and without
+            `initial_adapter`, the whole model is fine-tuned.
     """
 
     model_name_or_path: str = field(metadata={"help": "Base model, a Hub id or a folder."})
@@ -103,7 +104,8 @@ class RecipeArguments:
     classes_per_client: int = field(default=2, metadata={"help": "Classes per client for pathological."})
     min_examples: int = field(default=32, metadata={"help": "Least number of examples per client."})
     peft_config: dict | str | None = field(
-        default=None, metadata={"help": "Fields of any PEFT config with `peft_type`, a mapping or JSON."}
+        default=None,
+        metadata={"help": "Fields of any PEFT config with `peft_type`, a mapping or JSON; without: all of the model."},
     )
 
     def __post_init__(self) -> None:
@@ -202,7 +204,7 @@ def held_out(rows: Dataset, recipe: RecipeArguments, clients: Iterable[str]) -> 
 
 
 def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
-    """The PEFT config named in the recipe; `None` leaves it to `initial_adapter`."""
+    """The PEFT config named in the recipe; `None` leaves it to `initial_adapter`, or trains the whole model."""
     if not isinstance(recipe.peft_config, dict):
         return None
     return get_peft_config({"task_type": "CAUSAL_LM", **recipe.peft_config})
@@ -231,7 +233,7 @@ def main() -> None:
     )
     if trainer.is_world_process_zero():
         print(partition_summary(clients, recipe.partition_column))
-        trainer.model.print_trainable_parameters()
+        print(f"trainable parameters: {trainer.get_num_trainable_parameters():,}")
     trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
     if trainer.is_world_process_zero() and is_matplotlib_available():
         for path in write_report(args.output_dir):

@@ -286,6 +286,7 @@ def record(**kwargs: Any) -> dict[str, Any]:
         "peft_type": "SCL",
         "num_trainable_parameters": 1234567,
         "aggregation": "fedavg",
+        "federation": {"server_optimizer": "sgd", "local_objective": None},
         "seed": 7,
         "num_rounds": 3,
         "num_sampled": 1,

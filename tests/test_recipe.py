@@ -79,6 +79,15 @@ def test_recipe_trains_reports_and_reloads_in_a_fresh_process(workspace, tiny_mo
     assert not torch.equal(untouched, there)
 
 
+def test_recipe_fine_tunes_the_whole_model_without_a_peft_config(workspace, tiny_model_dir):
+    output = run(workspace, tiny_model_dir, "--peft_config", "null", "--num_rounds", "1").stdout
+    before = load_file(tiny_model_dir / "model.safetensors")
+    after = load_file(workspace / "out" / "model.safetensors")
+    assert f"trainable parameters: {sum(tensor.numel() for tensor in before.values()):,}" in output
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_recipe_resumes_and_overrides_any_adapter_and_split(workspace, tiny_model_dir):
     lora = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]})
     arguments = ("--peft_config", lora, "--partition_method", "iid", "--num_clients", "2", "--clients_per_round", "1")

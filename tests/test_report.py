@@ -41,6 +41,7 @@ def federation():
         "base_model": "HuggingFaceTB/SmolLM2-135M",
         "peft_type": "SCL",
         "aggregation": "fedavg",
+        "federation": {"server_optimizer": "sgd", "local_objective": None},
         "seed": 0,
         "num_rounds": 3,
         "partition": "natural",

@@ -374,6 +374,7 @@ class FactorAggregator(Aggregator):
         self._base_change = {}
         self._others.begin({key: tensor for key, tensor in state.items() if key not in factors}, round)
 
+    @torch.no_grad()
     def add(self, update: ClientUpdate) -> None:
         pairs = self._checked(update)
         self._others.add(update)
@@ -425,10 +426,6 @@ class FactorAggregator(Aggregator):
         if not any(self._weights.values()) and not any(self._others._weights.values()):
             raise ValueError("No client update with examples arrived in this round, so there is nothing to aggregate.")
         return others
-
-    def _trained_pairs(self) -> list[FactorPair]:
-        """Those that some client sent."""
-        return [pair for pair in self.pairs if self._weights[pair.module]]
 
     @property
     def base_change(self) -> dict[str, LowRank]:

@@ -57,6 +57,7 @@ class FedAvg(Aggregator):
     def _check(self, update: ClientUpdate) -> None:
         check_tensors(update, self._open_sum(), self.partial)
 
+    @torch.no_grad()
     def _add(self, update: ClientUpdate, weight: float, factor: float = 1.0) -> None:
         """Add `factor` times the update with the weight `weight`."""
         self._check(update)

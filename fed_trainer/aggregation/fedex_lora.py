@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,6 @@ from ..adapter_state import AdapterState
 from ..options import check_integer, check_number
 from .base import ClientUpdate
 from .factors import FactorAggregator, FactorPair, check_foldable, refuse_other_ranks
-from .fedavg import FedAvg
 from .low_rank import LowRank, LowRankSum, truncate
 
 
@@ -30,17 +30,13 @@ class MeanOfFactors(FactorAggregator):
         super().__init__(pairs, partial)
         check_integer("max_columns", max_columns, least=1, optional=True)
         self.max_columns = max_columns
-        self._means = FedAvg(partial)
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
         super().begin(state, round)
-        self._means.begin({key: state[key] for pair in self.pairs for key in (pair.key_A, pair.key_B)}, round)
+        # by module: `R`, `sum_k n_k (A_k - R_A)` and that of `B`, `sum_k n_k (B_k - R_B)(A_k - R_A)`
         self._references: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._offsets: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._sums: dict[str, LowRankSum] = {}
-
-    def add(self, update: ClientUpdate) -> None:
-        super().add(update)
-        self._means.add(update)
 
     def _check_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
         super()._check_pair(pair, update)
@@ -50,20 +46,40 @@ class MeanOfFactors(FactorAggregator):
         A, B = update.delta[pair.key_A].float(), update.delta[pair.key_B].float()
         if pair.module not in self._references:
             self._references[pair.module] = A.clone(), B.clone()
+            self._offsets[pair.module] = torch.zeros_like(A), torch.zeros_like(B)
             self._sums[pair.module] = LowRankSum(self.max_columns)
             return
-        reference_A, reference_B = self._references[pair.module]
-        self._sums[pair.module].add((B - reference_B) * update.num_examples, A - reference_A)
+        (reference_A, reference_B), (total_A, total_B) = self._references[pair.module], self._offsets[pair.module]
+        A, B = A - reference_A, B - reference_B
+        total_A.add_(A, alpha=update.num_examples)
+        total_B.add_(B, alpha=update.num_examples)
+        self._sums[pair.module].add(B * update.num_examples, A)
 
-    def _lacking(self, pair: FactorPair, means: AdapterState) -> LowRank | None:
-        """`sum_k p_k B_k A_k - B A`, without the scaling; `None` if only one client has the pair."""
-        total = self._sums.pop(pair.module)  # no longer needed, and as large as what the clients sent
-        if total.num_columns == 0:
-            return None
-        left, right = total.product(1 / self._weights[pair.module])
-        reference_A, reference_B = self._references[pair.module]
-        mean_A, mean_B = means[pair.key_A] - reference_A, means[pair.key_B] - reference_B
-        return LowRank(torch.cat([left, -mean_B], dim=1), torch.cat([right, mean_A]))
+    def finish(self) -> AdapterState:
+        delta = self._finish_others()
+        for pair in self.pairs:
+            weight = self._weights[pair.module]
+            if weight == 0:  # nobody trained it
+                for key in (pair.key_A, pair.key_B):
+                    delta[key] = torch.zeros_like(self._state[key], dtype=torch.float32)
+                continue
+            (reference_A, reference_B), (offset_A, offset_B) = (
+                parts.pop(pair.module) for parts in (self._references, self._offsets)
+            )
+            total, offset_A, offset_B = self._sums.pop(pair.module), offset_A / weight, offset_B / weight
+            lacking = None  # where only one client has the pair
+            if total.num_columns > 0:
+                left, right = total.product(1 / weight)
+                lacking = LowRank(torch.cat([left, -offset_B], dim=1), torch.cat([right, offset_A]))
+            mean_A, mean_B = reference_A + offset_A, reference_B + offset_B
+            delta[pair.key_A], delta[pair.key_B] = self._corrected(pair, mean_A, mean_B, lacking)
+        return delta
+
+    @abstractmethod
+    def _corrected(
+        self, pair: FactorPair, mean_A: torch.Tensor, mean_B: torch.Tensor, lacking: LowRank | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The deltas of a pair, from their means and `sum_k p_k B_k A_k - B A` without the scaling."""
 
 
 class FedExLoRA(MeanOfFactors):
@@ -100,17 +116,15 @@ class FedExLoRA(MeanOfFactors):
         check_integer("max_rank", max_rank, least=1, optional=True)
         self.max_rank = max_rank
 
-    def finish(self) -> AdapterState:
-        delta, means = self._finish_others(), self._means._mean()
-        for pair in self._trained_pairs():
-            residual = self._lacking(pair, means)
-            if residual is None:
-                continue
-            residual = LowRank(residual.left * pair.scaling, residual.right)
+    def _corrected(
+        self, pair: FactorPair, mean_A: torch.Tensor, mean_B: torch.Tensor, lacking: LowRank | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if lacking is not None:
+            residual = LowRank(lacking.left * pair.scaling, lacking.right)
             if self.max_rank is not None:
                 residual, _ = truncate(residual, self.max_rank)
             self._base_change[pair.module] = residual
-        return delta | means
+        return mean_A, mean_B
 
 
 class LoRAFair(MeanOfFactors):
@@ -144,16 +158,13 @@ class LoRAFair(MeanOfFactors):
         super().__init__(pairs, max_columns, partial)
         self.ridge = ridge
 
-    def finish(self) -> AdapterState:
-        delta, means = self._finish_others(), self._means._mean()
-        for pair in self._trained_pairs():
-            lacking = self._lacking(pair, means)
-            if lacking is None:
-                continue
-            mean_A = self._state[pair.key_A] + means[pair.key_A]
-            A, _ = pair.whole(mean_A, self._state[pair.key_B])
-            means[pair.key_B] += ridge_correction(lacking, A, self.ridge)
-        return delta | means
+    def _corrected(
+        self, pair: FactorPair, mean_A: torch.Tensor, mean_B: torch.Tensor, lacking: LowRank | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if lacking is None:
+            return mean_A, mean_B
+        A, _ = pair.whole(self._state[pair.key_A] + mean_A, self._state[pair.key_B])
+        return mean_A, mean_B + ridge_correction(lacking, A, self.ridge)
 
 
 def ridge_correction(lacking: LowRank, A: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -25,8 +25,9 @@ class FLoRA(MeanOfProducts):
     no server optimiser.
 
     A LoRA restarts with a random `A` (uniform as PEFT draws it, from `seed`, the round and the name, the same on every machine)
-    and `B = 0`; on embeddings, as PEFT starts them, with `A = 0` and a normal `B`. FeDeRA and SCL go back to their start `A0`, `B0`, whose product stays subtracted, so that the model is continued
-    exactly; the start is then the principal part of the pretrained weight, not of the present one.
+    and `B = 0`; on embeddings, as PEFT starts them, with `A = 0` and a random `B` of variance 1. FeDeRA and SCL go back to their
+    start `A0`, `B0`, whose product stays subtracted, so that the model is continued exactly; the start is then the principal part
+    of the pretrained weight, not of the present one.
 
     Memory: the factors of all clients, as much as they sent; or a bounded number of columns with `max_columns`, which is then
     an approximation (see [`LowRankSum`]).
@@ -72,6 +73,7 @@ def restart_factors(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if "lora_embedding_" in pair.key_A:
         # a random `A` has entries of 1 / sqrt(vocabulary), and each input is one of its columns: `B` would hardly learn
-        return torch.zeros_like(A), torch.empty_like(B).normal_(generator=generator)
+        bound = math.sqrt(3)  # variance 1, as PEFT's normal `B`, but the same bits on processors of all kinds
+        return torch.zeros_like(A), torch.empty_like(B).uniform_(-bound, bound, generator=generator)
     bound = 1 / math.sqrt(A.shape[1])  # kaiming_uniform_ with a = sqrt(5), as PEFT
     return torch.empty_like(A).uniform_(-bound, bound, generator=generator), torch.zeros_like(B)

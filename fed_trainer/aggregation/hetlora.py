@@ -52,6 +52,7 @@ class HetLoRA(FactorAggregator):
         }
         self._total = 0.0
 
+    @torch.no_grad()
     def add(self, update: ClientUpdate) -> None:
         self._checked(update)
         if update.num_examples == 0:

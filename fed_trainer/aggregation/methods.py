@@ -63,7 +63,8 @@ class Method:
             Whether the delta starts the adapter afresh: the trained adapter of the round is in the base.
         takes_server_optimizer (`bool`, *optional*, defaults to `True`):
             Whether the delta is a direction to step along. It is not where the rule sets the factors to new values, or balances
-            them with its change of the base: half a step of FedEx-LoRA does not go with the whole of its residual.
+            them with its change of the base: half a step of FedEx-LoRA does not go with the whole of its residual, and momentum
+            would carry the directions that HetLoRA sets to zero beyond it.
         takes_ranks (`bool`, *optional*, defaults to `False`):
             Whether every client may have a rank of its own.
         takes_layers (`bool`, *optional*, defaults to `False`):
@@ -120,7 +121,7 @@ METHODS: dict[str, Method] = {
         takes_layers=True,
         keeps_updates=True,
     ),
-    "hetlora": Method(HetLoRA, uses_pairs=True, takes_ranks=True),
+    "hetlora": Method(HetLoRA, uses_pairs=True, takes_server_optimizer=False, takes_ranks=True),
     "lora_fair": Method(
         LoRAFair, uses_pairs=True, takes_server_optimizer=False, takes_layers=True, keeps_updates=True
     ),

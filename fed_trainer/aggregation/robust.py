@@ -40,6 +40,7 @@ class _KeepingAggregator(Aggregator):
         check_tensors(update, self._state)
         self._updates.append(update)
 
+    @torch.no_grad()
     def finish(self) -> AdapterState:
         if not self._updates:
             raise ValueError("No client update arrived in this round, so there is nothing to aggregate.")
@@ -270,6 +271,7 @@ class NormBounding(Aggregator):
         self._keys = _measured(state).keys()
         self.aggregator.begin(state, round)
 
+    @torch.no_grad()
     def add(self, update: ClientUpdate) -> None:
         bounded = {key: tensor for key, tensor in update.delta.items() if key in self._keys}
         norm = math.hypot(*(float(tensor.double().norm()) for tensor in bounded.values()))

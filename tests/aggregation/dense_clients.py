@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -63,12 +64,9 @@ ADAPTERS = {"lora": LORA, "federa": FEDERA, "scl": SCL}
 
 
 def randn(shape: tuple[int, ...], seed: str | int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(hash_of(str(seed)))
-    return torch.randn(shape, generator=generator)
-
-
-def hash_of(text: str) -> int:
-    return int.from_bytes(text.encode()[-7:].rjust(7, b"\0"), "big") * 31 + len(text) + sum(text.encode())
+    """Normal values that no other seed gives."""
+    digest = hashlib.sha256(str(seed).encode()).digest()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")))
 
 
 def random_state(

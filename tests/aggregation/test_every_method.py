@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from fed_trainer.adapter_state import AdapterState, LiveAdapter
 from fed_trainer.aggregation import (
     METHODS,
+    Aggregator,
     ClientUpdate,
     FactorPair,
     add_to_base,
@@ -276,7 +277,7 @@ def play(name: str, model: PeftModel, num_examples: list[int], ranks: list[int] 
     """Three rounds, each compared with the formula."""
     method, adapter, pairs = METHODS[name], LiveAdapter(model), factor_pairs(model)
     rule = method.build(check_adapter(name, model), **OPTIONS.get(name, {}))
-    state = {key: randn(tuple(tensor.shape), f"global {key[-14:]}") for key, tensor in adapter.read().items()}
+    state = {key: randn(tuple(tensor.shape), f"global {key}") for key, tensor in adapter.read().items()}
     own = [state] * len(num_examples)
     for number in (1, 2, 3):
         split = method.roles(number).split(state)
@@ -287,7 +288,7 @@ def play(name: str, model: PeftModel, num_examples: list[int], ranks: list[int] 
                 scaling = {pair.module: 4 / (ranks[k] + 1) for pair in pairs}
                 sent = truncate_ranks(sent, pairs, ranks[k], scaling)
             delta = {
-                key: torch.zeros_like(t) if key in split.frozen else randn(tuple(t.shape), f"{number} {k} {key[-14:]}")
+                key: torch.zeros_like(t) if key in split.frozen else randn(tuple(t.shape), f"{number} {k} {key}")
                 for key, t in sent.items()
             }
             ended.append({key: tensor.double() + delta[key].double() for key, tensor in sent.items()})
@@ -356,15 +357,21 @@ def test_three_rounds_of_clients_of_mixed_ranks_follow_the_formula(name: str, mo
 
 def model_after(name: str, updates: list[ClientUpdate]) -> AdapterState:
     """What a round makes of the tests' dense layers: the weights with the adapter, and the head."""
-    state = random_state(LORA, "global")
-    for update, steps in zip(updates, NUM_STEPS, strict=True):
-        update.num_steps = update.num_steps or steps
-    rule = METHODS[name].build([layer.pair() for layer in LORA], **OPTIONS.get(name, {}) | ANY_NORM.get(name, {}))
-    new, base = aggregate(rule, state, updates)
+    new, base = aggregate(rule_of(name), random_state(LORA, "global"), with_steps(updates))
     return {HEAD: new[HEAD], **{layer.name: base.get(layer.name, 0) + layer.change(new) for layer in LORA}}
 
 
-ANY_NORM = {"norm_bounding": {"max_norm": 1e3}}
+def rule_of(name: str) -> Aggregator:
+    any_norm = {"max_norm": 1e3} if name == "norm_bounding" else {}
+    return METHODS[name].build([layer.pair() for layer in LORA], **OPTIONS.get(name, {}) | any_norm)
+
+
+def with_steps(updates: list[ClientUpdate]) -> list[ClientUpdate]:
+    for update, steps in zip(updates, NUM_STEPS, strict=True):
+        update.num_steps = update.num_steps or steps
+    return updates
+
+
 methods = pytest.mark.parametrize("name", METHODS)
 
 
@@ -394,3 +401,42 @@ def test_equal_updates_give_the_model_of_one_client(name: str) -> None:
     assert_close(ours[HEAD], end[HEAD])
     for layer in LORA:
         assert_close(ours[layer.name], layer.change(end))
+
+
+@methods
+def test_deltas_with_gradients_do_not_build_a_graph(name: str) -> None:
+    """It would keep every client of the run in memory."""
+    updates = updates_of(LORA, NUM_EXAMPLES)
+    expected = model_after(name, updates_of(LORA, NUM_EXAMPLES))
+    for update in updates:
+        update.delta = {key: tensor.requires_grad_() for key, tensor in update.delta.items()}
+    ours = model_after(name, updates)
+    assert not any(tensor.requires_grad for tensor in ours.values())
+    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
+
+
+@methods
+def test_inputs_are_not_changed_and_results_do_not_share_memory_with_them(name: str) -> None:
+    state, updates = random_state(LORA, "global"), with_steps(updates_of(LORA, NUM_EXAMPLES))
+    rule = rule_of(name)
+    rule.begin(state, 1)
+    for update in updates:
+        rule.add(update)
+    for tensor in [*rule.finish().values(), *(factor for change in rule.base_change.values() for factor in change)]:
+        tensor.fill_(float("nan"))
+    assert all(torch.equal(tensor, state[key]) for key, tensor in random_state(LORA, "global").items())
+    for update, fresh in zip(updates, updates_of(LORA, NUM_EXAMPLES), strict=True):
+        assert all(torch.equal(tensor, update.delta[key]) for key, tensor in fresh.delta.items())
+
+
+@methods
+def test_abandoned_round_and_earlier_rounds_leave_nothing_behind(name: str) -> None:
+    state, rule = random_state(LORA, "global"), rule_of(name)
+    aggregate(rule, state, with_steps(updates_of(LORA, NUM_EXAMPLES, seed="earlier")))
+    rule.begin(state, 1)
+    rule.add(with_steps(updates_of(LORA, NUM_EXAMPLES, seed="abandoned"))[1])
+    updates = with_steps(updates_of(LORA, NUM_EXAMPLES))
+    (ours, base), (expected, fresh_base) = (aggregate(one, state, updates) for one in (rule, rule_of(name)))
+    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
+    assert base.keys() == fresh_base.keys()
+    assert all(torch.equal(base[key], tensor) for key, tensor in fresh_base.items())

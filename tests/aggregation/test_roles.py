@@ -12,6 +12,7 @@ from dense_clients import HEAD, LORA, SCL, Layer, assert_close, mean_of, randn, 
 
 from fed_trainer.adapter_state import AdapterState
 from fed_trainer.aggregation import METHODS, ClientUpdate, state_digest
+from fed_trainer.server_optimizers import FedAvgM
 from fed_trainer.tensor_roles import A_FACTORS, B_FACTORS, NORMS, TensorRoles
 
 
@@ -118,10 +119,11 @@ def test_roles_with_two_defaults_cannot_be_joined() -> None:
 
 
 @pytest.mark.parametrize("role", ["shared", "local", "frozen"])
-def test_string_in_the_place_of_a_tuple_is_refused(role: str) -> None:
+@pytest.mark.parametrize("value", ["classifier", None])
+def test_string_in_the_place_of_a_tuple_is_refused(role: str, value: str | None) -> None:
     """Each of its characters would count as a pattern, and match about everything."""
-    with pytest.raises(ValueError, match=f"`{role}` should be a tuple of patterns .* the string 'classifier'"):
-        TensorRoles(**{role: "classifier"})
+    with pytest.raises(ValueError, match=f"`{role}` should be a tuple of patterns but the value passed is {value!r}"):
+        TensorRoles(**{role: value})
 
 
 def test_invalid_settings_are_refused() -> None:
@@ -129,6 +131,8 @@ def test_invalid_settings_are_refused() -> None:
         TensorRoles(default="private")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not a regular expression"):
         TensorRoles(local=("(",))
+    with pytest.raises(ValueError, match="The pattern 1 is not a regular expression"):
+        TensorRoles(local=(1,))  # type: ignore[arg-type]
 
 
 # The methods
@@ -238,4 +242,18 @@ def test_methods_take_subsets_of_layers_where_the_rule_has_the_option(name: str)
 
 def test_rules_that_set_the_factors_take_no_server_optimiser() -> None:
     refusing = {name for name, method in METHODS.items() if not method.takes_server_optimizer}
-    assert refusing == {"flora", "fedex_lora", "flexlora", "lora_fair"}
+    assert refusing == {"flora", "fedex_lora", "flexlora", "hetlora", "lora_fair"}
+
+
+def test_momentum_would_bring_back_what_hetlora_has_set_to_zero() -> None:
+    """Why it takes no server optimiser: both factors of a pruned direction overshoot, and their product is back."""
+    layer = LORA[0]
+    rule, optimizer = METHODS["hetlora"].build([layer.pair()]), FedAvgM()
+    state = random_state((layer,), "global")
+    for round in (1, 2):
+        rule.begin(state, round)
+        rule.add(ClientUpdate("a", 5, random_state((layer,), round, rank=1)))
+        delta = rule.finish()
+        assert not (state[layer.keys[0]] + delta[layer.keys[0]])[1:].any()
+        state = optimizer.step(state, delta)
+    assert (state[layer.keys[1]][:, 1:] @ state[layer.keys[0]][1:]).abs().max() > 0.1

@@ -1,0 +1,142 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What happens at one client in one round: it gets, trains, sends and keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from datasets import Dataset
+
+from .adapter_state import AdapterState, state_bytes, subtract
+from .aggregation import ClientUpdate
+from .client_evaluation import ClientEvaluationMixin
+from .client_settings import ClientSettings
+from .client_store import ClientStore
+from .clients import client_seed, local_batch
+from .config import FederationArguments, joins_examples
+from .local_round import LocalRoundMixin
+from .server import Server
+from .timing import timed
+
+
+__all__ = ["ClientTurnMixin"]
+
+LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"  # what a client keeps: parts of its file
+
+
+class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
+    """The turn of a client within a round, on the live model."""
+
+    args: FederationArguments
+    server: Server
+    _store: ClientStore
+    _clients: dict[str, Dataset]
+    _client_settings: dict[str, ClientSettings]
+    _prepared_clients: dict[str, Dataset]
+    _local_keys: set[str]
+    _base_digest: str | None
+    _record: dict[str, Any]
+
+    def _client_round(self, client: str, round: int, lr_factor: float, seconds: dict[str, float]) -> dict[str, float]:
+        """One client's turn: it gets the shared tensors, trains, and its update is offered to the server."""
+        with timed(seconds, "prepare"):
+            dataset = self._prepared_client(client)
+            kept = self._store.read(client)
+            settings = self._settings_of(client, kept)
+            sent, shared = self.server.sent_to(settings), self.server.start_of(settings)
+            start = {**self._global_state, **shared, **kept.get(LOCAL, {})}
+        train = functools.partial(
+            self.local_round,
+            dataset=dataset,
+            seed=client_seed(self.args.seed, round, client),
+            data_seed=None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client),
+            lr_factor=lr_factor,
+            trained=self.server.trained_keys(self._global_state, round, settings),
+            max_steps=settings.max_steps,
+        )
+        objective, remembered = self.server.objective, kept.get(OBJECTIVE) or self.server.first_memory(settings)
+        is_personal = objective is not None and objective.is_personal
+        with timed(seconds, "local"):
+            if objective is not None:
+                objective.begin(shared, remembered)
+            local, metrics = train(start, objective=None if is_personal else objective)
+            delta = subtract(local, start)
+            keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
+            if objective is not None:
+                keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
+            if is_personal:
+                keeps[PERSONAL], personal = train({**start, **kept.get(PERSONAL, {})}, objective=objective)
+                metrics |= {f"personal_{key}": value for key, value in personal.items()}
+        update = ClientUpdate(
+            client,
+            self._num_examples(client),
+            self.server.cut(delta, sent),
+            metrics,
+            num_steps=int(metrics["num_steps"]),
+            base_digest=self._base_digest,
+        )
+        with timed(seconds, "aggregate"):
+            if self.server.receive(update, sent) is None:
+                if objective is not None:
+                    objective.accept(remembered, keeps[OBJECTIVE])
+                self._keep(client, keeps)
+        traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, sent)}
+        return {"num_examples": update.num_examples, **metrics, **traffic}
+
+    def _settings_of(self, client: str, kept: dict[str, AdapterState]) -> ClientSettings:
+        settings = self._client_settings.get(client, ClientSettings())
+        rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
+        return settings if rank is None else dataclasses.replace(settings, r=int(rank))
+
+    def _keep(self, client: str, parts: dict[str, AdapterState]) -> None:
+        if self.is_world_process_zero():
+            self._store.write(client, parts)
+        self.accelerator.wait_for_everyone()
+
+    def _download_bytes(self, client: str, sent: AdapterState) -> int:
+        """What the client is sent, and what has been added to the base model since it was last here."""
+        missed = state_bytes({key: sent[key] for key in sent.keys() - self.server.drawn_keys})
+        for entry in reversed(self._record["rounds"]):
+            missed += entry["base_change_bytes"]
+            if client in entry["clients"] or client in entry["refused"]:
+                break  # it came to that round with all that was added before
+        return missed
+
+    def client_state(self, client: str) -> AdapterState:
+        """
+        What the model of a client is made of: the global state with the tensors that the client keeps, or its own model (Ditto).
+        A client that has not trained yet has the global state.
+        """
+        kept = self._store.read(client)
+        return {**self._global_state, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}
+
+    def _num_examples(self, client: str) -> int:
+        """Examples that are trained on; preparation drops those without a label, and packing joins them."""
+        return len(self._clients[client] if joins_examples(self.args) else self._prepared_client(client))
+
+    def _prepared_client(self, client: str) -> Dataset:
+        """A client's dataset, tokenised at its first local round and kept."""
+        if client not in self._prepared_clients:
+            self._keep_prepared(client, self._prepare_client_dataset(self._clients[client], client))
+        return self._prepared_clients[client]
+
+    def _keep_prepared(self, client: str, dataset: Dataset) -> None:
+        if len(dataset) == 0:
+            raise ValueError(
+                f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: every "
+                "label is masked. Raise `max_length` (prompts may fill it), or leave the client out."
+            )
+        if len(dataset) < local_batch(self.args) and not joins_examples(self.args):
+            raise ValueError(
+                f"Client {client!r} has {len(self._clients[client])} examples, but only {len(dataset)} are left after "
+                f"preparation (the others have no label), fewer than one local batch of {local_batch(self.args)}. Raise "
+                "`max_length` (prompts may fill it), lower the batch size, or leave the client out."
+            )
+        self._prepared_clients[client] = dataset
+
+    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        """Tokenise one client's data; the base trainer's own preparation, where it has one."""
+        return dataset

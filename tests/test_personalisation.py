@@ -1,0 +1,528 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Shared, local and frozen tensors, clients that differ, and clients that are left out, in the rounds of a trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, set_seed
+
+from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer
+from fed_trainer.aggregation import TooFewClientsError
+from peft_scl import FederaConfig, SclConfig
+
+
+LOCAL = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "eval_on_start": False,
+}
+LORA = {"r": 4, "target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture
+def make_trainer(tiny_model_dir, make_clients, tmp_path):
+    def make(output="out", clients=None, eval_dataset=None, peft_config=None, **settings):
+        args = FederatedConfig(
+            output_dir=str(tmp_path / output),
+            **{"num_rounds": 2, "max_length": 32, "gradient_checkpointing": False, **LOCAL, **settings},
+        )
+        return FederatedTrainer(
+            model=str(tiny_model_dir),
+            args=args,
+            train_dataset=clients or make_clients(num_clients=3),
+            eval_dataset=eval_dataset,
+            peft_config=peft_config or LoraConfig(**LORA),
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_classifier(tmp_path):
+    """A random BERT with a LoRA, a head and trained norms, over three clients of random tokens."""
+
+    def make(output="out", modules_to_save=("classifier",), **settings):
+        set_seed(0)
+        config = BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=24,
+            num_labels=3,
+        )
+        model = BertForSequenceClassification(config)
+        rows = {
+            f"client_{c}": Dataset.from_dict(
+                {
+                    "input_ids": [[(7 * row + 3 * c + t) % 50 for t in range(6)] for row in range(8)],
+                    "labels": [(row + c) % 3 for row in range(8)],
+                }
+            )
+            for c in range(3)
+        }
+        return FederatedTaskTrainer(
+            model=model,
+            args=FederatedTaskConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings}),
+            train_dataset=rows,
+            eval_dataset={name: data.select(range(4)) for name, data in rows.items()},
+            peft_config=LoraConfig(r=2, target_modules=["value"], modules_to_save=list(modules_to_save)),
+        )
+
+    return make
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def held_out(clients):
+    return {name: rows.select(range(4 + 2 * i)) for i, (name, rows) in enumerate(clients.items())}
+
+
+# Shared, local, frozen
+
+
+def test_fedsa_lora_shares_a_and_leaves_b_with_the_clients(make_trainer, make_clients):
+    clients = make_clients(num_clients=3)
+    trainer = make_trainer(aggregation="fedsa_lora", clients=clients, eval_dataset=held_out(clients))
+    start = trainer._global_state
+    trainer.train()
+
+    kept = {client: trainer._store.read(client)["local"] for client in clients}
+    for client, local in kept.items():
+        assert local and all(".lora_B." in key for key in local), client
+        assert all(local[key].any() for key in local)
+    assert not same(kept["client_0"], kept["client_1"])
+    for key, tensor in trainer._global_state.items():
+        assert torch.equal(tensor, start[key]) == (".lora_B." in key), key
+    entry = trainer._record["rounds"][-1]
+    a_bytes = sum(4 * tensor.numel() for key, tensor in start.items() if ".lora_A." in key)
+    assert entry["bytes_up"] == entry["bytes_down"] == 3 * a_bytes
+
+
+def test_every_client_is_evaluated_with_its_own_model_on_its_own_data(make_trainer, make_clients):
+    clients = make_clients(num_clients=3)
+    trainer = make_trainer(aggregation="fedsa_lora", clients=clients, eval_dataset=held_out(clients))
+    trainer.train()
+    entry = trainer._record["rounds"][-1]
+
+    losses = {}
+    for client in clients:
+        trainer._live_adapter.write(trainer.client_state(client))
+        losses[client] = trainer.evaluate(held_out(clients)[client])["eval_loss"]
+        trainer._live_adapter.write(trainer.client_state("client_0" if client != "client_0" else "client_1"))
+        assert trainer.evaluate(held_out(clients)[client])["eval_loss"] != losses[client]
+    assert {name: figures["eval_loss"] for name, figures in entry["client_eval"].items()} == pytest.approx(losses)
+    mean = (4 * losses["client_0"] + 6 * losses["client_1"] + 8 * losses["client_2"]) / 18
+    assert entry["eval"]["eval_loss"] == pytest.approx(mean)
+
+
+def test_a_client_that_has_not_trained_yet_has_the_initial_local_tensors(make_trainer, make_clients):
+    clients = make_clients(num_clients=3)
+    trainer = make_trainer(
+        aggregation="fedsa_lora", clients=clients, clients_per_round=1, num_rounds=1, eval_dataset=held_out(clients)
+    )
+    start = trainer._global_state
+    trainer.train()
+    (sampled,) = trainer._record["rounds"][0]["clients"]
+    for client in clients.keys() - {sampled}:
+        state = trainer.client_state(client)
+        assert all(torch.equal(state[key], start[key]) for key in state if ".lora_B." in key)
+        assert all(torch.equal(state[key], trainer._global_state[key]) for key in state)
+
+
+def test_the_model_of_a_client_can_be_saved(make_trainer, make_clients, tmp_path):
+    trainer = make_trainer(aggregation="fedsa_lora", clients=make_clients(num_clients=3))
+    trainer.train()
+    trainer.save_client_model("client_2", tmp_path / "personal")
+    assert same(adapter(tmp_path / "personal"), trainer.client_state("client_2"))
+    assert same(trainer._live_adapter.read(), trainer._global_state)
+    with pytest.raises(ValueError, match="There is no client 'client_9'"):
+        trainer.save_client_model("client_9", tmp_path / "nobody")
+
+
+def test_without_a_model_for_all_there_is_nothing_to_evaluate_on_common_data(make_trainer, make_clients):
+    rows = make_clients(num_clients=1)["client_0"]
+    with pytest.raises(
+        ValueError, match=r"tensors stay with the clients .* `eval_dataset` is Dataset\. Give a dictionary"
+    ):
+        make_trainer(aggregation="fedsa_lora", eval_dataset=rows)
+    with pytest.raises(
+        ValueError, match=r"every client has a model of its own \(Ditto\).*`eval_dataset` is \['test'\]"
+    ):
+        make_trainer(local_objective="ditto", local_objective_kwargs={"mu": 0.1}, eval_dataset={"test": rows})
+
+
+def test_fedper_keeps_the_head_with_the_client(make_classifier):
+    trainer = make_classifier(tensor_roles={"local": ["classifier"]})
+    start = trainer._global_state
+    trainer.train()
+    heads = [trainer._store.read(client)["local"] for client in trainer._clients]
+    assert all(set(head) == {key for key in start if "classifier" in key} for head in heads)
+    assert not same(heads[0], heads[1])
+    assert all(torch.equal(trainer._global_state[key], start[key]) for key in heads[0])
+    assert any(not torch.equal(trainer._global_state[key], start[key]) for key in start)
+
+
+def test_fedbn_keeps_the_norms_with_the_client(make_classifier):
+    from fed_trainer.tensor_roles import NORMS
+
+    trainer = make_classifier(modules_to_save=["classifier", "LayerNorm"], tensor_roles={"local": [NORMS]})
+    trainer.train()
+    kept = trainer._store.read("client_0")["local"]
+    assert kept and all("LayerNorm" in key for key in kept)
+
+
+def test_a_frozen_head_neither_changes_nor_travels(make_classifier):
+    trainer = make_classifier(tensor_roles={"frozen": ["classifier"]})
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if "classifier" in name}
+    trainer.train()
+    assert not any("classifier" in key for key in trainer._global_state)
+    after = dict(trainer.model.named_parameters())
+    assert before and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        ({"local": ["no_such_tensor"]}, "'no_such_tensor' matches none of the"),
+        (
+            {"personal": ["classifier"]},
+            r"`tensor_roles` has \['personal'\], but takes \['default', 'frozen', 'local', 'shared'\]",
+        ),
+        ({"default": "local"}, "No tensor of the adapter is shared"),
+        ({"local": ["lora"], "frozen": ["lora_A"]}, "is local and frozen at once"),
+    ],
+)
+def test_roles_that_do_not_fit_are_refused(make_classifier, roles, message):
+    with pytest.raises(ValueError, match=message):
+        make_classifier(tensor_roles=roles)
+
+
+def test_ditto_leaves_the_federation_as_it_is_and_pulls_personal_models_towards_it(make_trainer, make_clients):
+    clients = make_clients(num_clients=3)
+    settings = {"clients": clients, "eval_dataset": held_out(clients)}
+    plain = make_trainer("plain", **settings)
+    plain.train()
+    distances = []
+    for mu in (1e-3, 30.0):
+        ditto = make_trainer(f"ditto-{mu}", local_objective="ditto", local_objective_kwargs={"mu": mu}, **settings)
+        ditto.train()
+        assert same(ditto._global_state, plain._global_state)
+        personal = ditto.client_state("client_1")
+        distances.append(sum(float((personal[key] - ditto._global_state[key]).norm()) for key in personal))
+        assert ditto._record["rounds"][-1]["client_eval"] != plain._record["rounds"][-1]["client_eval"]
+    assert distances[0] > distances[1] > 0
+
+
+# Clients that differ
+
+
+@pytest.mark.parametrize("method", ["flora", "flexlora", "hetlora"])
+def test_a_client_of_a_smaller_rank_sends_and_trains_its_rank_only(make_trainer, monkeypatch, method):
+    trainer = make_trainer(
+        aggregation=method, client_settings={"client_0": {"r": 1}, "client_2": {"r": 2}}, num_rounds=2
+    )
+    updates = {}
+    receive = trainer.server.receive
+
+    def watched(update, sent):
+        updates[update.client] = update
+        return receive(update, sent)
+
+    monkeypatch.setattr(trainer.server, "receive", watched)
+    trainer.train()
+    for client, rank in (("client_0", 1), ("client_1", 4), ("client_2", 2)):
+        shapes = {key: tuple(tensor.shape) for key, tensor in updates[client].delta.items()}
+        assert all(shape[0 if ".lora_A." in key else 1] == rank for key, shape in shapes.items()), client
+        assert all(tensor.any() for tensor in updates[client].delta.values())
+    rounds = trainer._record["rounds"][-1]["clients"]
+    assert rounds["client_0"]["bytes_up"] * 4 == rounds["client_2"]["bytes_up"] * 2 == rounds["client_1"]["bytes_up"]
+
+
+def test_rows_beyond_a_clients_rank_stay_zero_in_the_live_model(make_trainer, monkeypatch):
+    trainer = make_trainer(aggregation="hetlora", client_settings={"client_0": {"r": 1}}, weight_decay=0.1)
+    original, seen = trainer.local_round, []
+
+    def watched(state, *args, **kwargs):
+        local, metrics = original(state, *args, **kwargs)
+        seen.append(local)
+        return local, metrics
+
+    monkeypatch.setattr(trainer, "local_round", watched)
+    trainer.train()
+    for local in (seen[0], seen[3]):  # client_0 in both rounds
+        for key, tensor in local.items():
+            beyond = tensor[1:] if ".lora_A." in key else tensor[:, 1:]
+            assert not beyond.any(), key
+    assert any(tensor[1:].any() for key, tensor in seen[1].items() if ".lora_A." in key)
+
+
+def test_hetlora_prunes_the_ranks_of_clients_that_do_not_need_them(make_trainer):
+    trainer = make_trainer(
+        aggregation="hetlora",
+        local_objective="rank_pruning",
+        local_objective_kwargs={"decay": 0.5, "penalty_weight": 100.0},
+        num_rounds=3,
+        optim="sgd",
+        learning_rate=0.05,
+    )
+    trainer.train()
+    rounds = trainer._record["rounds"]
+    ranks = {client: int(trainer._store.read(client)["objective"]["rank"]) for client in trainer._clients}
+    assert min(ranks.values()) < 4
+    assert rounds[-1]["bytes_up"] < rounds[0]["bytes_up"]
+
+
+def test_a_client_trains_a_subset_of_the_layers(make_trainer):
+    trainer = make_trainer(
+        client_settings={"client_0": {"layers_to_transform": [0]}, "client_1": {"layers_to_transform": [0]}},
+        num_rounds=1,
+    )
+    alone = make_trainer("alone", num_rounds=1)
+    start = trainer._global_state
+    trainer.train()
+    clients = trainer._record["rounds"][0]["clients"]
+    assert clients["client_0"]["bytes_up"] * 2 == clients["client_2"]["bytes_up"]
+    # layer 1 is the third client's alone
+    local, _ = alone.local_round(start, alone._prepared_client("client_2"), seed=0, data_seed=None, lr_factor=1.0)
+    moved = [key for key in start if ".layers.1." in key and not torch.equal(trainer._global_state[key], start[key])]
+    assert moved and all(not torch.equal(local[key], start[key]) for key in moved)
+
+
+def test_the_mean_of_a_layer_is_over_the_clients_that_train_it(make_trainer, monkeypatch):
+    trainer = make_trainer(client_settings={"client_0": {"layers_to_transform": [0]}}, num_rounds=1)
+    start, original, ends = trainer._global_state, trainer.local_round, []
+
+    def watched(state, *args, **kwargs):
+        local, metrics = original(state, *args, **kwargs)
+        ends.append(local)
+        return local, metrics
+
+    monkeypatch.setattr(trainer, "local_round", watched)
+    trainer.train()
+    for key, tensor in trainer._global_state.items():
+        chosen = ends if ".layers.0." in key else ends[1:]
+        expected = sum(end[key].double() for end in chosen) / len(chosen)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+        if ".layers.1." in key:
+            assert torch.equal(ends[0][key], start[key]), "the client trained a layer it should not"
+
+
+def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch):
+    trainer = make_trainer(aggregation="fednova", client_settings={"client_1": {"max_steps": 5}}, num_rounds=1)
+    steps = {}
+    add = trainer.server.rule.add
+    monkeypatch.setattr(trainer.server.rule, "add", lambda u: steps.update({u.client: u.num_steps}) or add(u))
+    trainer.train()
+    assert steps == {"client_0": 2, "client_1": 5, "client_2": 2}
+    assert trainer.args.max_steps == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"client_settings": {"client_0": {"r": 2}}}, "'fedavg' combines adapters of one rank. Use one of"),
+        (
+            {"aggregation": "flora", "client_settings": {"client_0": {"r": 8}}},
+            "the rank 8, but the PEFT config has the rank 4",
+        ),
+        (
+            {"aggregation": "median", "client_settings": {"client_0": {"layers_to_transform": [0]}}},
+            "'median' compares or weights whole updates",
+        ),
+        (
+            {"aggregation": "hetlora", "client_settings": {f"client_{c}": {"r": 2} for c in range(3)}},
+            r"the largest of `client_settings` is 2: .* Set `r=2` in the PEFT config",
+        ),
+        ({"client_settings": {"nobody": {"max_steps": 2}}}, "names the client 'nobody'"),
+        (
+            {"aggregation": "flora", "client_settings": {"client_0": {"r": 2}}, "peft_config": FederaConfig(**LORA)},
+            "start from the principal part of the base weight",
+        ),
+        ({"aggregation": "flora", "server_optimizer": "fedadam"}, "cannot follow 'flora'"),
+        ({"aggregation": "flexlora", "server_lr": 0.5}, "cannot follow 'flexlora'"),
+        ({"aggregation_kwargs": {"trim": 0.1}}, r"`aggregation_kwargs` has \['trim'\], which 'fedavg' does not take"),
+        ({"aggregation": "norm_bounding"}, "`aggregation_kwargs` does not suffice: .*max_norm"),
+        (
+            {"server_optimizer_kwargs": {"beta": 0.9}},
+            r"has \['beta'\], which 'sgd' does not take. It takes no options",
+        ),
+        ({"local_objective": "fedprox"}, "`local_objective_kwargs` does not suffice: .*mu"),
+        ({"local_objective_kwargs": {"mu": 1}}, "there is no `local_objective` for them"),
+        ({"local_objective": "scaffold"}, "`optim` is 'adamw_torch"),
+        (
+            {"local_objective": "feddyn", "local_objective_kwargs": {"alpha": 1.0}, "aggregation": "median"},
+            "all weighted alike, but `aggregation` is 'median'",
+        ),
+        (
+            {"local_objective": "feddyn", "local_objective_kwargs": {"alpha": 1.0}, "server_optimizer": "fedadam"},
+            "has a server step of its own",
+        ),
+        (
+            {"local_objective": "rank_pruning", "local_objective_kwargs": {"decay": 0.5, "penalty_weight": 1.0}},
+            "gives every client a rank of its own, but `aggregation` is 'fedavg'",
+        ),
+        ({"aggregation": "krum"}, "A round needs 5 usable updates .* but only 3 clients are sampled"),
+        ({"min_clients": 4}, "A round needs 4 usable updates"),
+        ({"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 2}}, "of 2 rounds leaves none for the LoRA"),
+        (
+            {
+                "aggregation": "slora",
+                "aggregation_kwargs": {"sparse_rounds": 1},
+                "local_objective": "feddyn",
+                "local_objective_kwargs": {"alpha": 1.0},
+            },
+            "trains other tensors in its second stage|all weighted alike",
+        ),
+        (
+            {"aggregation": "flora", "peft_config": SclConfig(r=4, variant="bottleneck", task_type="CAUSAL_LM")},
+            "acts on the input of the down projection|product of the two",
+        ),
+    ],
+)
+def test_combinations_that_cannot_work_are_refused_before_the_run(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings)
+
+
+# Clients that are left out
+
+
+def breaks(trainer, monkeypatch, is_broken):
+    """From `is_broken(round, client)` on, what the client sends is not finite."""
+    original = trainer._client_round
+    turn = {}
+
+    def remembered(client, round, *args):
+        turn["now"] = (round, client)
+        return original(client, round, *args)
+
+    local_round = trainer.local_round
+
+    def broken(state, *args, **kwargs):
+        local, metrics = local_round(state, *args, **kwargs)
+        if is_broken(*turn["now"]):
+            local[min(local)].view(-1)[0] = float("nan")
+        return local, metrics
+
+    monkeypatch.setattr(trainer, "_client_round", remembered)
+    monkeypatch.setattr(trainer, "local_round", broken)
+
+
+def test_a_round_goes_on_without_a_client_whose_update_is_not_finite(
+    make_trainer, make_clients, tmp_path, monkeypatch
+):
+    clients = make_clients(num_clients=3)
+    trainer = make_trainer("broken", clients=clients, num_rounds=1)
+    breaks(trainer, monkeypatch, lambda round, client: client == "client_1")
+    trainer.train()
+    entry = trainer._record["rounds"][0]
+    assert list(entry["clients"]) == ["client_0", "client_2"]
+    assert list(entry["refused"]) == ["client_1"]
+    assert "not finite" in entry["refused"]["client_1"]
+
+    del clients["client_1"]
+    without = make_trainer("without", clients=clients, num_rounds=1)
+    without.train()
+    assert same(adapter(tmp_path / "broken"), adapter(tmp_path / "without"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"local_objective": "scaffold", "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1},
+        {"aggregation": "fedsa_lora"},
+        {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}},
+    ],
+    ids=["scaffold", "fedsa_lora", "ditto"],
+)
+def test_a_client_that_is_left_out_keeps_what_it_had(make_trainer, monkeypatch, settings):
+    trainer = make_trainer(num_rounds=2, **settings)
+    breaks(trainer, monkeypatch, lambda round, client: (round, client) == (2, "client_1"))
+    kept = {}
+    end_of_round = trainer._end_of_round
+    monkeypatch.setattr(
+        trainer, "_end_of_round", lambda: kept.setdefault("first", trainer._store.read("client_1")) and end_of_round()
+    )
+    trainer.train()
+    assert list(trainer._record["rounds"][1]["refused"]) == ["client_1"]
+    after = trainer._store.read("client_1")
+    assert kept["first"] and after.keys() == kept["first"].keys()
+    assert all(same(after[part], kept["first"][part]) for part in after)
+
+
+def test_too_few_usable_updates_end_the_run_and_keep_the_last_round(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(min_clients=2, num_rounds=2)
+    breaks(trainer, monkeypatch, lambda round, client: round == 2 and client != "client_0")
+    with pytest.raises(TooFewClientsError, match="Only 1 of at least 2 clients.*'client_1': .*'client_2': "):
+        trainer.train()
+    assert same(trainer._live_adapter.read(include_frozen=True), adapter(tmp_path / "out" / "checkpoint-1"))
+    # with healthy clients it goes on from there
+    resumed = make_trainer(min_clients=2, num_rounds=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed._record["rounds"]) == 2
+
+
+def test_a_round_without_any_usable_update_never_passes(make_trainer, monkeypatch):
+    trainer = make_trainer(num_rounds=1)
+    breaks(trainer, monkeypatch, lambda round, client: True)
+    with pytest.raises(TooFewClientsError, match="Only 0 of at least 1 clients"):
+        trainer.train()
+
+
+# Bytes
+
+
+def test_a_client_downloads_what_it_missed_of_the_base(make_trainer, make_clients):
+    trainer = make_trainer(
+        aggregation="fedex_lora", clients=make_clients(num_clients=3), clients_per_round=2, num_rounds=4
+    )
+    trainer.train()
+    rounds = trainer._record["rounds"]
+    adapter_bytes = sum(4 * tensor.numel() for tensor in trainer._global_state.values())
+    last_seen = dict.fromkeys(trainer._clients, 0)
+    for entry in rounds:
+        for client, figures in entry["clients"].items():
+            missed = [r["base_change_bytes"] for r in rounds[: entry["round"] - 1] if r["round"] >= last_seen[client]]
+            assert figures["bytes_down"] == adapter_bytes + sum(missed)
+            last_seen[client] = entry["round"]
+    assert rounds[0]["base_change_bytes"] > 0
+
+
+def test_flora_sends_no_factors_down_because_everybody_draws_them(make_trainer):
+    trainer = make_trainer(aggregation="flora", num_rounds=2)
+    trainer.train()
+    first, second = trainer._record["rounds"]
+    assert first["bytes_down"] == 0
+    assert second["bytes_down"] == 3 * first["base_change_bytes"] == 3 * first["bytes_up"]
+
+
+def test_the_card_of_a_run_that_changed_the_base_shows_how_to_load_what_was_published(make_trainer, tmp_path):
+    trainer = make_trainer(
+        aggregation="fedex_lora",
+        num_rounds=1,
+        server_optimizer="sgd",
+        peft_config=SclConfig(r=4, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer.train()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "import peft_scl" not in card
+    assert "| aggregation | `fedex_lora` |" in card
+    fedadam = make_trainer("adam", num_rounds=1, server_optimizer="fedadam")
+    fedadam.train()
+    assert "| aggregation | `fedavg`, `fedadam` on the server |" in (tmp_path / "adam" / "README.md").read_text()
