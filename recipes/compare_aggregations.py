@@ -4,7 +4,7 @@
 The configs of `configs/aggregations` compared on one model and one data set, as a Markdown table.
 
     python recipes/compare_aggregations.py --model_name_or_path STORIES260K --dataset_name MEDQUAD \
-        --lr_scale 50 --num_rounds 10 --max_length 128 --use_cpu
+        --lr_scale 50 --num_rounds 8 --search_rounds 4 --max_length 128 --use_cpu
     python recipes/compare_aggregations.py --methods fedavg flora --seeds 1 --model_name_or_path ... --dataset_name ...
 
 Every method gets a learning rate of its own, the best one on rows held out of the training split (seed 0): from `lr_scale` times the
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from compare_runs import cell
 from federated_sft import RecipeArguments, load_data, make_peft_config, prepare
 from transformers.utils import logging
 from trl import TrlParser
@@ -34,6 +35,7 @@ from fed_trainer.record import federation_settings, held_out_metrics, local_sett
 
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "aggregations"
+BASELINE = "fedavg"
 
 
 def parse(config: Path, overrides: Sequence[str]) -> tuple[RecipeArguments, FederatedConfig]:
@@ -53,10 +55,15 @@ class Comparison:
             Options of every run.
         validation_rows (`int`):
             Rows of the training split to choose learning rates by.
+        search_rounds (`int`, *optional*):
+            Rounds of the runs for it; as many as in other runs if not given.
     """
 
-    def __init__(self, output_dir: Path, overrides: Sequence[str], validation_rows: int) -> None:
-        self.output_dir, self.overrides, self.validation_rows = output_dir, overrides, validation_rows
+    def __init__(
+        self, output_dir: Path, overrides: Sequence[str], validation_rows: int, search_rounds: int | None = None
+    ) -> None:
+        self.output_dir, self.overrides = output_dir, overrides
+        self.validation_rows, self.search_rounds = validation_rows, search_rounds
 
     def validation_loss(self, method: str, learning_rate: float) -> float:
         """Loss on the validation rows after the last round; infinite if training diverged."""
@@ -95,6 +102,7 @@ class Comparison:
                 *self.overrides,
                 *("--learning_rate", str(learning_rate), "--seed", str(seed), "--output_dir", str(folder)),
                 *("--disable_tqdm", "True"),
+                *([] if is_test or self.search_rounds is None else ["--num_rounds", str(self.search_rounds)]),
             ],
         )
         args.save_rounds = args.num_rounds
@@ -176,21 +184,26 @@ def summary(method: str, learning_rate: float, seed: int, record: dict[str, Any]
 
 
 def table(runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> str:
-    """A Markdown table of the learning rate and the records of every method, the smallest loss first."""
+    """
+    A Markdown table of the learning rate and the records of every method, the smallest loss first. A seed draws the same clients for
+    all methods, so the difference from the baseline is taken seed by seed.
+    """
     lines = [
-        "| method | learning rate | held-out loss | trained parameters | MB up | MB down | seconds |",
-        "|---" * 7 + "|",
+        f"| method | learning rate | held-out loss | minus that of `{BASELINE}` | trained parameters | MB up | MB down | seconds |",
+        "|---" * 8 + "|",
     ]
     losses = {method: [last_loss(record) for record in records] for method, (_, records) in runs.items()}
     for method in sorted(runs, key=lambda method: statistics.mean(losses[method])):
         learning_rate, records = runs[method]
-        spread = f" ({statistics.stdev(losses[method]):.3f})" if len(records) > 1 else ""
+        difference = "-"
+        if BASELINE in losses:
+            difference = cell([own - base for own, base in zip(losses[method], losses[BASELINE], strict=True)])
         up, down = (
             statistics.mean(megabytes(record, direction) for record in records)
             for direction in ("bytes_up", "bytes_down")
         )
         lines.append(
-            f"| `{method}` | {learning_rate:.2g} | {statistics.mean(losses[method]):.3f}{spread} | "
+            f"| `{method}` | {learning_rate:.2g} | {cell(losses[method])} | {difference} | "
             f"{records[0]['num_trainable_parameters']:,} | {up:.3f} | {down:.3f} | {statistics.median(map(seconds, records)):.0f} |"
         )
     return "\n".join(lines)
@@ -208,6 +221,7 @@ def main() -> None:
     )
     parser.add_argument("--lr_step", type=float, default=3.0, help="factor between neighbouring learning rates")
     parser.add_argument("--validation_rows", type=int, default=500)
+    parser.add_argument("--search_rounds", type=int, help="rounds of the runs that choose the learning rate")
     parser.add_argument("--output_dir", type=Path, default=Path("out/aggregations"))
     parser.add_argument(
         "--results", type=Path, help="file of JSON lines for the figures of every run on the test split"
@@ -217,7 +231,7 @@ def main() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
-    comparison = Comparison(options.output_dir, overrides, options.validation_rows)
+    comparison = Comparison(options.output_dir, overrides, options.validation_rows, options.search_rounds)
     runs = {}
     lines = []
     for method in options.methods:

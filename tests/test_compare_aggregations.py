@@ -1,0 +1,140 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The configs of `recipes/configs/aggregations`, and the script that compares them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import load_dataset
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import compare_aggregations  # noqa: E402
+from federated_sft import make_peft_config, prepare  # noqa: E402
+
+from fed_trainer import FederatedTrainer  # noqa: E402
+from fed_trainer.aggregation import METHODS  # noqa: E402
+from fed_trainer.local_objectives import LOCAL_OBJECTIVES  # noqa: E402
+from fed_trainer.server_optimizers import SERVER_OPTIMIZERS  # noqa: E402
+
+
+CONFIGS = {path.stem: path for path in sorted(compare_aggregations.CONFIGS.glob("*.yaml"))}
+# what may differ between the configs
+OWN = {
+    "aggregation", "aggregation_kwargs", "client_settings", "server_optimizer", "local_objective",
+    "local_objective_kwargs", "optim", "max_grad_norm", "learning_rate", "peft_config", "output_dir",
+}  # fmt: skip
+COLLECTIONS = (
+    "1_CancerGov_QA", "2_GARD_QA", "3_GHR_QA", "4_MPlus_Health_Topics_QA", "5_NIDDK_QA", "6_NINDS_QA",
+    "7_SeniorHealth_QA", "8_NHLBI_QA_XML", "9_CDC_QA",
+)  # fmt: skip
+
+
+def read(name):
+    return yaml.safe_load(CONFIGS[name].read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, make_clients):
+    """Rows with the columns and the clients of MedQuAD."""
+    folder = tmp_path_factory.mktemp("medquad")
+    for split, rows in (("train", 12), ("test", 4)):
+        with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+            clients = make_clients(num_clients=len(COLLECTIONS), rows=rows).values()
+            for collection, dataset in zip(COLLECTIONS, clients, strict=True):
+                for row in dataset:
+                    entry = {"question": row["prompt"], "answer": row["completion"], "collection": collection}
+                    file.write(json.dumps(entry) + "\n")
+    return folder
+
+
+@pytest.fixture
+def options(tiny_model_dir, data):
+    return [
+        *("--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(data)),
+        *("--num_rounds", "1", "--max_steps", "1", "--max_length", "48", "--use_cpu"),
+    ]
+
+
+def test_everything_that_can_be_chosen_has_a_config():
+    configs = [read(name) for name in CONFIGS]
+    assert {config["aggregation"] for config in configs} == set(METHODS)
+    assert {config.get("server_optimizer", "sgd") for config in configs} == set(SERVER_OPTIMIZERS)
+    # rank pruning is a part of HetLoRA that its configs leave out
+    assert {config.get("local_objective") for config in configs} == {None, *LOCAL_OBJECTIVES} - {"rank_pruning"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_differs_from_that_of_fedavg_in_its_own_fields_only(name):
+    config, fedavg = read(name), read("fedavg")
+    assert {field for field in config | fedavg if config.get(field) != fedavg.get(field)} <= OWN
+    assert config["output_dir"] == f"out/aggregations/{name}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_builds_a_trainer(name, options, tmp_path, data):
+    recipe, args = compare_aggregations.parse(
+        CONFIGS[name], [*options, "--num_rounds", "9", "--output_dir", str(tmp_path)]
+    )
+    splits = load_dataset(str(data))
+    clients, test = prepare(recipe, args, splits["train"], splits["test"])
+    trainer = FederatedTrainer(recipe.model_name_or_path, args, clients, test, make_peft_config(recipe))
+    assert trainer.evaluates_clients
+    assert trainer.server.rule.min_updates <= trainer.sampler.num_sampled == 5
+
+
+def compare(monkeypatch, capsys, options, tmp_path, *arguments):
+    command = ["compare_aggregations.py", "--output_dir", str(tmp_path), "--validation_rows", "18", *arguments]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    compare_aggregations.main()
+    return capsys.readouterr().out
+
+
+def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, options, tmp_path):
+    arguments = ("--methods", "fedavg", "ffa_lora", "--seeds", "1", "--lr_scale", "50", "--search_rounds", "2")
+    results = tmp_path / "results.jsonl"
+    first = compare(monkeypatch, capsys, options, tmp_path, *arguments, "--results", str(results))
+    rows = [line for line in first.splitlines() if line.startswith("| `")]
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["method"] for line in lines] == ["fedavg", "ffa_lora"]
+    for line in lines:
+        rate = f"{line['learning_rate']:.2g}"
+        record = json.loads((tmp_path / line["method"] / f"lr-{rate}" / "seed-0" / "federation.json").read_text())
+        assert line["eval_loss"]["1"] == record["rounds"][0]["eval"]["eval_loss"]
+        (row,) = (row for row in rows if f"`{line['method']}`" in row)
+        loss = line["eval_loss"]["1"]
+        assert f"| {rate} | {loss:.3f} | {loss - lines[0]['eval_loss']['1']:.3f} |" in row
+        # the chosen learning rate is the best of those tried
+        losses = {
+            folder.name: compare_aggregations.last_loss(
+                json.loads((folder / "validation/federation.json").read_text())
+            )
+            for folder in (tmp_path / line["method"]).iterdir()
+        }
+        assert min(losses, key=losses.get) == f"lr-{rate}"
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a finished run was repeated")
+
+    monkeypatch.setattr(compare_aggregations, "FederatedTrainer", refuse)
+    again = compare(monkeypatch, capsys, options, tmp_path, *arguments)
+    assert [line for line in again.splitlines() if line.startswith("| `")] == rows
+    with pytest.raises(ValueError, match=r"holds a finished run with `max_steps=1`, but 2 is asked for"):
+        compare(monkeypatch, capsys, [*options, "--max_steps", "2"], tmp_path, *arguments)
+
+
+def test_held_out_rows_go_to_their_clients(options, data):
+    recipe, args = compare_aggregations.parse(CONFIGS["fedavg"], [*options, "--max_eval_samples", "3"])
+    splits = load_dataset(str(data))
+    keep = {"1_CancerGov_QA", "9_CDC_QA"}
+    clients, test = prepare(
+        recipe, args, splits["train"].filter(lambda row: row["collection"] in keep), splits["test"]
+    )
+    assert clients.keys() == test.keys() == keep
+    for client, rows in test.items():
+        assert rows["collection"] == [client] * 3
