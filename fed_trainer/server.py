@@ -97,11 +97,13 @@ class Server:
                 f"`sparse_rounds={self.sparse_rounds}` of {args.num_rounds} rounds leaves none for the LoRA, which is what 'slora' "
                 "publishes. Lower it, or raise `num_rounds`."
             )
-        if self.sparse_rounds and self.objective is not None and self.objective.keeps_client_state:
+        if self.sparse_rounds and (role := self.roles(1).role(f"{self.pairs[0].module}.sparse_values")) != "shared":
             raise ValueError(
-                f"`local_objective={args.local_objective!r}` remembers tensors between rounds, but 'slora' trains other tensors in its "
-                "second stage. Use 'fedprox' or no local objective."
+                f"By `tensor_roles` what no pattern matches is {role}, but the sparse change that 'slora' trains first has to be shared. "
+                "Leave `default` at 'shared', and name the tensors by patterns."
             )
+        if self.objective is not None:
+            self._check_objective(args, self.objective)
         needed = max(args.min_clients, self.rule.min_updates)
         if num_sampled < needed:
             raise ValueError(
@@ -131,6 +133,25 @@ class Server:
                     f"`client_settings` lets client {client!r} train the layers {list(own.layers_to_transform)}, but "
                     f"{aggregation!r} compares or weights whole updates. Use one of {names}, or train all layers everywhere."
                 )
+
+    def _check_objective(self, args: FederationArguments, objective: LocalObjective) -> None:
+        follows_factors = objective.is_personal or isinstance(objective, RankPruning)
+        if objective.is_personal and self.sparse_rounds:
+            reason = (
+                "keeps a model of every client over all rounds, but 'slora' trains other tensors in its second stage"
+            )
+        elif follows_factors and self.method.restarts:
+            reason = (
+                "compares the adapter of a client with that of the round before, but "
+                f"{args.aggregation!r} moves it into the base and restarts it from new factors in every round"
+            )
+        elif self.partial and isinstance(objective, (FedDynRegularizer, RankPruning)):
+            reason = "is defined over all tensors of every client, but `layers_to_transform` of `client_settings` leaves some out"
+        else:
+            return
+        raise ValueError(
+            f"`local_objective={args.local_objective!r}` {reason}. Leave one of the two out, or use 'fedprox'."
+        )
 
     # Roles
 
@@ -298,9 +319,9 @@ def _user_roles(args: FederationArguments) -> TensorRoles:
 def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
     if isinstance(model, PeftModel):
         return check_adapter(aggregation, model)
-    if METHODS[aggregation].uses_pairs:
+    if METHODS[aggregation].uses_pairs or aggregation in ("ffa_lora", "fedsa_lora", "rolora", "slora"):
         raise ValueError(
-            f"`aggregation={aggregation!r}` combines the factors of adapters, but a {type(model).__name__} without an adapter was "
+            f"`aggregation={aggregation!r}` is about the two factors of adapters, but a {type(model).__name__} without an adapter was "
             "given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
         )
     return []

@@ -384,10 +384,56 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
             {
                 "aggregation": "slora",
                 "aggregation_kwargs": {"sparse_rounds": 1},
+                "local_objective": "ditto",
+                "local_objective_kwargs": {"mu": 1.0},
+            },
+            "trains other tensors in its second stage",
+        ),
+        (
+            {
+                "aggregation": "slora",
+                "aggregation_kwargs": {"sparse_rounds": 1},
+                "tensor_roles": {"shared": ["lora_A"], "default": "local"},
+            },
+            "the sparse change that 'slora' trains first has to be shared",
+        ),
+        (
+            {"aggregation": "flora", "local_objective": "ditto", "local_objective_kwargs": {"mu": 1.0}},
+            "moves it into the base and restarts it",
+        ),
+        (
+            {
+                "aggregation": "flora",
+                "local_objective": "rank_pruning",
+                "local_objective_kwargs": {"decay": 0.5, "penalty_weight": 1.0},
+            },
+            "moves it into the base and restarts it",
+        ),
+        (
+            {
+                "aggregation": "flexlora",
+                "local_objective": "rank_pruning",
+                "local_objective_kwargs": {"decay": 0.5, "penalty_weight": 1.0},
+                "client_settings": {"client_0": {"layers_to_transform": [0]}},
+            },
+            "`layers_to_transform` of `client_settings` leaves some out",
+        ),
+        (
+            {
+                "local_objective": "feddyn",
+                "local_objective_kwargs": {"alpha": 1.0},
+                "client_settings": {"client_0": {"layers_to_transform": [0]}},
+            },
+            "`layers_to_transform` of `client_settings` leaves some out",
+        ),
+        (
+            {
+                "aggregation": "slora",
+                "aggregation_kwargs": {"sparse_rounds": 1},
                 "local_objective": "feddyn",
                 "local_objective_kwargs": {"alpha": 1.0},
             },
-            "trains other tensors in its second stage|all weighted alike",
+            "all weighted alike, but `aggregation` is 'slora'",
         ),
         (
             {"aggregation": "flora", "peft_config": SclConfig(r=4, variant="bottleneck", task_type="CAUSAL_LM")},
