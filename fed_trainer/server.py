@@ -25,6 +25,7 @@ from .aggregation import (
     truncate_ranks,
     validated,
 )
+from .aggregation.validation import first_not_finite
 from .client_settings import ClientSettings
 from .config import FederationArguments, given
 from .local_objectives import LOCAL_OBJECTIVES, FedDynRegularizer, LocalObjective, RankPruning
@@ -217,9 +218,17 @@ class Server:
             key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in sent.items()
         }
 
-    def receive(self, update: ClientUpdate, sent: AdapterState) -> str | None:
+    def receive(self, update: ClientUpdate, sent: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
         """
         Take an update into account.
+
+        Args:
+            update ([`ClientUpdate`]):
+                What came in.
+            sent (`dict[str, torch.Tensor]`):
+                What the client was sent.
+            keeps (`dict[str, dict[str, torch.Tensor]]`):
+                What the client is to keep, by part. Once not finite, it would be so in all rounds to come.
 
         Returns:
             `str` or `None`: why it is left out, if it is.
@@ -229,6 +238,13 @@ class Server:
         except InvalidUpdateError as error:
             self.refused[update.client] = error.reason
             return error.reason
+        broken = first_not_finite(
+            {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
+        )
+        if broken is not None:
+            reason = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
+            self.refused[update.client] = reason
+            return reason
         self.rule.add(update)
         self.taken.append(update.client)
         return None
@@ -247,10 +263,15 @@ class Server:
         steps = {key: value for key, value in delta.items() if key not in self._buffers}
         state = self.optimizer.step(self._state, steps, len(self.taken))
         state = PLAIN.step(state, counts)  # running statistics are averages, not parameters
-        broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
-        if broken:
+        added = {
+            f"the change of {module} ({side})": factor
+            for module, change in self.rule.base_change.items()
+            for side, factor in change._asdict().items()
+        }
+        broken = first_not_finite(state | added)
+        if broken is not None:
             raise ValueError(
-                f"The step of the server has values that are not finite in {broken[0]}, although no update had. Lower "
+                f"The step of the server has values that are not finite in {broken}, although no update had. Lower "
                 "`server_lr`; the last global state that is finite is in the last checkpoint."
             )
         if self.objective is not None:
