@@ -543,7 +543,7 @@ def test_a_change_of_the_base_that_is_not_finite_ends_the_run(make_trainer, monk
         return {key: torch.full_like(t, 1e38) if "lora_B" in key else t for key, t in local.items()}, metrics
 
     monkeypatch.setattr(trainer, "local_round", huge)
-    with pytest.raises(ValueError, match="not finite in the change of .*v_proj, although no update had"):
+    with pytest.raises(ValueError, match="not finite in the change of .*v_proj .left., although no update had"):
         trainer.train()
     assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
 
