@@ -79,7 +79,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             base_digest=self._base_digest,
         )
         with timed(seconds, "aggregate"):
-            if self.server.receive(update, sent) is None:
+            if self.server.receive(update, sent, keeps) is None:
                 if objective is not None:
                     objective.accept(remembered, keeps[OBJECTIVE])
                 self._keep(client, keeps)

@@ -25,6 +25,7 @@ from .aggregation import (
     truncate_ranks,
     validated,
 )
+from .aggregation.validation import first_not_finite
 from .client_settings import ClientSettings
 from .config import FederationArguments, given
 from .local_objectives import LOCAL_OBJECTIVES, FedDynRegularizer, LocalObjective, RankPruning
@@ -97,11 +98,13 @@ class Server:
                 f"`sparse_rounds={self.sparse_rounds}` of {args.num_rounds} rounds leaves none for the LoRA, which is what 'slora' "
                 "publishes. Lower it, or raise `num_rounds`."
             )
-        if self.sparse_rounds and self.objective is not None and self.objective.keeps_client_state:
+        if self.sparse_rounds and (role := self.roles(1).role(f"{self.pairs[0].module}.sparse_values")) != "shared":
             raise ValueError(
-                f"`local_objective={args.local_objective!r}` remembers tensors between rounds, but 'slora' trains other tensors in its "
-                "second stage. Use 'fedprox' or no local objective."
+                f"By `tensor_roles` what no pattern matches is {role}, but the sparse change that 'slora' trains first has to be shared. "
+                "Leave `default` at 'shared', and name the tensors by patterns."
             )
+        if self.objective is not None:
+            self._check_objective(args, self.objective)
         needed = max(args.min_clients, self.rule.min_updates)
         if num_sampled < needed:
             raise ValueError(
@@ -131,6 +134,25 @@ class Server:
                     f"`client_settings` lets client {client!r} train the layers {list(own.layers_to_transform)}, but "
                     f"{aggregation!r} compares or weights whole updates. Use one of {names}, or train all layers everywhere."
                 )
+
+    def _check_objective(self, args: FederationArguments, objective: LocalObjective) -> None:
+        follows_factors = objective.is_personal or isinstance(objective, RankPruning)
+        if objective.is_personal and self.sparse_rounds:
+            reason = (
+                "keeps a model of every client over all rounds, but 'slora' trains other tensors in its second stage"
+            )
+        elif follows_factors and self.method.restarts:
+            reason = (
+                "compares the adapter of a client with that of the round before, but "
+                f"{args.aggregation!r} moves it into the base and restarts it from new factors in every round"
+            )
+        elif self.partial and isinstance(objective, (FedDynRegularizer, RankPruning)):
+            reason = "is defined over all tensors of every client, but `layers_to_transform` of `client_settings` leaves some out"
+        else:
+            return
+        raise ValueError(
+            f"`local_objective={args.local_objective!r}` {reason}. Leave one of the two out, or use 'fedprox'."
+        )
 
     # Roles
 
@@ -196,9 +218,17 @@ class Server:
             key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in sent.items()
         }
 
-    def receive(self, update: ClientUpdate, sent: AdapterState) -> str | None:
+    def receive(self, update: ClientUpdate, sent: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
         """
         Take an update into account.
+
+        Args:
+            update ([`ClientUpdate`]):
+                What came in.
+            sent (`dict[str, torch.Tensor]`):
+                What the client was sent.
+            keeps (`dict[str, dict[str, torch.Tensor]]`):
+                What the client is to keep, by part. Once not finite, it would be so in all rounds to come.
 
         Returns:
             `str` or `None`: why it is left out, if it is.
@@ -208,6 +238,13 @@ class Server:
         except InvalidUpdateError as error:
             self.refused[update.client] = error.reason
             return error.reason
+        broken = first_not_finite(
+            {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
+        )
+        if broken is not None:
+            reason = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
+            self.refused[update.client] = reason
+            return reason
         self.rule.add(update)
         self.taken.append(update.client)
         return None
@@ -226,10 +263,15 @@ class Server:
         steps = {key: value for key, value in delta.items() if key not in self._buffers}
         state = self.optimizer.step(self._state, steps, len(self.taken))
         state = PLAIN.step(state, counts)  # running statistics are averages, not parameters
-        broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
-        if broken:
+        added = {
+            f"the change of {module} ({side})": factor
+            for module, change in self.rule.base_change.items()
+            for side, factor in change._asdict().items()
+        }
+        broken = first_not_finite(state | added)
+        if broken is not None:
             raise ValueError(
-                f"The step of the server has values that are not finite in {broken[0]}, although no update had. Lower "
+                f"The step of the server has values that are not finite in {broken}, although no update had. Lower "
                 "`server_lr`; the last global state that is finite is in the last checkpoint."
             )
         if self.objective is not None:
@@ -298,9 +340,9 @@ def _user_roles(args: FederationArguments) -> TensorRoles:
 def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
     if isinstance(model, PeftModel):
         return check_adapter(aggregation, model)
-    if METHODS[aggregation].uses_pairs:
+    if METHODS[aggregation].uses_pairs or aggregation in ("ffa_lora", "fedsa_lora", "rolora", "slora"):
         raise ValueError(
-            f"`aggregation={aggregation!r}` combines the factors of adapters, but a {type(model).__name__} without an adapter was "
+            f"`aggregation={aggregation!r}` is about the two factors of adapters, but a {type(model).__name__} without an adapter was "
             "given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
         )
     return []

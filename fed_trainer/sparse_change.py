@@ -142,6 +142,10 @@ class LiveSparseChange(LiveAdapter):
         self._detach()
         return errors
 
+    def abandon(self) -> None:
+        """Take the changes out of the model without a stage 2: the LoRA is as it was before stage 1."""
+        self._detach()
+
     saved_file_is_state = False
 
     @contextmanager

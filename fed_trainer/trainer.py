@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
@@ -266,6 +267,15 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._global_state = self._live_adapter.read()
         self._drop_engine()
 
+    def _abandon_sparse_stage(self) -> None:
+        """Leave the first stage that a run of this trainer broke off in, without a start for the LoRA."""
+        if isinstance(self._live_adapter, LiveSparseChange):
+            assert isinstance(self.model, PeftModel)
+            self._live_adapter.abandon()
+            self._live_adapter = LiveAdapter(self.model)
+            self._global_state = self._live_adapter.read()
+            self._drop_engine()
+
     def _end_sparse_stage(self) -> None:
         """SLoRA goes on with a LoRA that starts from what the first stage has learnt."""
         assert isinstance(self._live_adapter, LiveSparseChange) and isinstance(self.model, PeftModel)
@@ -332,6 +342,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         refuse_another_run(self._folder)
+        self._abandon_sparse_stage()
+        self.server.forget()
         self._store.clear()
         if self._base_changes is not None:
             self._base_changes.reset()
@@ -348,11 +360,15 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
         folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
         record = read_record(folder)
+        self._abandon_sparse_stage()
         fresh = self._new_record()
         check_same_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
+        self._sparse_stage_errors = {}  # of a run that was stopped in its first stage
         if done <= self.server.sparse_rounds:
+            state = self._live_adapter.read(include_frozen=True)  # of a later stage, if this trainer has got there
+            self._live_adapter.write({pair.key_B: torch.zeros_like(state[pair.key_B]) for pair in self.server.pairs})
             self._begin_sparse_stage()
         self._load(folder)
         self._global_state = self._live_adapter.read()

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shared, local and frozen tensors, clients that differ, and clients that are left out, in the rounds of a trainer."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -240,9 +241,9 @@ def test_a_client_of_a_smaller_rank_sends_and_trains_its_rank_only(make_trainer,
     updates = {}
     receive = trainer.server.receive
 
-    def watched(update, sent):
+    def watched(update, *args):
         updates[update.client] = update
-        return receive(update, sent)
+        return receive(update, *args)
 
     monkeypatch.setattr(trainer.server, "receive", watched)
     trainer.train()
@@ -384,10 +385,56 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
             {
                 "aggregation": "slora",
                 "aggregation_kwargs": {"sparse_rounds": 1},
+                "local_objective": "ditto",
+                "local_objective_kwargs": {"mu": 1.0},
+            },
+            "trains other tensors in its second stage",
+        ),
+        (
+            {
+                "aggregation": "slora",
+                "aggregation_kwargs": {"sparse_rounds": 1},
+                "tensor_roles": {"shared": ["lora_A"], "default": "local"},
+            },
+            "the sparse change that 'slora' trains first has to be shared",
+        ),
+        (
+            {"aggregation": "flora", "local_objective": "ditto", "local_objective_kwargs": {"mu": 1.0}},
+            "moves it into the base and restarts it",
+        ),
+        (
+            {
+                "aggregation": "flora",
+                "local_objective": "rank_pruning",
+                "local_objective_kwargs": {"decay": 0.5, "penalty_weight": 1.0},
+            },
+            "moves it into the base and restarts it",
+        ),
+        (
+            {
+                "aggregation": "flexlora",
+                "local_objective": "rank_pruning",
+                "local_objective_kwargs": {"decay": 0.5, "penalty_weight": 1.0},
+                "client_settings": {"client_0": {"layers_to_transform": [0]}},
+            },
+            "`layers_to_transform` of `client_settings` leaves some out",
+        ),
+        (
+            {
+                "local_objective": "feddyn",
+                "local_objective_kwargs": {"alpha": 1.0},
+                "client_settings": {"client_0": {"layers_to_transform": [0]}},
+            },
+            "`layers_to_transform` of `client_settings` leaves some out",
+        ),
+        (
+            {
+                "aggregation": "slora",
+                "aggregation_kwargs": {"sparse_rounds": 1},
                 "local_objective": "feddyn",
                 "local_objective_kwargs": {"alpha": 1.0},
             },
-            "trains other tensors in its second stage|all weighted alike",
+            "all weighted alike, but `aggregation` is 'slora'",
         ),
         (
             {"aggregation": "flora", "peft_config": SclConfig(r=4, variant="bottleneck", task_type="CAUSAL_LM")},
@@ -464,6 +511,41 @@ def test_a_client_that_is_left_out_keeps_what_it_had(make_trainer, monkeypatch, 
     after = trainer._store.read("client_1")
     assert kept["first"] and after.keys() == kept["first"].keys()
     assert all(same(after[part], kept["first"][part]) for part in after)
+
+
+def test_a_client_whose_own_model_diverges_is_left_out(make_trainer, monkeypatch):
+    trainer = make_trainer(num_rounds=1, local_objective="ditto", local_objective_kwargs={"mu": 0.1})
+    local_round, turns = trainer.local_round, []
+
+    def diverging(state, *args, objective=None, **kwargs):
+        local, metrics = local_round(state, *args, objective=objective, **kwargs)
+        turns.append(objective)
+        if len(turns) == 4:  # the own model of the second client
+            local[min(local)].view(-1)[0] = float("inf")
+        return local, metrics
+
+    monkeypatch.setattr(trainer, "local_round", diverging)
+    trainer.train()
+    refused = trainer._record["rounds"][0]["refused"]
+    assert list(refused) == ["client_1"]
+    assert re.search(
+        r"lora_A.weight \(personal\), which stays with the client, has values that are not finite", refused["client_1"]
+    )
+    assert not trainer._store.read("client_1")
+
+
+def test_a_change_of_the_base_that_is_not_finite_ends_the_run(make_trainer, monkeypatch):
+    trainer = make_trainer(aggregation="flora", num_rounds=1)
+    local_round = trainer.local_round
+
+    def huge(state, *args, **kwargs):
+        local, metrics = local_round(state, *args, **kwargs)
+        return {key: torch.full_like(t, 1e38) if "lora_B" in key else t for key, t in local.items()}, metrics
+
+    monkeypatch.setattr(trainer, "local_round", huge)
+    with pytest.raises(ValueError, match="not finite in the change of .*v_proj .left., although no update had"):
+        trainer.train()
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
 
 
 def test_too_few_usable_updates_end_the_run_and_keep_the_last_round(make_trainer, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    TrainerCallback,
 )
 
 from fed_trainer import ClientUpdate, FederatedConfig, FederatedTrainer
@@ -357,3 +359,38 @@ def test_one_trainer_goes_through_both_stages(
     expected, _ = fresh.local_round(start, data, 2, None, 0.5)
     assert not same(expected, start)
     assert same(trained, expected) and same(again, expected)
+
+
+class Interruption(Exception):
+    pass
+
+
+class Interrupt(TrainerCallback):
+    """Stops a run in the midst of a local round, once."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Interruption
+
+
+# two rounds of two clients of three steps in either stage
+@pytest.mark.parametrize("step", [2, 8, 14, 20])
+def test_a_trainer_that_was_interrupted_in_either_stage_goes_on_itself(
+    make_trainer: Callable[..., FederatedTrainer], tmp_path: Path, step: int
+) -> None:
+    settings = {"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 2}, "num_rounds": 4}
+    whole = make_trainer(**settings)
+    whole.train()
+    shutil.rmtree(tmp_path)
+
+    trainer = make_trainer(**settings)
+    trainer.add_callback(Interrupt(step))
+    with pytest.raises(Interruption):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=step > 6)
+    assert same(trainer._global_state, whole._global_state)
+    assert trainer._record["sparse_stage"] == whole._record["sparse_stage"]

@@ -472,6 +472,15 @@ def test_bitfit_changes_and_sends_the_biases_alone(make_trainer, biased_dir, tmp
     assert changed <= trainer._global_state.keys() == {key for key in before if key.endswith(".bias")}
 
 
+@pytest.mark.parametrize("aggregation", ["ffa_lora", "fedsa_lora", "rolora", "slora", "flora"])
+def test_methods_for_factors_of_adapters_refuse_a_whole_model(make_trainer, biased_dir, aggregation):
+    options = {"sparse_rounds": 1} if aggregation == "slora" else None
+    with pytest.raises(
+        ValueError, match=f"'{aggregation}'.* about the two factors of adapters, but a LlamaForCausalLM"
+    ):
+        make_trainer(model=plain_model(biased_dir), aggregation=aggregation, aggregation_kwargs=options)
+
+
 def test_a_whole_model_is_published_with_its_tokenizer(make_trainer, hub):
     trainer = make_trainer(push_to_hub=True, hub_model_id="user/whole")
     trainer.train()

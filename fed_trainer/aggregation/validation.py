@@ -14,7 +14,14 @@ from ..adapter_state import AdapterState
 from .base import ClientUpdate
 
 
-__all__ = ["InvalidUpdateError", "TooFewClientsError", "require_clients", "state_digest", "validated"]
+__all__ = [
+    "InvalidUpdateError",
+    "TooFewClientsError",
+    "first_not_finite",
+    "require_clients",
+    "state_digest",
+    "validated",
+]
 
 
 class InvalidUpdateError(ValueError):
@@ -106,6 +113,11 @@ def state_digest(state: AdapterState) -> str:
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def first_not_finite(state: AdapterState) -> str | None:
+    """Name of a tensor with a value that is not finite, if there is one."""
+    return next((key for key, tensor in state.items() if tensor.numel() > 0 and not _is_finite(tensor)), None)
 
 
 def _fault(
