@@ -206,6 +206,7 @@ def test_a_frozen_head_neither_changes_nor_travels(make_classifier):
             r"`tensor_roles` has \['personal'\], but takes \['default', 'frozen', 'local', 'shared'\]",
         ),
         ({"default": "local"}, "No tensor of the adapter is shared"),
+        ({"local": 5}, "`local` should be a tuple of patterns but the value passed is 5"),
         ({"local": ["lora"], "frozen": ["lora_A"]}, "is local and frozen at once"),
     ],
 )
@@ -299,6 +300,7 @@ def test_a_client_trains_a_subset_of_the_layers(make_trainer):
     trainer.train()
     clients = trainer._record["rounds"][0]["clients"]
     assert clients["client_0"]["bytes_up"] * 2 == clients["client_2"]["bytes_up"]
+    assert clients["client_0"]["bytes_down"] == clients["client_2"]["bytes_down"]  # it computes with all layers
     # layer 1 is the third client's alone
     local, _ = alone.local_round(start, alone._prepared_client("client_2"), seed=0, data_seed=None, lr_factor=1.0)
     moved = [key for key in start if ".layers.1." in key and not torch.equal(trainer._global_state[key], start[key])]
@@ -364,6 +366,10 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
             r"has \['beta'\], which 'sgd' does not take. It takes no options",
         ),
         ({"local_objective": "fedprox"}, "`local_objective_kwargs` does not suffice: .*mu"),
+        (
+            {"local_objective": "fedprox", "local_objective_kwargs": {"mu": "1e-3"}},  # what YAML makes of 1e-3
+            "`mu` should be positive and finite but the value passed is '1e-3'",
+        ),
         ({"local_objective_kwargs": {"mu": 1}}, "there is no `local_objective` for them"),
         ({"local_objective": "scaffold"}, "`optim` is 'adamw_torch"),
         (
