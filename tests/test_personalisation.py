@@ -566,6 +566,32 @@ def test_too_few_usable_updates_end_the_run_and_keep_the_last_round(make_trainer
     assert len(resumed._record["rounds"]) == 2
 
 
+def test_a_run_can_be_resumed_with_fewer_usable_updates_per_round(make_trainer, monkeypatch):
+    trainer = make_trainer(min_clients=3, num_rounds=2)
+    breaks(trainer, monkeypatch, lambda round, client: (round, client) == (2, "client_1"))
+    with pytest.raises(TooFewClientsError):
+        trainer.train()
+    resumed = make_trainer(min_clients=2, num_rounds=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed._record["rounds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("server_state.safetensors", {"server_optimizer": "fedadam"}),
+        ("clients", {"aggregation": "fedsa_lora"}),
+        ("clients", {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}}),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_the_run_depends_on_is_refused(make_trainer, tmp_path, name, settings):
+    make_trainer(num_rounds=1, **settings).train()
+    lost = tmp_path / "out" / "checkpoint-1" / name
+    lost.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"checkpoint-1' has no {name}, which holds"):
+        make_trainer(num_rounds=2, **settings).train(resume_from_checkpoint=True)
+
+
 def test_a_round_without_any_usable_update_never_passes(make_trainer, monkeypatch):
     trainer = make_trainer(num_rounds=1)
     breaks(trainer, monkeypatch, lambda round, client: True)
