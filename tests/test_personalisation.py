@@ -215,6 +215,23 @@ def test_roles_that_do_not_fit_are_refused(make_classifier, roles, message):
         make_classifier(tensor_roles=roles)
 
 
+@pytest.mark.parametrize(
+    ("settings", "stays"),
+    [
+        ({"aggregation": "fedsa_lora"}, True),
+        ({"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}}, False),
+    ],
+)
+def test_the_card_says_whose_metrics_these_are_and_what_stays_with_the_clients(
+    make_trainer, make_clients, tmp_path, settings, stays
+):
+    clients = make_clients(num_clients=2)
+    make_trainer(clients=clients, eval_dataset=clients, num_rounds=1, **settings).train()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "## Held-out metrics of the clients' own models" in card
+    assert ("of the trained parameters stay with the clients" in card) == stays
+
+
 def test_ditto_leaves_the_federation_as_it_is_and_pulls_personal_models_towards_it(make_trainer, make_clients):
     clients = make_clients(num_clients=3)
     settings = {"clients": clients, "eval_dataset": held_out(clients)}
