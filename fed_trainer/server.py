@@ -194,11 +194,15 @@ class Server:
         self.refused: dict[str, str] = {}
 
     def sent_to(self, settings: ClientSettings) -> AdapterState:
-        """What a client with these settings gets from the server: the shared tensors, cut to its rank and its layers."""
-        state = self._shared
-        if settings.r is not None:
-            state = truncate_ranks(state, self.pairs, settings.r)
-        return {key: tensor for key, tensor in state.items() if settings.trains(key)}
+        """
+        What a client with these settings gets from the server: the shared tensors, cut to its rank. Those of layers that it does
+        not train too: it computes with them.
+        """
+        return self._shared if settings.r is None else truncate_ranks(self._shared, self.pairs, settings.r)
+
+    def asked_of(self, settings: ClientSettings) -> AdapterState:
+        """What a client with these settings is to send an update of, as it has been sent."""
+        return {key: tensor for key, tensor in self.sent_to(settings).items() if settings.trains(key)}
 
     def start_of(self, settings: ClientSettings) -> AdapterState:
         """The shared tensors as the live model takes them: of full shape, with zeros beyond the client's rank."""
@@ -212,21 +216,21 @@ class Server:
             return None
         return {"rank": torch.tensor(settings.r or max(len(self._shared[pair.key_A]) for pair in self.pairs))}
 
-    def cut(self, delta: AdapterState, sent: AdapterState) -> AdapterState:
-        """The entries of a delta of full shape that a client has been sent."""
+    def cut(self, delta: AdapterState, asked: AdapterState) -> AdapterState:
+        """The entries of a delta of full shape that a client is to send."""
         return {
-            key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in sent.items()
+            key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in asked.items()
         }
 
-    def receive(self, update: ClientUpdate, sent: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
+    def receive(self, update: ClientUpdate, asked: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
         """
         Take an update into account.
 
         Args:
             update ([`ClientUpdate`]):
                 What came in.
-            sent (`dict[str, torch.Tensor]`):
-                What the client was sent.
+            asked (`dict[str, torch.Tensor]`):
+                `asked_of` the client.
             keeps (`dict[str, dict[str, torch.Tensor]]`):
                 What the client is to keep, by part. Once not finite, it would be so in all rounds to come.
 
@@ -234,7 +238,7 @@ class Server:
             `str` or `None`: why it is left out, if it is.
         """
         try:
-            validated(update, sent, self.taken, self.base_digest)
+            validated(update, asked, self.taken, self.base_digest)
         except InvalidUpdateError as error:
             self.refused[update.client] = error.reason
             return error.reason
@@ -331,8 +335,7 @@ def _user_roles(args: FederationArguments) -> TensorRoles:
     if not set(fields) <= names:
         raise ValueError(f"`tensor_roles` has {sorted(set(fields) - names)}, but takes {sorted(names)}.")
     patterns: dict[str, Any] = {
-        name: value if name == "default" else (value,) if isinstance(value, str) else tuple(value)
-        for name, value in fields.items()
+        name: (value,) if name != "default" and isinstance(value, str) else value for name, value in fields.items()
     }
     return TensorRoles(**patterns)
 

@@ -206,12 +206,30 @@ def test_a_frozen_head_neither_changes_nor_travels(make_classifier):
             r"`tensor_roles` has \['personal'\], but takes \['default', 'frozen', 'local', 'shared'\]",
         ),
         ({"default": "local"}, "No tensor of the adapter is shared"),
+        ({"local": 5}, "`local` should be a tuple of patterns but the value passed is 5"),
         ({"local": ["lora"], "frozen": ["lora_A"]}, "is local and frozen at once"),
     ],
 )
 def test_roles_that_do_not_fit_are_refused(make_classifier, roles, message):
     with pytest.raises(ValueError, match=message):
         make_classifier(tensor_roles=roles)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays"),
+    [
+        ({"aggregation": "fedsa_lora"}, True),
+        ({"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}}, False),
+    ],
+)
+def test_the_card_says_whose_metrics_these_are_and_what_stays_with_the_clients(
+    make_trainer, make_clients, tmp_path, settings, stays
+):
+    clients = make_clients(num_clients=2)
+    make_trainer(clients=clients, eval_dataset=clients, num_rounds=1, **settings).train()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "## Held-out metrics of the clients' own models" in card
+    assert ("of the trained parameters stay with the clients" in card) == stays
 
 
 def test_ditto_leaves_the_federation_as_it_is_and_pulls_personal_models_towards_it(make_trainer, make_clients):
@@ -299,6 +317,7 @@ def test_a_client_trains_a_subset_of_the_layers(make_trainer):
     trainer.train()
     clients = trainer._record["rounds"][0]["clients"]
     assert clients["client_0"]["bytes_up"] * 2 == clients["client_2"]["bytes_up"]
+    assert clients["client_0"]["bytes_down"] == clients["client_2"]["bytes_down"]  # it computes with all layers
     # layer 1 is the third client's alone
     local, _ = alone.local_round(start, alone._prepared_client("client_2"), seed=0, data_seed=None, lr_factor=1.0)
     moved = [key for key in start if ".layers.1." in key and not torch.equal(trainer._global_state[key], start[key])]
@@ -364,6 +383,10 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
             r"has \['beta'\], which 'sgd' does not take. It takes no options",
         ),
         ({"local_objective": "fedprox"}, "`local_objective_kwargs` does not suffice: .*mu"),
+        (
+            {"local_objective": "fedprox", "local_objective_kwargs": {"mu": "1e-3"}},  # what YAML makes of 1e-3
+            "`mu` should be positive and finite but the value passed is '1e-3'",
+        ),
         ({"local_objective_kwargs": {"mu": 1}}, "there is no `local_objective` for them"),
         ({"local_objective": "scaffold"}, "`optim` is 'adamw_torch"),
         (
@@ -558,6 +581,32 @@ def test_too_few_usable_updates_end_the_run_and_keep_the_last_round(make_trainer
     resumed = make_trainer(min_clients=2, num_rounds=2)
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed._record["rounds"]) == 2
+
+
+def test_a_run_can_be_resumed_with_fewer_usable_updates_per_round(make_trainer, monkeypatch):
+    trainer = make_trainer(min_clients=3, num_rounds=2)
+    breaks(trainer, monkeypatch, lambda round, client: (round, client) == (2, "client_1"))
+    with pytest.raises(TooFewClientsError):
+        trainer.train()
+    resumed = make_trainer(min_clients=2, num_rounds=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed._record["rounds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("server_state.safetensors", {"server_optimizer": "fedadam"}),
+        ("clients", {"aggregation": "fedsa_lora"}),
+        ("clients", {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}}),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_the_run_depends_on_is_refused(make_trainer, tmp_path, name, settings):
+    make_trainer(num_rounds=1, **settings).train()
+    lost = tmp_path / "out" / "checkpoint-1" / name
+    lost.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"checkpoint-1' has no {name}, which holds"):
+        make_trainer(num_rounds=2, **settings).train(resume_from_checkpoint=True)
 
 
 def test_a_round_without_any_usable_update_never_passes(make_trainer, monkeypatch):
