@@ -82,7 +82,8 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.server.receive(update, asked, keeps) is None:
                 if objective is not None:
                     objective.accept(remembered, keeps[OBJECTIVE])
-                self._keep(client, keeps)
+                if self.is_world_process_zero():
+                    self._store.write(client, keeps)
         traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, settings)}
         return {"num_examples": update.num_examples, **metrics, **traffic}
 
@@ -90,11 +91,6 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         settings = self._client_settings.get(client, ClientSettings())
         rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
         return settings if rank is None else dataclasses.replace(settings, r=int(rank))
-
-    def _keep(self, client: str, parts: dict[str, AdapterState]) -> None:
-        if self.is_world_process_zero():
-            self._store.write(client, parts)
-        self.accelerator.wait_for_everyone()
 
     def _download_bytes(self, client: str, settings: ClientSettings) -> int:
         """What the client is sent, and what has been added to the base model since it was last here."""
@@ -105,6 +101,12 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if client in entry["clients"] or client in entry["refused"]:
                 break  # it came to that round with all that was added before
         return missed
+
+    @property
+    def has_personal_models(self) -> bool:
+        """Whether clients keep a part of their model, so that there is none for all."""
+        objective = self.server.objective
+        return bool(self._local_keys) or (objective is not None and objective.is_personal)
 
     def client_state(self, client: str) -> AdapterState:
         """

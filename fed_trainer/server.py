@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from .adapter_state import AdapterState, LiveState
 from .aggregation import (
@@ -80,6 +81,14 @@ class Server:
         self._user_roles = _user_roles(args)
         self._buffers = live.buffers
         self._check_settings(args.aggregation, settings, live.read())
+        for client, own in settings.items():
+            if not any(
+                roles.role(key) == "shared" and own.trains(key) for key in live.read() for roles in (self.roles(1),)
+            ):
+                raise ValueError(
+                    f"Client {client!r} would send nothing: no tensor of the layers {list(own.layers_to_transform or ())} is shared. Change "
+                    "`client_settings` or `tensor_roles`."
+                )
         if args.aggregation == "hetlora":
             _check_largest_rank(settings, num_clients, max(len(live.read()[pair.key_A]) for pair in self.pairs))
 
@@ -90,6 +99,8 @@ class Server:
             options["partial"] = True
         if self.objective is not None and self.objective.uniform:
             options["uniform"] = True
+        if args.aggregation == "fednova":
+            options |= _momentum(args)
         options |= _options("aggregation_kwargs", args.aggregation, self.method.rule, args)
         self.rule = _built("aggregation_kwargs", lambda: self.method.build(self.pairs, **options))
         self.optimizer = _server_optimizer(args, self.objective, num_clients)
@@ -141,10 +152,10 @@ class Server:
             reason = (
                 "keeps a model of every client over all rounds, but 'slora' trains other tensors in its second stage"
             )
-        elif follows_factors and self.method.restarts:
+        elif follows_factors and self.method.adds_to_base:
             reason = (
-                "compares the adapter of a client with that of the round before, but "
-                f"{args.aggregation!r} moves it into the base and restarts it from new factors in every round"
+                "goes on with the adapter of a client from the round before, but "
+                f"{args.aggregation!r} moves a part of it into the base in every round"
             )
         elif self.partial and isinstance(objective, (FedDynRegularizer, RankPruning)):
             reason = "is defined over all tensors of every client, but `layers_to_transform` of `client_settings` leaves some out"
@@ -276,7 +287,7 @@ class Server:
         if broken is not None:
             raise ValueError(
                 f"The step of the server has values that are not finite in {broken}, although no update had. Lower "
-                "`server_lr`; the last global state that is finite is in the last checkpoint."
+                "`learning_rate` or `server_lr`; the last global state that is finite is in the last checkpoint."
             )
         if self.objective is not None:
             self.objective.end_round()
@@ -349,6 +360,19 @@ def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
             "given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
         )
     return []
+
+
+def _momentum(args: FederationArguments) -> dict[str, Any]:
+    """The momentum of the local SGD, which the normalisation of FedNova follows."""
+    pairs = (entry.split("=") for entry in (args.optim_args or "").replace(" ", "").split(",") if entry)
+    used = float(dict(pairs).get("momentum", 0)) if args.optim == OptimizerNames.SGD else 0.0
+    told = given(args, "aggregation_kwargs").get("momentum", used)
+    if told != used:
+        raise ValueError(
+            f"`aggregation_kwargs` gives 'fednova' the momentum {told}, but that of the local optimiser is {used} (`optim={args.optim!s}`, "
+            f"`optim_args={args.optim_args!r}`). Leave it out: it is read from there."
+        )
+    return {"momentum": used}
 
 
 def _check_largest_rank(settings: Mapping[str, ClientSettings], num_clients: int, largest: int) -> None:
