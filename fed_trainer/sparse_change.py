@@ -194,7 +194,7 @@ def check_sparse_change(model: PeftModel, pairs: Sequence[FactorPair]) -> None:
             reason = pair.unfoldable
         elif not isinstance(layer.base_layer, (nn.Linear, Conv1D)):
             reason = f"the base layer is of type {type(layer.base_layer).__name__}"
-        elif torch.any(layer.get_parameter(f"lora_B.{name}.weight")):
+        elif torch.any(base.get_parameter(f"{pair.module}.lora_B.{name}.weight")):
             reason = "`B` is not zero already, and its product would be lost"
         else:
             continue
