@@ -10,7 +10,8 @@ The configs of `configs/aggregations` compared on one model and one data set, as
 Every method gets a learning rate of its own, the best one on rows held out of the training split (seed 0): from `lr_scale` times the
 config's, by steps of `lr_step`, until both neighbours are worse. Then it runs with every seed, on all training rows, and is
 evaluated on the test split. Each run has a folder below `output_dir`, and is not repeated if it has been finished there, so a
-comparison that was cut off goes on where it was. Options that are not listed here go to every run.
+comparison that was cut off goes on where it was. Options that are not listed here go to every run; an option of one method is
+`--own hetlora_ranks client_settings '{"client_0": {"r": 4}}'`.
 """
 
 import argparse
@@ -53,6 +54,8 @@ class Comparison:
             Parent of `<method>/lr-<learning rate>/seed-<seed>` and, for the runs that a learning rate is chosen by, `.../validation`.
         overrides (`Sequence[str]`):
             Options of every run.
+        own (`Sequence[tuple[str, str, str]]`):
+            Options of single methods: method, field, value.
         validation_rows (`int`):
             Rows of the training split to choose learning rates by.
         search_rounds (`int`, *optional*):
@@ -60,9 +63,14 @@ class Comparison:
     """
 
     def __init__(
-        self, output_dir: Path, overrides: Sequence[str], validation_rows: int, search_rounds: int | None = None
+        self,
+        output_dir: Path,
+        overrides: Sequence[str],
+        own: Sequence[tuple[str, str, str]],
+        validation_rows: int,
+        search_rounds: int | None = None,
     ) -> None:
-        self.output_dir, self.overrides = output_dir, overrides
+        self.output_dir, self.overrides, self.own = output_dir, overrides, own
         self.validation_rows, self.search_rounds = validation_rows, search_rounds
 
     def validation_loss(self, method: str, learning_rate: float) -> float:
@@ -82,7 +90,7 @@ class Comparison:
 
     def learning_rate(self, method: str, scale: float, step: float) -> float:
         """The learning rate with the least validation loss, from `scale` times that of the config."""
-        first = parse(CONFIGS / f"{method}.yaml", self.overrides)[1].learning_rate * scale
+        first = self._parse(method)[1].learning_rate * scale
         rates = {index: float(f"{first * step**index:.2g}") for index in range(-9, 10)}
         best, center = 0, None
         while best != center:
@@ -90,20 +98,21 @@ class Comparison:
             best = min((center, center - 1, center + 1), key=lambda index: self.validation_loss(method, rates[index]))
         return rates[best]
 
+    def _parse(self, method: str, *options: str) -> tuple[RecipeArguments, FederatedConfig]:
+        own = [part for owner, field, value in self.own if owner == method for part in (f"--{field}", value)]
+        return parse(CONFIGS / f"{method}.yaml", [*self.overrides, *own, *options])
+
     def _folder(self, method: str, learning_rate: float) -> Path:
         return self.output_dir / method / f"lr-{learning_rate:.2g}"
 
     def _record(
         self, method: str, learning_rate: float, seed: int, folder: Path, is_test: bool = True
     ) -> dict[str, Any]:
-        recipe, args = parse(
-            CONFIGS / f"{method}.yaml",
-            [
-                *self.overrides,
-                *("--learning_rate", str(learning_rate), "--seed", str(seed), "--output_dir", str(folder)),
-                *("--disable_tqdm", "True"),
-                *([] if is_test or self.search_rounds is None else ["--num_rounds", str(self.search_rounds)]),
-            ],
+        recipe, args = self._parse(
+            method,
+            *("--learning_rate", str(learning_rate), "--seed", str(seed), "--output_dir", str(folder)),
+            *("--disable_tqdm", "True"),
+            *([] if is_test or self.search_rounds is None else ["--num_rounds", str(self.search_rounds)]),
         )
         args.save_rounds = args.num_rounds
         if not is_test:
@@ -215,6 +224,7 @@ def main() -> None:
     )
     names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
+    parser.add_argument("--own", nargs=3, action="append", default=[], metavar=("METHOD", "FIELD", "VALUE"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--lr_scale", type=float, default=1.0, help="factor on the config's learning rate to begin with"
@@ -231,7 +241,7 @@ def main() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
-    comparison = Comparison(options.output_dir, overrides, options.validation_rows, options.search_rounds)
+    comparison = Comparison(options.output_dir, overrides, options.own, options.validation_rows, options.search_rounds)
     runs = {}
     lines = []
     for method in options.methods:

@@ -96,7 +96,8 @@ def compare(monkeypatch, capsys, options, tmp_path, *arguments):
 
 
 def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, options, tmp_path):
-    arguments = ("--methods", "fedavg", "ffa_lora", "--seeds", "1", "--lr_scale", "50", "--search_rounds", "2")
+    own = ("--own", "ffa_lora", "weight_decay", "0.5")
+    arguments = (*own, "--methods", "fedavg", "ffa_lora", "--seeds", "1", "--lr_scale", "50", "--search_rounds", "2")
     results = tmp_path / "results.jsonl"
     first = compare(monkeypatch, capsys, options, tmp_path, *arguments, "--results", str(results))
     rows = [line for line in first.splitlines() if line.startswith("| `")]
@@ -107,6 +108,7 @@ def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, 
         record = json.loads((tmp_path / line["method"] / f"lr-{rate}" / "seed-0" / "federation.json").read_text())
         assert line["eval_loss"]["1"] == record["rounds"][0]["eval"]["eval_loss"]
         (row,) = (row for row in rows if f"`{line['method']}`" in row)
+        assert record["settings"]["weight_decay"] == (0.5 if line["method"] == "ffa_lora" else 0.0)
         loss = line["eval_loss"]["1"]
         assert f"| {rate} | {loss:.3f} | {loss - lines[0]['eval_loss']['1']:.3f} |" in row
         # the chosen learning rate is the best of those tried
