@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["main", "plot_curves", "plot_split", "round_table", "write_report"]
+__all__ = ["failures", "main", "plot_curves", "plot_split", "round_table", "write_report"]
 
 CURVES_FILE = "learning_curves.png"
 SPLIT_FILE = "split.png"
@@ -80,6 +80,15 @@ def round_table(federation: dict[str, Any]) -> str:
             ]
         )
     return format_table(header, rows)
+
+
+def failures(federation: dict[str, Any]) -> str:
+    """A line for every client that was left out of a round, with the reason; empty if there was none."""
+    return "\n".join(
+        f"left out in round {entry['round']}: {client}, {reason}"
+        for entry in federation["rounds"]
+        for client, reason in entry["refused"].items()
+    )
 
 
 def plot_curves(federation: dict[str, Any], path: str | Path) -> None:

@@ -202,7 +202,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 self.server.begin(self._global_state, round)
                 for client in self.sampler.sample(round):
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
-                    if client in self.server.refused:
+                    if metrics is None:
                         logger.warning(
                             f"Round {round} goes on without client {client!r}: {self.server.refused[client]}"
                         )
@@ -393,9 +393,12 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self.is_world_process_zero():
             self.state.save_to_json(str(self._folder / TRAINER_STATE_NAME))
         if self._shows_progress:
-            from .report import round_table  # at module level `python -m fed_trainer.report` would import itself twice
+            # at module level `python -m fed_trainer.report` would import itself twice
+            from .report import failures, round_table
 
             print(round_table(self._record))
+            if left_out := failures(self._record):
+                print(left_out)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")
