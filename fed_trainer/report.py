@@ -87,7 +87,7 @@ def failures(federation: dict[str, Any]) -> str:
     return "\n".join(
         f"left out in round {entry['round']}: {client}, {reason}"
         for entry in federation["rounds"]
-        for client, reason in entry["refused"].items()
+        for client, reason in entry.get("refused", {}).items()  # older records have none
     )
 
 
@@ -250,7 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", help=f"the output directory of the run, which holds {RECORD_NAME}")
     output_dir = parser.parse_args(arguments).output_dir
     try:
-        print(round_table(_read_federation(output_dir)))
+        federation = _read_federation(output_dir)
+        print(round_table(federation))
+        if left_out := failures(federation):
+            print(left_out)
         for path in write_report(output_dir):
             print(f"wrote {path}")
     except (FileNotFoundError, ImportError, ValueError) as error:
