@@ -4,22 +4,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from .adapter_state import AdapterState
 from .live_model import MODEL_WEIGHTS
-from .record import RECORD_NAME, read_record
+from .record import RECORD_NAME, read_record, write_json
 
 
 __all__ = [
     "ADAPTER_WEIGHTS",
+    "DIGESTS_NAME",
+    "died_before_its_first_checkpoint",
     "find_checkpoint",
+    "find_damage",
     "load_adapter",
     "refuse_another_run",
     "refuse_later_rounds",
@@ -29,6 +35,9 @@ __all__ = [
 
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DIGESTS_NAME = "digests.json"
+
+logger = logging.get_logger(__name__)
 
 
 def write_checkpoint(output_dir: str | os.PathLike, round: int, write: Callable[[Path], None]) -> Path:
@@ -52,6 +61,7 @@ def write_checkpoint(output_dir: str | os.PathLike, round: int, write: Callable[
         shutil.rmtree(leftover, ignore_errors=True)
     beside.mkdir(parents=True)
     write(beside)
+    write_json(beside / DIGESTS_NAME, _digests(beside))
     if final.exists():
         os.replace(final, aside)
     os.replace(beside, final)
@@ -74,24 +84,85 @@ def find_checkpoint(
     """
     The folder that `train(resume_from_checkpoint=...)` means; one that is given has to hold the file `weights`.
 
+    With `True` it is the last one that is undamaged. Those behind it are put aside as `damaged-checkpoint-<round>`, with a warning.
+
     Raises:
-        ValueError: If there is no checkpoint in `output_dir` (`True`), or the given folder is not one.
+        ValueError: If there is no undamaged checkpoint in `output_dir` (`True`), or the given folder is not one.
     """
-    if resume_from_checkpoint is True:
-        last = get_last_checkpoint(str(output_dir)) if os.path.isdir(output_dir) else None
-        if last is None:
+    if resume_from_checkpoint is not True:
+        folder = Path(str(resume_from_checkpoint))
+        if not (folder / weights).is_file():
             raise ValueError(
-                f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
-                "`trainer.train()`."
+                f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
+                "folder of a federation, or `True` for the last one in `output_dir`."
             )
-        return Path(last)
-    folder = Path(str(resume_from_checkpoint))
-    if not (folder / weights).is_file():
+        if (damage := find_damage(folder)) is not None:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} is damaged: {damage}. Pass an earlier one, or `True` for the last one in "
+                "`output_dir` that is not."
+            )
+        return folder
+    damaged: list[tuple[Path, str]] = []
+    for folder in sorted(_checkpoints(output_dir), key=_round_of, reverse=True):
+        damage = find_damage(folder)
+        if damage is None:
+            for broken, why in damaged:
+                aside = broken.with_name(f"damaged-{broken.name}")
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                os.replace(broken, aside)
+                logger.warning(
+                    f"{broken.name} is damaged ({why}): it is put aside as {aside.name}, {folder.name} is used."
+                )
+            return folder
+        damaged.append((folder, damage))
+    if damaged:
         raise ValueError(
-            f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
-            "folder of a federation, or `True` for the last one in `output_dir`."
+            f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {damaged[0][1]}). "
+            "Restore one from a backup, or start the run again in another `output_dir`."
         )
-    return folder
+    raise ValueError(
+        f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
+        "`trainer.train()`."
+    )
+
+
+def find_damage(folder: str | os.PathLike) -> str | None:
+    """
+    What is wrong with a checkpoint, if something is: a file that is missing, or is not the one that was written.
+
+    Files of clients, of which there may be very many, are compared by their sizes, all others by SHA-256.
+    """
+    path = Path(folder) / DIGESTS_NAME
+    if not path.is_file():
+        return f"it has no {DIGESTS_NAME}"
+    try:
+        expected = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{DIGESTS_NAME} is not JSON"
+    found = _digests(Path(folder))
+    for name, digest in expected.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is not what was written"
+    return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """By path within `folder`: SHA-256 of what lies in it, sizes of what lies deeper."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_file() or path.name == DIGESTS_NAME:
+            continue
+        if path.parent == folder:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+            digests[path.name] = digest.hexdigest()
+        else:
+            digests[path.relative_to(folder).as_posix()] = f"{path.stat().st_size} bytes"
+    return digests
 
 
 def load_adapter(folder: str | os.PathLike) -> AdapterState:
@@ -110,6 +181,17 @@ def load_adapter(folder: str | os.PathLike) -> AdapterState:
     return load_file(path)
 
 
+def died_before_its_first_checkpoint(output_dir: str | os.PathLike) -> bool:
+    """Whether `output_dir` holds the record of a run, and nothing that was trained."""
+    trained = [
+        *Path(output_dir).glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
+        *(Path(output_dir) / n for n in (ADAPTER_WEIGHTS, MODEL_WEIGHTS)),
+    ]
+    return (Path(output_dir) / RECORD_NAME).is_file() and not any(
+        path.exists() and not path.name.startswith(".") for path in trained
+    )
+
+
 def refuse_another_run(output_dir: str | os.PathLike) -> None:
     """
     Raise if `output_dir` holds a run already.
@@ -119,11 +201,11 @@ def refuse_another_run(output_dir: str | os.PathLike) -> None:
     """
     found = [path.name for path in sorted(_checkpoints(output_dir), key=_round_of)]
     way_on = "Continue it with `train(resume_from_checkpoint=True)`, choose"
-    if not found:  # a run that ended before its first checkpoint, or an adapter saved without one
+    if not found and died_before_its_first_checkpoint(output_dir) and read_record(output_dir).get("rounds"):
+        found = [RECORD_NAME]
+    if not found:  # an adapter saved without a run
         way_on = "Choose"
         found = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if (Path(output_dir) / name).is_file()]
-        if not found and read_record(output_dir).get("rounds"):
-            found = [RECORD_NAME]
     if found:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from datasets import Dataset
+from transformers.utils import logging
 
 from .adapter_state import AdapterState, state_bytes, subtract
 from .aggregation import ClientUpdate
@@ -23,6 +25,8 @@ from .timing import timed
 
 
 __all__ = ["ClientTurnMixin"]
+
+logger = logging.get_logger(__name__)
 
 LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"  # what a client keeps: parts of its file
 
@@ -40,36 +44,41 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     _base_digest: str | None
     _record: dict[str, Any]
 
-    def _client_round(self, client: str, round: int, lr_factor: float, seconds: dict[str, float]) -> dict[str, float]:
-        """One client's turn: it gets the shared tensors, trains, and its update is offered to the server."""
+    def _client_round(
+        self, client: str, round: int, lr_factor: float, seconds: dict[str, float]
+    ) -> dict[str, float] | None:
+        """
+        One client's turn: it gets the shared tensors, trains, and its update is offered to the server.
+
+        Returns:
+            `dict[str, float]` or `None`: its figures, if its update counts; `server.refused` says why it does not.
+        """
         with timed(seconds, "prepare"):
             dataset = self._prepared_client(client)
             kept = self._store.read(client)
             settings = self._settings_of(client, kept)
             asked, shared = self.server.asked_of(settings), self.server.start_of(settings)
             start = {**self._global_state, **shared, **kept.get(LOCAL, {})}
-        train = functools.partial(
-            self.local_round,
-            dataset=dataset,
-            seed=client_seed(self.args.seed, round, client),
-            data_seed=None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client),
-            lr_factor=lr_factor,
-            trained=self.server.trained_keys(self._global_state, round, settings),
-            max_steps=settings.max_steps,
-        )
-        objective, remembered = self.server.objective, kept.get(OBJECTIVE) or self.server.first_memory(settings)
-        is_personal = objective is not None and objective.is_personal
+        trained = None
         with timed(seconds, "local"):
-            if objective is not None:
-                objective.begin(shared, remembered)
-            local, metrics = train(start, objective=None if is_personal else objective)
-            delta = subtract(local, start)
-            keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
-            if objective is not None:
-                keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
-            if is_personal:
-                keeps[PERSONAL], personal = train({**start, **kept.get(PERSONAL, {})}, objective=objective)
-                metrics |= {f"personal_{key}": value for key, value in personal.items()}
+            for attempt in range(1 + self.args.client_retries):
+                try:
+                    trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
+                    break
+                except Exception as error:
+                    if self.args.world_size > 1:
+                        raise  # the other processes wait for this one in the middle of a step
+                    reason = f"its local round failed with {type(error).__name__}: {error}"
+                    logger.warning(
+                        f"Round {round}, client {client!r}, attempt {attempt + 1} of {1 + self.args.client_retries}: {reason}",
+                        exc_info=True,
+                    )
+                self._recover()  # here the error no longer holds on to activations
+        if trained is None:
+            self.server.leave_out(client, reason)
+            return None
+        delta, keeps, metrics = trained
+        remembered = self._remembered(kept, settings)
         update = ClientUpdate(
             client,
             self._num_examples(client),
@@ -79,13 +88,58 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             base_digest=self._base_digest,
         )
         with timed(seconds, "aggregate"):
-            if self.server.receive(update, asked, keeps) is None:
-                if objective is not None:
-                    objective.accept(remembered, keeps[OBJECTIVE])
-                if self.is_world_process_zero():
-                    self._store.write(client, keeps)
+            if self.server.receive(update, asked, keeps) is not None:
+                return None
+            if self.server.objective is not None:
+                self.server.objective.accept(remembered, keeps[OBJECTIVE])
+            if self.is_world_process_zero():
+                self._store.write(client, keeps)
         traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, settings)}
         return {"num_examples": update.num_examples, **metrics, **traffic}
+
+    def _train_client(
+        self,
+        client: str,
+        round: int,
+        lr_factor: float,
+        dataset: Dataset,
+        settings: ClientSettings,
+        start: AdapterState,
+        shared: AdapterState,
+        kept: dict[str, AdapterState],
+    ) -> tuple[AdapterState, dict[str, AdapterState], dict[str, float]]:
+        """The client's update in the shape of the live model, what it is to keep, and its figures; nothing is changed yet."""
+        train = functools.partial(
+            self.local_round,
+            dataset=dataset,
+            seed=client_seed(self.args.seed, round, client),
+            data_seed=None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client),
+            lr_factor=lr_factor,
+            trained=self.server.trained_keys(self._global_state, round, settings),
+            max_steps=settings.max_steps,
+            timeout=self.args.client_timeout,
+        )
+        objective = self.server.objective
+        is_personal = objective is not None and objective.is_personal
+        if objective is not None:
+            objective.begin(shared, self._remembered(kept, settings))
+        local, metrics = train(start, objective=None if is_personal else objective)
+        delta = subtract(local, start)
+        keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
+        if objective is not None:
+            keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
+        if is_personal:
+            keeps[PERSONAL], personal = train({**start, **kept.get(PERSONAL, {})}, objective=objective)
+            metrics |= {f"personal_{key}": value for key, value in personal.items()}
+        if not math.isfinite(metrics["train_loss"]):
+            raise ValueError(
+                f"The training loss is {metrics['train_loss']}. Lower `learning_rate`, or set `max_grad_norm`."
+            )
+        return delta, keeps, metrics
+
+    def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
+        """What the local objective is told of the client."""
+        return kept.get(OBJECTIVE) or self.server.first_memory(settings)
 
     def _settings_of(self, client: str, kept: dict[str, AdapterState]) -> ClientSettings:
         settings = self._client_settings.get(client, ClientSettings())

@@ -60,6 +60,12 @@ class FederationArguments(_Arguments):
         },
     )
     min_clients: int = field(default=1, metadata={"help": "Usable updates that a round needs."})
+    client_retries: int = field(
+        default=0, metadata={"help": "How often the local round of a client that failed is tried again."}
+    )
+    client_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds after which a local round counts as failed; no limit if not given."}
+    )
     aggregation: str = field(
         default="fedavg",
         metadata={"help": "How client updates become the next global adapter.", "choices": sorted(METHODS)},
@@ -125,6 +131,10 @@ class FederationArguments(_Arguments):
         for name in ("num_rounds", "min_clients", "eval_rounds", "save_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1 but the value passed is {getattr(self, name)!r}")
+        if self.client_retries < 0:
+            raise ValueError(f"`client_retries` should be at least 0 but the value passed is {self.client_retries!r}")
+        if self.client_timeout is not None and not self.client_timeout > 0:
+            raise ValueError(f"`client_timeout` should be positive but the value passed is {self.client_timeout!r}")
         count = self.clients_per_round
         if count is not None and not (0 < count < 1 or (1 <= count < math.inf and count == int(count))):
             raise ValueError(
@@ -190,8 +200,12 @@ class FederatedConfig(FederationArguments, SFTConfig):
             Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of clients
             (`1` or more), or a fraction of all clients (below `1`). All clients if not given.
         min_clients (`int`, *optional*, defaults to `1`):
-            Usable updates that a round needs. A client whose update cannot be used (values that are not finite, ...) is
-            named in the log and the record, and left out.
+            Usable updates that a round needs. A client whose local round fails (an exception, out of memory, too slow), or
+            whose update cannot be used (values that are not finite, ...), is named in the log and the record, and left out.
+        client_retries (`int`, *optional*, defaults to `0`):
+            How often the local round of a client that failed is tried again, from the same start with the same seed.
+        client_timeout (`float`, *optional*):
+            Seconds after which a local round counts as failed, looked at after every optimiser step; no limit if not given.
         round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
             arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times

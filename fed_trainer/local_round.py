@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Collection
 from typing import Any
@@ -19,7 +20,7 @@ from .adapter_state import AdapterState, LiveState
 from .local_objectives import LocalObjective
 
 
-__all__ = ["LocalRoundMixin"]
+__all__ = ["ClientTimeoutError", "LocalRoundMixin"]
 
 
 class LocalRoundMixin(Trainer):
@@ -50,6 +51,7 @@ class LocalRoundMixin(Trainer):
         trained: Collection[str] | None = None,
         max_steps: int | None = None,
         objective: LocalObjective | None = None,
+        timeout: float | None = None,
     ) -> tuple[AdapterState, dict[str, float]]:
         """
         Train one client for its local budget, starting from `state`.
@@ -71,9 +73,14 @@ class LocalRoundMixin(Trainer):
                 Local budget, in place of `args.max_steps`.
             objective ([`LocalObjective`], *optional*):
                 What to add to the gradients; `begin` has been called.
+            timeout (`float`, *optional*):
+                Seconds after which it counts as failed, looked at after every optimiser step.
 
         Returns:
             `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps` and `seconds`.
+
+        Raises:
+            ClientTimeoutError: If it takes longer than `timeout`.
         """
         start = time.perf_counter()
         self._live_adapter.write(state)
@@ -88,7 +95,7 @@ class LocalRoundMixin(Trainer):
         # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
         federation = self.state, self.control, self.callback_handler
         self.control = TrainerControl()
-        self.callback_handler = _LocalCallbackHandler(federation[2])
+        self.callback_handler = _LocalCallbackHandler(federation[2], None if timeout is None else start + timeout)
         checkpointing, budget = self.args.activation_checkpointing, self.args.max_steps
         if max_steps is not None:
             self.args.max_steps = max_steps
@@ -157,6 +164,17 @@ class LocalRoundMixin(Trainer):
         self.model_wrapped = self.model  # type: ignore[assignment]
         del self.accelerator.free_memory  # `train()` then lets go of the old one
 
+    def _recover(self) -> None:
+        """Put the engine in order after a local round that broke off in the middle of a step."""
+        self.is_in_train = False
+        for parameter in self._live_adapter.parameters().values():
+            parameter.grad = None
+        self.accelerator.gradient_state._set_sync_gradients(True)
+        self._free_local_round()
+        gc.collect()  # the exception holds on to activations
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `train()` calls to evaluate, also for `eval_on_start`: a matter of the run, not of each client."""
         return {}
@@ -166,16 +184,29 @@ class LocalRoundMixin(Trainer):
         self.accelerator._dataloaders = []
         self.accelerator._schedulers = []
         self.accelerator.step = 0
+        # a local round leaves its data loader before the end, which accelerate does not notice
+        self.accelerator.gradient_state.dataloader_references = [None]
         return objects
+
+
+class ClientTimeoutError(RuntimeError):
+    """A local round that took longer than `client_timeout`."""
 
 
 class _LocalFlowCallback(DefaultFlowCallback):
     """Ends a local round at its budget; a client neither logs, evaluates nor saves on its own."""
 
+    def __init__(self, deadline: float | None) -> None:
+        self.deadline = deadline
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         control.should_training_stop = state.global_step >= state.max_steps
+        if self.deadline is not None and time.perf_counter() > self.deadline and not control.should_training_stop:
+            raise ClientTimeoutError(
+                f"it was not done in time, but had taken {state.global_step} of {state.max_steps} steps"
+            )
         return control
 
     def on_epoch_end(
@@ -191,9 +222,9 @@ class _LocalCallbackHandler(CallbackHandler):
         {"on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"}
     )
 
-    def __init__(self, handler: CallbackHandler) -> None:
+    def __init__(self, handler: CallbackHandler, deadline: float | None) -> None:
         others = [callback for callback in handler.callbacks if not isinstance(callback, DefaultFlowCallback)]
-        super().__init__([_LocalFlowCallback(), *others], handler.model, handler.processing_class, None, None)
+        super().__init__([_LocalFlowCallback(deadline), *others], handler.model, handler.processing_class, None, None)
 
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["main", "plot_curves", "plot_split", "round_table", "write_report"]
+__all__ = ["failures", "main", "plot_curves", "plot_split", "round_table", "write_report"]
 
 CURVES_FILE = "learning_curves.png"
 SPLIT_FILE = "split.png"
@@ -80,6 +80,15 @@ def round_table(federation: dict[str, Any]) -> str:
             ]
         )
     return format_table(header, rows)
+
+
+def failures(federation: dict[str, Any]) -> str:
+    """A line for every client that was left out of a round, with the reason; empty if there was none."""
+    return "\n".join(
+        f"left out in round {entry['round']}: {client}, {reason}"
+        for entry in federation["rounds"]
+        for client, reason in entry.get("refused", {}).items()  # older records have none
+    )
 
 
 def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
@@ -241,7 +250,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("output_dir", help=f"the output directory of the run, which holds {RECORD_NAME}")
     output_dir = parser.parse_args(arguments).output_dir
     try:
-        print(round_table(_read_federation(output_dir)))
+        federation = _read_federation(output_dir)
+        print(round_table(federation))
+        if left_out := failures(federation):
+            print(left_out)
         for path in write_report(output_dir):
             print(f"wrote {path}")
     except (FileNotFoundError, ImportError, ValueError) as error:

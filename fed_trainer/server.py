@@ -264,6 +264,10 @@ class Server:
         self.taken.append(update.client)
         return None
 
+    def leave_out(self, client: str, reason: str) -> None:
+        """A client that was sampled sends nothing."""
+        self.refused[client] = reason
+
     def finish(self) -> tuple[AdapterState, dict[str, LowRank]]:
         """
         The next global state, and what is to be added to the base model.

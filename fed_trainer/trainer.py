@@ -30,6 +30,7 @@ from .aggregation import SLoRA
 from .base_changes import BaseChanges
 from .checkpoint import (
     ADAPTER_WEIGHTS,
+    died_before_its_first_checkpoint,
     find_checkpoint,
     load_adapter,
     refuse_another_run,
@@ -45,7 +46,7 @@ from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
 from .progress import RoundProgress
-from .record import check_same_run, held_out_metrics, read_record
+from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
 from .refusals import refuse_what_would_leak
 from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
 from .server import Server, freeze_for_good
@@ -174,7 +175,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` continues from the last checkpoint in `output_dir`, a path from that checkpoint.
+                `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died before its
+                first checkpoint starts again), a path from that checkpoint.
 
         Returns:
             `TrainOutput`: the number of rounds, the mean training loss over rounds, and the totals of the run.
@@ -189,6 +191,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
+        if resume_from_checkpoint is True and died_before_its_first_checkpoint(self._folder):
+            logger.warning(f"The run in {str(self._folder)!r} died before its first checkpoint: it starts again.")
+            (self._folder / RECORD_NAME).unlink()
+            resume_from_checkpoint = None
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
         lr_factors = self._lr_factors
         last = self.args.num_rounds
@@ -204,7 +210,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                     self._store.discard()  # of a round that was broken off
                 for client in self.sampler.sample(round):
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
-                    if client in self.server.refused:
+                    if metrics is None:
                         logger.warning(
                             f"Round {round} goes on without client {client!r}: {self.server.refused[client]}"
                         )
@@ -355,6 +361,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._record = self._new_record()
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
+        self._write_record(self._folder)  # from now on there is something to resume
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
             self._record["start"]["eval"] = self.evaluate(ignore_keys=ignore_keys_for_eval)
@@ -398,9 +405,12 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self.is_world_process_zero():
             self.state.save_to_json(str(self._folder / TRAINER_STATE_NAME))
         if self._shows_progress:
-            from .report import round_table  # at module level `python -m fed_trainer.report` would import itself twice
+            # at module level `python -m fed_trainer.report` would import itself twice
+            from .report import failures, round_table
 
             print(round_table(self._record))
+            if left_out := failures(self._record):
+                print(left_out)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from fed_trainer.checkpoint import (
     find_checkpoint,
+    find_damage,
     load_adapter,
     refuse_another_run,
     rotate_checkpoints,
@@ -37,7 +39,7 @@ def rounds(output_dir: Path, *numbers: int) -> None:
 
 
 def names(folder: Path) -> set[str]:
-    return set(os.listdir(folder))
+    return set(os.listdir(folder)) - {"digests.json"}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -160,6 +162,59 @@ def test_path_that_is_no_checkpoint(tmp_path: Path, name: str) -> None:
         ValueError, match=r"which holds no adapter_model\.safetensors. Pass a `checkpoint-<round>` folder"
     ):
         find_checkpoint(tmp_path, str(tmp_path / name))
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    rounds(tmp_path, 1, 2, 3, 4)
+    os.truncate(tmp_path / "checkpoint-4" / "adapter_model.safetensors", 20)
+    (tmp_path / "checkpoint-3" / "federation.json").unlink()
+    kept = contents(tmp_path / "checkpoint-4")
+    assert find_checkpoint(tmp_path, True) == tmp_path / "checkpoint-2"
+    assert names(tmp_path) == {"checkpoint-1", "checkpoint-2", "damaged-checkpoint-3", "damaged-checkpoint-4"}
+    assert contents(tmp_path / "damaged-checkpoint-4") == kept, "nothing that is on disk is lost"
+    assert "checkpoint-4 is damaged (adapter_model.safetensors is not what was written)" in caplog.text
+    assert "checkpoint-3 is damaged (federation.json is missing)" in caplog.text
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path) -> None:
+    rounds(tmp_path, 1)
+    path = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert find_damage(tmp_path / "checkpoint-1") == "adapter_model.safetensors is not what was written"
+    with pytest.raises(
+        ValueError, match="checkpoint-1' is damaged: adapter_model.safetensors is not what was written"
+    ):
+        find_checkpoint(tmp_path, str(tmp_path / "checkpoint-1"))
+    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+        find_checkpoint(tmp_path, True)
+    assert names(tmp_path) == {"checkpoint-1"}
+
+
+def test_files_of_clients_are_missed_and_measured(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        write_state(folder)
+        (folder / "clients").mkdir()
+        (folder / "clients" / "a.safetensors").write_bytes(b"12345")
+
+    folder = write_checkpoint(tmp_path, 1, write)
+    assert find_damage(folder) is None
+    (folder / "notes.txt").write_text("of the user")
+    assert find_damage(folder) is None
+    os.truncate(folder / "clients" / "a.safetensors", 3)
+    assert find_damage(folder) == "clients/a.safetensors is not what was written"
+
+
+@pytest.mark.parametrize("content", [None, "{half"])
+def test_a_checkpoint_without_readable_digests_is_damaged(tmp_path: Path, content: str | None) -> None:
+    rounds(tmp_path, 1)
+    path = tmp_path / "checkpoint-1" / "digests.json"
+    path.unlink() if content is None else path.write_text(content)
+    assert "digests.json" in (find_damage(tmp_path / "checkpoint-1") or "")
 
 
 # Loading

@@ -496,5 +496,10 @@ def test_an_unfinished_run_without_a_checkpoint_is_not_overwritten(make_trainer,
 
     with pytest.raises(KeyboardInterrupt):
         make_trainer(num_rounds=4, save_rounds=3, callbacks=[Dies()]).train()
-    with pytest.raises(FileExistsError, match=r"already holds a run \(federation.json\).* Choose another"):
+    with pytest.raises(FileExistsError, match=r"already holds a run \(federation.json\).* Continue it"):
         make_trainer(num_rounds=4, save_rounds=3).train()
+    again = make_trainer(num_rounds=4, save_rounds=3)
+    again.train(resume_from_checkpoint=True)
+    make_trainer("whole", num_rounds=4, save_rounds=3).train()
+    assert len(again._record["rounds"]) == 4
+    assert same(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))

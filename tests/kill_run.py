@@ -1,0 +1,139 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Kills a federation with SIGKILL at many places and lets it go on, in forked children of one process that has imported all.
+
+    python tests/kill_run.py MODEL FOLDER NUM_KILLS
+
+Prints a JSON line: the names of the runs that did not end like one that was not interrupted, and where runs were killed.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import conftest
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from fed_trainer import FederatedConfig, FederatedTrainer
+
+
+# what a run does to the disk; `open` counts when it is for writing
+EVENTS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
+SETTINGS = (
+    {
+        "aggregation": "fedex_lora",
+        "local_objective": "ditto",
+        "local_objective_kwargs": {"mu": 0.1},
+        "save_total_limit": 1,
+    },
+    {"aggregation": "fedsa_lora", "server_optimizer": "fedadam"},
+)
+
+
+class Bomb(TrainerCallback):
+    """Counts steps and changes of the disk below a folder, and kills the process at one of them."""
+
+    def __init__(self, folder: Path, kill_at: int | None) -> None:
+        self.folder, self.kill_at, self.count, self.seen = str(folder), kill_at, 0, []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple) -> None:
+        if (event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")) or event in EVENTS:
+            self._tick(event, arguments)
+
+    def _tick(self, event: str, arguments: tuple) -> None:
+        if self.folder in str(arguments[0]):
+            self._count(f"{event} {Path(str(arguments[0])).name}")
+
+    def _count(self, what: str) -> None:
+        self.count += 1
+        self.seen.append(what)
+        if self.count == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._count("optimiser step")
+
+
+def run(model: str, folder: Path, settings: dict, resume: bool, kill_at: int | None) -> None:
+    clients = conftest.clients_of(num_clients=3, rows=8)
+    bomb = Bomb(folder, kill_at)
+    trainer = FederatedTrainer(
+        model=model,
+        args=FederatedConfig(
+            output_dir=str(folder),
+            num_rounds=3,
+            clients_per_round=2,
+            max_steps=1,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            max_length=32,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            report_to="none",
+            disable_tqdm=True,
+            eval_on_start=False,
+            **settings,
+        ),
+        train_dataset=clients,
+        eval_dataset={name: rows.select(range(4)) for name, rows in clients.items()},
+        peft_config=LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"),
+        callbacks=[bomb],
+    )
+    # there may be nothing to resume yet
+    trainer.train(resume_from_checkpoint=resume and any(folder.glob("*")))
+    (folder.parent / f"{folder.name}.events").write_text(json.dumps(bomb.seen))
+
+
+def in_child(*arguments) -> int:
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            run(*arguments)
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitpid(pid, 0)[1]
+
+
+def outcome(folder: Path) -> dict:
+    """All that the run has left, but for the seconds."""
+    record = json.loads((folder / "federation.json").read_text())
+    for entry in record["rounds"]:
+        del entry["seconds"], entry["eval"]
+        entry["client_eval"] = {
+            client: {key: value for key, value in figures.items() if key.endswith("loss")}
+            for client, figures in entry["client_eval"].items()
+        }
+        for figures in entry["clients"].values():
+            figures.pop("seconds"), figures.pop("personal_seconds", None)
+    tensors = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+    return {"record": record, **tensors}
+
+
+def main() -> None:
+    model, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    generator, wrong, places = random.Random(0), [], []
+    for index, settings in enumerate(SETTINGS):
+        whole = root / f"whole-{index}"
+        assert in_child(model, whole, settings, False, None) == 0
+        expected, events = outcome(whole), json.loads((root / f"{whole.name}.events").read_text())
+        for kill_at in sorted(generator.sample(range(1, len(events) + 1), kills // len(SETTINGS))):
+            folder = root / f"killed-{index}-{kill_at}"
+            status = in_child(model, folder, settings, False, kill_at)
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
+            places.append(events[kill_at - 1])
+            if in_child(model, folder, settings, True, None) != 0 or outcome(folder) != expected:
+                wrong.append(folder.name)
+    print(json.dumps({"wrong": wrong, "places": places}))
+
+
+if __name__ == "__main__":
+    main()

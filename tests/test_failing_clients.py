@@ -1,0 +1,165 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Clients whose local round breaks off: they are named, tried again, left out, and leave nothing behind."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer.aggregation import TooFewClientsError
+
+
+OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.fixture
+def make_trainer(tiny_model_dir, make_clients, tmp_path):
+    def make(output="out", clients=None, **settings):
+        local = {
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+        }
+        local |= {"max_length": 32, "gradient_checkpointing": False, "use_cpu": True, "report_to": "none"}
+        args = FederatedConfig(
+            output_dir=str(tmp_path / output),
+            **{"num_rounds": 2, "disable_tqdm": True, "eval_on_start": False, **local, **settings},
+        )
+        return FederatedTrainer(
+            model=str(tiny_model_dir),
+            args=args,
+            train_dataset=clients or make_clients(num_clients=3),
+            peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+        )
+
+    return make
+
+
+def fail(trainer, monkeypatch, times, client="client_1", error=OUT_OF_MEMORY):
+    """Of the given client the first `times` local rounds fail in the second micro-batch, with gradients accumulated."""
+    turn = {"client": None, "left": times, "batches": 0}
+    client_round, training_step = trainer._client_round, trainer.training_step
+
+    def remembered(name, *args):
+        turn.update(client=name, batches=0)
+        return client_round(name, *args)
+
+    def failing(*args, **kwargs):
+        turn["batches"] += 1
+        loss = training_step(*args, **kwargs)
+        if turn["client"] == client and turn["left"] and turn["batches"] % 2 == 1:
+            turn["left"] -= 1
+            raise error
+        return loss
+
+    monkeypatch.setattr(trainer, "_client_round", remembered)
+    monkeypatch.setattr(trainer, "training_step", failing)
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_round_goes_on_without_the_client_that_fails(make_trainer, make_clients, tmp_path, monkeypatch, caplog):
+    clients = make_clients(num_clients=3)
+    trainer = make_trainer("failing", clients=clients)
+    fail(trainer, monkeypatch, times=2)
+    trainer.train()
+    for entry in trainer._record["rounds"]:
+        assert list(entry["clients"]) == ["client_0", "client_2"]
+        assert entry["refused"] == {"client_1": "its local round failed with OutOfMemoryError: CUDA out of memory"}
+    del clients["client_1"]
+    without = make_trainer("without", clients=clients)
+    without.train()
+    assert same(adapter(tmp_path / "failing"), adapter(tmp_path / "without"))
+
+
+def test_a_client_that_is_tried_again_does_what_it_would_have_done(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer("failing", client_retries=1)
+    fail(trainer, monkeypatch, times=1)
+    trainer.train()
+    make_trainer("healthy").train()
+    assert trainer._record["rounds"][0]["refused"] == {}
+    assert same(adapter(tmp_path / "failing"), adapter(tmp_path / "healthy"))
+
+
+def test_the_first_client_of_a_run_may_fail(make_trainer, monkeypatch, tmp_path):
+    """The engine is built in its local round."""
+    trainer = make_trainer("failing", client_retries=2)
+    fail(trainer, monkeypatch, times=2, client="client_0")
+    trainer.train()
+    make_trainer("healthy").train()
+    assert same(adapter(tmp_path / "failing"), adapter(tmp_path / "healthy"))
+
+
+def test_too_many_failures_end_the_run_with_the_reasons(make_trainer, monkeypatch):
+    trainer = make_trainer(min_clients=3)
+    fail(trainer, monkeypatch, times=1, error=RuntimeError("the disk is gone"))
+    with pytest.raises(
+        TooFewClientsError, match="Only 2 of at least 3 .*'client_1': .* RuntimeError: the disk is gone"
+    ):
+        trainer.train()
+
+
+def test_an_interrupt_is_no_failure(make_trainer, monkeypatch):
+    trainer = make_trainer(client_retries=5)
+    fail(trainer, monkeypatch, times=1, error=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+
+
+def test_a_client_that_is_too_slow_is_left_out(make_trainer):
+    trainer = make_trainer(client_timeout=1e-9)
+    with pytest.raises(
+        TooFewClientsError, match="ClientTimeoutError: it was not done in time, but had taken 1 of 3 steps"
+    ):
+        trainer.train()
+    patient = make_trainer("patient", client_timeout=1e9, num_rounds=1)
+    patient.train()
+    assert patient._record["rounds"][0]["refused"] == {}
+
+
+def test_a_loss_that_is_not_finite_is_a_failure(make_trainer, monkeypatch):
+    trainer = make_trainer(num_rounds=1)
+    local_round = trainer.local_round
+    seen = []
+
+    def diverged(*args, **kwargs):
+        state, metrics = local_round(*args, **kwargs)
+        seen.append(1)
+        return state, metrics | ({"train_loss": float("nan")} if len(seen) == 1 else {})
+
+    monkeypatch.setattr(trainer, "local_round", diverged)
+    trainer.train()
+    assert list(trainer._record["rounds"][0]["clients"]) == ["client_1", "client_2"]
+    assert "The training loss is nan" in trainer._record["rounds"][0]["refused"]["client_0"]
+
+
+def test_who_failed_and_why_is_in_the_summary(make_trainer, monkeypatch, capsys):
+    trainer = make_trainer(disable_tqdm=False)
+    fail(trainer, monkeypatch, times=1)
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert "left out in round 1: client_1, its local round failed with OutOfMemoryError" in shown
+    assert "left out in round 2" not in shown
+
+
+def test_local_rounds_leave_nothing_in_accelerate(make_trainer):
+    trainer = make_trainer(num_rounds=3)
+    trainer.train()
+    assert len(trainer.accelerator.gradient_state._dataloader_references_ref) <= 2
+
+
+@pytest.mark.parametrize(("setting", "value"), [("client_retries", -1), ("client_timeout", 0.0)])
+def test_settings_out_of_range_are_refused(make_trainer, setting, value):
+    with pytest.raises(ValueError, match=f"`{setting}` should be"):
+        make_trainer(**{setting: value})
