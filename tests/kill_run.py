@@ -25,13 +25,9 @@ from fed_trainer import FederatedConfig, FederatedTrainer
 # what a run does to the disk; `open` counts when it is for writing
 EVENTS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
 SETTINGS = (
-    {
-        "aggregation": "fedex_lora",
-        "local_objective": "ditto",
-        "local_objective_kwargs": {"mu": 0.1},
-        "save_total_limit": 1,
-    },
+    {"aggregation": "fedex_lora", "save_total_limit": 1},
     {"aggregation": "fedsa_lora", "server_optimizer": "fedadam"},
+    {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}},
 )
 
 
