@@ -191,9 +191,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
-        if resume_from_checkpoint is True and died_before_its_first_checkpoint(self._folder):
-            logger.warning(f"The run in {str(self._folder)!r} died before its first checkpoint: it starts again.")
-            (self._folder / RECORD_NAME).unlink()
+        if resume_from_checkpoint is True and self._starts_again():
             resume_from_checkpoint = None
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
         lr_factors = self._lr_factors
@@ -351,6 +349,16 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     # Beginning and end
 
+    def _starts_again(self) -> bool:
+        """Whether the run to be resumed has nothing to go on from; then its record, all there is of it, is deleted."""
+        starts_again = died_before_its_first_checkpoint(self._folder)
+        self.accelerator.wait_for_everyone()  # all have looked
+        if starts_again and self.is_world_process_zero():
+            logger.warning(f"The run in {str(self._folder)!r} died before its first checkpoint: it starts again.")
+            (self._folder / RECORD_NAME).unlink()
+        self.accelerator.wait_for_everyone()
+        return starts_again
+
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         refuse_another_run(self._folder)
         self._abandon_sparse_stage()
@@ -370,7 +378,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
         weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
-        folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
+        with self.accelerator.main_process_first():  # which puts damaged ones aside
+            folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
         record = read_record(folder)
         self._abandon_sparse_stage()
         fresh = self._new_record()
