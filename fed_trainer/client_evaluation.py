@@ -34,6 +34,11 @@ class ClientEvaluationMixin(Trainer):
         raise NotImplementedError
 
     @property
+    def has_personal_models(self) -> bool:
+        """Whether clients keep a part of their model, so that there is none for all."""
+        raise NotImplementedError
+
+    @property
     def evaluates_clients(self) -> bool:
         """Whether every key of `eval_dataset` is a client."""
         held_out = self.eval_dataset
@@ -49,6 +54,11 @@ class ClientEvaluationMixin(Trainer):
         As [`~transformers.Trainer.evaluate`]; for an `eval_dataset` by client the means over clients, weighted by examples.
         """
         self.client_evaluation = None
+        if eval_dataset is not None and self.has_personal_models:
+            raise ValueError(
+                "Every client has a model of its own, so there is not one to evaluate on other data. Save that of a client with "
+                "`save_client_model(client, folder)` and evaluate it, or call `evaluate()` for all clients."
+            )
         if eval_dataset is not None or not self.evaluates_clients:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         held_out: Any = self.eval_dataset

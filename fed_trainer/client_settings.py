@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .options import check_integer
+
 
 __all__ = ["ClientSettings", "layer_of", "parse_client_settings"]
 
@@ -74,13 +76,11 @@ def parse_client_settings(
         if not isinstance(values, Mapping) or not set(values) <= set(names):
             raise ValueError(f"`client_settings[{client!r}]` is {values!r}. Give a dictionary with some of {names}.")
         for name in ("r", "max_steps"):
-            value = values.get(name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` of client {client!r} should be a positive integer but is {value!r}")
+            check_integer(f"{name}` of client `{client}", values.get(name), 1, optional=True)
         chosen = values.get("layers_to_transform")
         if chosen is not None:
-            chosen = (chosen,) if isinstance(chosen, int) else tuple(chosen)
-            if not chosen or not set(chosen) <= layers:
+            chosen = tuple(chosen) if isinstance(chosen, (list, tuple)) else (chosen,)
+            if not chosen or not all(isinstance(layer, int) and layer in layers for layer in chosen):
                 raise ValueError(
                     f"`layers_to_transform` of client {client!r} is {list(chosen)}, but the adapter has the layers "
                     f"{sorted(layers, key=str)}. Name some of them."

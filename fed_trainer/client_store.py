@@ -18,12 +18,13 @@ from .adapter_state import AdapterState
 __all__ = ["ClientStore"]
 
 LONGEST_NAME = 120
+PENDING = ".new"
 
 
 class ClientStore:
     """
-    One safetensors file per client. A file is written beside and renamed, and never changed afterwards, so that checkpoints
-    hold hard links instead of copies.
+    One safetensors file per client. A file is written beside and renamed at the end of the round, and never changed afterwards:
+    a round that breaks off leaves all clients as they were, and checkpoints hold hard links instead of copies.
 
     Args:
         folder (`Path`):
@@ -45,15 +46,23 @@ class ClientStore:
         return parts
 
     def write(self, client: str, parts: dict[str, AdapterState]) -> None:
-        """Keep `parts` in place of what the client has kept so far."""
+        """Keep `parts` in place of what the client has kept so far, from `commit` on."""
         tensors = {f"{part}/{key}": tensor for part, state in parts.items() for key, tensor in state.items()}
         if not tensors:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(client)
-        beside = path.with_name(f".{path.name}.tmp")
-        save_file(tensors, beside, metadata={"client": client})
-        os.replace(beside, path)
+        save_file(tensors, path.with_name(f"{path.name}{PENDING}"), metadata={"client": client})
+
+    def commit(self) -> None:
+        """At the end of a round: what was written holds."""
+        for path in self.folder.glob(f"*{PENDING}"):
+            os.replace(path, path.with_name(path.name.removesuffix(PENDING)))
+
+    def discard(self) -> None:
+        """Forget what was written since the last `commit`."""
+        for path in self.folder.glob(f"*{PENDING}"):
+            path.unlink()
 
     def link_into(self, folder: Path) -> None:
         """Put the files of all clients into `folder`, which is made if there are any."""

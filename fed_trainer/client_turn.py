@@ -46,7 +46,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             dataset = self._prepared_client(client)
             kept = self._store.read(client)
             settings = self._settings_of(client, kept)
-            sent, shared = self.server.sent_to(settings), self.server.start_of(settings)
+            asked, shared = self.server.asked_of(settings), self.server.start_of(settings)
             start = {**self._global_state, **shared, **kept.get(LOCAL, {})}
         train = functools.partial(
             self.local_round,
@@ -73,17 +73,18 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         update = ClientUpdate(
             client,
             self._num_examples(client),
-            self.server.cut(delta, sent),
+            self.server.cut(delta, asked),
             metrics,
             num_steps=int(metrics["num_steps"]),
             base_digest=self._base_digest,
         )
         with timed(seconds, "aggregate"):
-            if self.server.receive(update, sent, keeps) is None:
+            if self.server.receive(update, asked, keeps) is None:
                 if objective is not None:
                     objective.accept(remembered, keeps[OBJECTIVE])
-                self._keep(client, keeps)
-        traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, sent)}
+                if self.is_world_process_zero():
+                    self._store.write(client, keeps)
+        traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, settings)}
         return {"num_examples": update.num_examples, **metrics, **traffic}
 
     def _settings_of(self, client: str, kept: dict[str, AdapterState]) -> ClientSettings:
@@ -91,19 +92,21 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
         return settings if rank is None else dataclasses.replace(settings, r=int(rank))
 
-    def _keep(self, client: str, parts: dict[str, AdapterState]) -> None:
-        if self.is_world_process_zero():
-            self._store.write(client, parts)
-        self.accelerator.wait_for_everyone()
-
-    def _download_bytes(self, client: str, sent: AdapterState) -> int:
+    def _download_bytes(self, client: str, settings: ClientSettings) -> int:
         """What the client is sent, and what has been added to the base model since it was last here."""
+        sent = self.server.sent_to(settings)
         missed = state_bytes({key: sent[key] for key in sent.keys() - self.server.drawn_keys})
         for entry in reversed(self._record["rounds"]):
             missed += entry["base_change_bytes"]
             if client in entry["clients"] or client in entry["refused"]:
                 break  # it came to that round with all that was added before
         return missed
+
+    @property
+    def has_personal_models(self) -> bool:
+        """Whether clients keep a part of their model, so that there is none for all."""
+        objective = self.server.objective
+        return bool(self._local_keys) or (objective is not None and objective.is_personal)
 
     def client_state(self, client: str) -> AdapterState:
         """

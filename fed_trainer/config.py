@@ -275,7 +275,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any] | None:
             ) from None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` should be a dictionary but the value passed is {value!r}")
-    return value
+    return value or None  # an empty one is none
 
 
 def given(args: FederationArguments, field: str) -> dict[str, Any]:

@@ -167,8 +167,16 @@ def model_card(
         "```",
         "",
     ]
+    if num_local := record.get("num_local_parameters"):
+        lines += [
+            f"{num_local:,} of the trained parameters stay with the clients. Here they have their initial values: what is published is "
+            "the shared part, to be trained further, and no model of any client.",
+            "",
+        ]
+    is_personal = num_local or record["federation"]["local_objective"] == "ditto"
+    evaluated = "clients' own models" if is_personal else f"global {'adapter' if method else 'model'}"
     if curve := _curve(record):
-        lines += [f"## Held-out metrics of the global {'adapter' if method else 'model'}", "", *curve, ""]
+        lines += [f"## Held-out metrics of the {evaluated}", "", *curve, ""]
     lines += ["The whole record of the run is in `federation.json`.", ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 

@@ -158,7 +158,9 @@ def _comparable(record: dict[str, Any]) -> dict[str, Any]:
     """What has to agree for a run to be continued, one level deep, so that a difference can be named."""
     keys = ("base_digest", "peft_type", "num_trainable_parameters", "aggregation", "seed", "num_sampled", "clients")
     parts = ("peft_config", "settings", "federation")
-    return {key: record.get(key) for key in keys} | {k: v for part in parts for k, v in record.get(part, {}).items()}
+    fields = {k: v for part in parts for k, v in record.get(part, {}).items()}
+    fields.pop("min_clients", None)  # a run that ended for want of clients may go on with fewer
+    return {key: record.get(key) for key in keys} | fields
 
 
 def _short(value: Any) -> str:

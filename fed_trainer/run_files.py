@@ -45,6 +45,7 @@ class RunFilesMixin(Trainer):
     _clients: dict[str, Dataset]
     _live_adapter: LiveState
     _global_state: AdapterState
+    _local_keys: set[str]
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _base_changes: BaseChanges | None
     _record: dict[str, Any]
@@ -148,6 +149,7 @@ class RunFilesMixin(Trainer):
             "base_digest": self._base_digest,
             "peft_type": peft_type_name(peft_config) if peft_config is not None else None,
             "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
+            "num_local_parameters": sum(self._global_state[key].numel() for key in self._local_keys),
             "aggregation": self.args.aggregation,
             "federation": federation_settings(self.args),
             "peft_config": peft_fields(peft_config) if peft_config is not None else {},

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from .adapter_state import AdapterState, LiveState
 from .aggregation import (
@@ -80,6 +81,14 @@ class Server:
         self._user_roles = _user_roles(args)
         self._buffers = live.buffers
         self._check_settings(args.aggregation, settings, live.read())
+        for client, own in settings.items():
+            if not any(
+                roles.role(key) == "shared" and own.trains(key) for key in live.read() for roles in (self.roles(1),)
+            ):
+                raise ValueError(
+                    f"Client {client!r} would send nothing: no tensor of the layers {list(own.layers_to_transform or ())} is shared. Change "
+                    "`client_settings` or `tensor_roles`."
+                )
         if args.aggregation == "hetlora":
             _check_largest_rank(settings, num_clients, max(len(live.read()[pair.key_A]) for pair in self.pairs))
 
@@ -90,6 +99,8 @@ class Server:
             options["partial"] = True
         if self.objective is not None and self.objective.uniform:
             options["uniform"] = True
+        if args.aggregation == "fednova":
+            options |= _momentum(args)
         options |= _options("aggregation_kwargs", args.aggregation, self.method.rule, args)
         self.rule = _built("aggregation_kwargs", lambda: self.method.build(self.pairs, **options))
         self.optimizer = _server_optimizer(args, self.objective, num_clients)
@@ -141,10 +152,10 @@ class Server:
             reason = (
                 "keeps a model of every client over all rounds, but 'slora' trains other tensors in its second stage"
             )
-        elif follows_factors and self.method.restarts:
+        elif follows_factors and self.method.adds_to_base:
             reason = (
-                "compares the adapter of a client with that of the round before, but "
-                f"{args.aggregation!r} moves it into the base and restarts it from new factors in every round"
+                "goes on with the adapter of a client from the round before, but "
+                f"{args.aggregation!r} moves a part of it into the base in every round"
             )
         elif self.partial and isinstance(objective, (FedDynRegularizer, RankPruning)):
             reason = "is defined over all tensors of every client, but `layers_to_transform` of `client_settings` leaves some out"
@@ -194,11 +205,15 @@ class Server:
         self.refused: dict[str, str] = {}
 
     def sent_to(self, settings: ClientSettings) -> AdapterState:
-        """What a client with these settings gets from the server: the shared tensors, cut to its rank and its layers."""
-        state = self._shared
-        if settings.r is not None:
-            state = truncate_ranks(state, self.pairs, settings.r)
-        return {key: tensor for key, tensor in state.items() if settings.trains(key)}
+        """
+        What a client with these settings gets from the server: the shared tensors, cut to its rank. Those of layers that it does
+        not train too: it computes with them.
+        """
+        return self._shared if settings.r is None else truncate_ranks(self._shared, self.pairs, settings.r)
+
+    def asked_of(self, settings: ClientSettings) -> AdapterState:
+        """What a client with these settings is to send an update of, as it has been sent."""
+        return {key: tensor for key, tensor in self.sent_to(settings).items() if settings.trains(key)}
 
     def start_of(self, settings: ClientSettings) -> AdapterState:
         """The shared tensors as the live model takes them: of full shape, with zeros beyond the client's rank."""
@@ -212,21 +227,21 @@ class Server:
             return None
         return {"rank": torch.tensor(settings.r or max(len(self._shared[pair.key_A]) for pair in self.pairs))}
 
-    def cut(self, delta: AdapterState, sent: AdapterState) -> AdapterState:
-        """The entries of a delta of full shape that a client has been sent."""
+    def cut(self, delta: AdapterState, asked: AdapterState) -> AdapterState:
+        """The entries of a delta of full shape that a client is to send."""
         return {
-            key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in sent.items()
+            key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in asked.items()
         }
 
-    def receive(self, update: ClientUpdate, sent: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
+    def receive(self, update: ClientUpdate, asked: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
         """
         Take an update into account.
 
         Args:
             update ([`ClientUpdate`]):
                 What came in.
-            sent (`dict[str, torch.Tensor]`):
-                What the client was sent.
+            asked (`dict[str, torch.Tensor]`):
+                `asked_of` the client.
             keeps (`dict[str, dict[str, torch.Tensor]]`):
                 What the client is to keep, by part. Once not finite, it would be so in all rounds to come.
 
@@ -234,7 +249,7 @@ class Server:
             `str` or `None`: why it is left out, if it is.
         """
         try:
-            validated(update, sent, self.taken, self.base_digest)
+            validated(update, asked, self.taken, self.base_digest)
         except InvalidUpdateError as error:
             self.refused[update.client] = error.reason
             return error.reason
@@ -272,7 +287,7 @@ class Server:
         if broken is not None:
             raise ValueError(
                 f"The step of the server has values that are not finite in {broken}, although no update had. Lower "
-                "`server_lr`; the last global state that is finite is in the last checkpoint."
+                "`learning_rate` or `server_lr`; the last global state that is finite is in the last checkpoint."
             )
         if self.objective is not None:
             self.objective.end_round()
@@ -331,8 +346,7 @@ def _user_roles(args: FederationArguments) -> TensorRoles:
     if not set(fields) <= names:
         raise ValueError(f"`tensor_roles` has {sorted(set(fields) - names)}, but takes {sorted(names)}.")
     patterns: dict[str, Any] = {
-        name: value if name == "default" else (value,) if isinstance(value, str) else tuple(value)
-        for name, value in fields.items()
+        name: (value,) if name != "default" and isinstance(value, str) else value for name, value in fields.items()
     }
     return TensorRoles(**patterns)
 
@@ -346,6 +360,19 @@ def _pairs(aggregation: str, model: nn.Module) -> list[FactorPair]:
             "given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
         )
     return []
+
+
+def _momentum(args: FederationArguments) -> dict[str, Any]:
+    """The momentum of the local SGD, which the normalisation of FedNova follows."""
+    pairs = (entry.split("=") for entry in (args.optim_args or "").replace(" ", "").split(",") if entry)
+    used = float(dict(pairs).get("momentum", 0)) if args.optim == OptimizerNames.SGD else 0.0
+    told = given(args, "aggregation_kwargs").get("momentum", used)
+    if told != used:
+        raise ValueError(
+            f"`aggregation_kwargs` gives 'fednova' the momentum {told}, but that of the local optimiser is {used} (`optim={args.optim!s}`, "
+            f"`optim_args={args.optim_args!r}`). Leave it out: it is read from there."
+        )
+    return {"momentum": used}
 
 
 def _check_largest_rank(settings: Mapping[str, ClientSettings], num_clients: int, largest: int) -> None:

@@ -21,7 +21,7 @@ from .aggregation.factors import FactorPair
 from .aggregation.slora import densify, lora_start, shared_mask
 
 
-__all__ = ["LiveSparseChange", "SparseChange"]
+__all__ = ["LiveSparseChange", "SparseChange", "check_sparse_change"]
 
 
 class SparseChange(nn.Module, BaseTunerLayer):
@@ -96,6 +96,7 @@ class LiveSparseChange(LiveAdapter):
     """
 
     def __init__(self, model: PeftModel, pairs: Sequence[FactorPair], density: float, seed: int) -> None:
+        check_sparse_change(model, pairs)
         super().__init__(model)
         self._pairs = list(pairs)
         self._layers: dict[str, Any] = {}  # LoRA layers
@@ -103,9 +104,7 @@ class LiveSparseChange(LiveAdapter):
         base: Any = model.get_base_model()
         for pair in self._pairs:
             layer = base.get_submodule(pair.module)
-            self._check(pair, layer)
             self._layers[pair.module] = layer
-        # after all checks, so that a refusal leaves the model as it was
         for module, layer in self._layers.items():
             indices = shared_mask(module, layer.weight.shape, density, seed)
             self._changes[module] = SparseChange(layer.base_layer, self._name, indices)
@@ -179,17 +178,26 @@ class LiveSparseChange(LiveAdapter):
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
 
-    def _check(self, pair: FactorPair, layer: nn.Module) -> None:
+
+def check_sparse_change(model: PeftModel, pairs: Sequence[FactorPair]) -> None:
+    """
+    Raises:
+        ValueError: If the adapter is not a LoRA with `B = 0` on linear layers that can be changed; the message names the layer.
+    """
+    base: Any = model.get_base_model()
+    name = model.active_adapters[0]
+    for pair in pairs:
+        layer: Any = base.get_submodule(pair.module)
         if not isinstance(layer, LoraLayer) or pair.start is not None:
             reason = "the adapter is not a plain LoRA"
         elif pair.unfoldable is not None:
             reason = pair.unfoldable
         elif not isinstance(layer.base_layer, (nn.Linear, Conv1D)):
             reason = f"the base layer is of type {type(layer.base_layer).__name__}"
-        elif self._tensors[pair.key_B].any():
+        elif torch.any(base.get_parameter(f"{pair.module}.lora_B.{name}.weight")):
             reason = "`B` is not zero already, and its product would be lost"
         else:
-            return
+            continue
         raise ValueError(
             f"'slora' trains a sparse change of the weights of linear layers first and starts LoRA from it, but for {pair.module} "
             f"{reason}. Use a new LoRA with `init_lora_weights=True` on linear layers that are neither quantised nor tied, or "

@@ -49,7 +49,7 @@ from .record import check_same_run, held_out_metrics, read_record
 from .refusals import refuse_what_would_leak
 from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
 from .server import Server, freeze_for_good
-from .sparse_change import LiveSparseChange
+from .sparse_change import LiveSparseChange, check_sparse_change
 from .timing import timed
 
 
@@ -200,6 +200,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
                 self.server.begin(self._global_state, round)
+                if self.is_world_process_zero():
+                    self._store.discard()  # of a round that was broken off
                 for client in self.sampler.sample(round):
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
                     if client in self.server.refused:
@@ -254,6 +256,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
+        if self.is_world_process_zero():
+            self._store.commit()
+        self.accelerator.wait_for_everyone()
         self._live_adapter.write(self._global_state)
         if self._base_changes is not None:
             self._base_changes.add(base_change)
@@ -429,6 +434,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     # Refusals
 
     def _refuse_what_the_method_cannot_have(self, has_optimizer: bool) -> None:
+        held_out: dict[str, Any] = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        for name, rows in held_out.items():
+            if len(rows) == 0:
+                raise ValueError(f"The held-out data of {name!r} is empty. Leave it out of `eval_dataset`.")
         if self.server.sparse_rounds and (has_optimizer or self.args.initial_adapter is not None):
             what = (
                 "`optimizers`, which hold the LoRA"
@@ -439,8 +448,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 f"'slora' trains a sparse change of the base weights first and starts the LoRA from it, but was given {what}. Leave "
                 "it out, or use 'fedavg'."
             )
+        if self.server.sparse_rounds and isinstance(self.model, PeftModel):
+            check_sparse_change(self.model, self.server.pairs)
         is_personal = self.server.objective is not None and self.server.objective.is_personal
-        if (self._local_keys or is_personal) and self.eval_dataset is not None and not self.evaluates_clients:
+        if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
             what = (
                 "every client has a model of its own (Ditto)"
                 if is_personal

@@ -137,11 +137,14 @@ def test_loss_scaling_is_refused(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: FedProx(0.0), "`mu` should be positive but the value passed is 0.0"),
-        (lambda: FedDynRegularizer(-1.0), "`alpha` should be positive but the value passed is -1.0"),
+        (lambda: FedProx(0.0), "`mu` should be positive and finite but the value passed is 0.0"),
+        (lambda: FedDynRegularizer(-1.0), "`alpha` should be positive and finite but the value passed is -1.0"),
         (lambda: Scaffold(0), "`num_clients` should be at least 1 but the value passed is 0"),
         (lambda: RankPruning(PAIRS, 1.0, 0.1), "`decay` should be between 0 and 1 but the value passed is 1.0"),
-        (lambda: RankPruning(PAIRS, 0.5, 0.0), "`penalty_weight` should be positive but the value passed is 0.0"),
+        (
+            lambda: RankPruning(PAIRS, 0.5, 0.0),
+            "`penalty_weight` should be positive and finite but the value passed is 0.0",
+        ),
         (
             lambda: RankPruning(
                 [FactorPair("m", "A", "B", 1.0, start=(torch.ones(4, 3), torch.ones(5, 4)))], 0.5, 0.1

@@ -11,6 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, set_seed
+from trl import SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer
 from fed_trainer.aggregation import TooFewClientsError
@@ -124,9 +125,9 @@ def test_every_client_is_evaluated_with_its_own_model_on_its_own_data(make_train
     losses = {}
     for client in clients:
         trainer._live_adapter.write(trainer.client_state(client))
-        losses[client] = trainer.evaluate(held_out(clients)[client])["eval_loss"]
+        losses[client] = SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"]
         trainer._live_adapter.write(trainer.client_state("client_0" if client != "client_0" else "client_1"))
-        assert trainer.evaluate(held_out(clients)[client])["eval_loss"] != losses[client]
+        assert SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"] != losses[client]
     assert {name: figures["eval_loss"] for name, figures in entry["client_eval"].items()} == pytest.approx(losses)
     mean = (4 * losses["client_0"] + 6 * losses["client_1"] + 8 * losses["client_2"]) / 18
     assert entry["eval"]["eval_loss"] == pytest.approx(mean)
@@ -206,12 +207,30 @@ def test_a_frozen_head_neither_changes_nor_travels(make_classifier):
             r"`tensor_roles` has \['personal'\], but takes \['default', 'frozen', 'local', 'shared'\]",
         ),
         ({"default": "local"}, "No tensor of the adapter is shared"),
+        ({"local": 5}, "`local` should be a tuple of patterns but the value passed is 5"),
         ({"local": ["lora"], "frozen": ["lora_A"]}, "is local and frozen at once"),
     ],
 )
 def test_roles_that_do_not_fit_are_refused(make_classifier, roles, message):
     with pytest.raises(ValueError, match=message):
         make_classifier(tensor_roles=roles)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stays"),
+    [
+        ({"aggregation": "fedsa_lora"}, True),
+        ({"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}}, False),
+    ],
+)
+def test_the_card_says_whose_metrics_these_are_and_what_stays_with_the_clients(
+    make_trainer, make_clients, tmp_path, settings, stays
+):
+    clients = make_clients(num_clients=2)
+    make_trainer(clients=clients, eval_dataset=clients, num_rounds=1, **settings).train()
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "## Held-out metrics of the clients' own models" in card
+    assert ("of the trained parameters stay with the clients" in card) == stays
 
 
 def test_ditto_leaves_the_federation_as_it_is_and_pulls_personal_models_towards_it(make_trainer, make_clients):
@@ -299,6 +318,7 @@ def test_a_client_trains_a_subset_of_the_layers(make_trainer):
     trainer.train()
     clients = trainer._record["rounds"][0]["clients"]
     assert clients["client_0"]["bytes_up"] * 2 == clients["client_2"]["bytes_up"]
+    assert clients["client_0"]["bytes_down"] == clients["client_2"]["bytes_down"]  # it computes with all layers
     # layer 1 is the third client's alone
     local, _ = alone.local_round(start, alone._prepared_client("client_2"), seed=0, data_seed=None, lr_factor=1.0)
     moved = [key for key in start if ".layers.1." in key and not torch.equal(trainer._global_state[key], start[key])]
@@ -352,6 +372,21 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
         ),
         ({"client_settings": {"nobody": {"max_steps": 2}}}, "names the client 'nobody'"),
         (
+            {"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1}, "peft_config": FederaConfig(**LORA)},
+            "'slora' trains a sparse change .* the adapter is not a plain LoRA",
+        ),
+        (
+            {
+                "client_settings": {"client_0": {"layers_to_transform": [1]}},
+                "tensor_roles": {"local": [r"\.layers\.1\."]},
+            },
+            r"Client 'client_0' would send nothing: no tensor of the layers \[1\] is shared",
+        ),
+        (
+            {"aggregation": "fedex_lora", "local_objective": "ditto", "local_objective_kwargs": {"mu": 1.0}},
+            "'fedex_lora' moves a part of it into the base",
+        ),
+        (
             {"aggregation": "flora", "client_settings": {"client_0": {"r": 2}}, "peft_config": FederaConfig(**LORA)},
             "start from the principal part of the base weight",
         ),
@@ -364,6 +399,10 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
             r"has \['beta'\], which 'sgd' does not take. It takes no options",
         ),
         ({"local_objective": "fedprox"}, "`local_objective_kwargs` does not suffice: .*mu"),
+        (
+            {"local_objective": "fedprox", "local_objective_kwargs": {"mu": "1e-3"}},  # what YAML makes of 1e-3
+            "`mu` should be positive and finite but the value passed is '1e-3'",
+        ),
         ({"local_objective_kwargs": {"mu": 1}}, "there is no `local_objective` for them"),
         ({"local_objective": "scaffold"}, "`optim` is 'adamw_torch"),
         (
@@ -400,7 +439,7 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
         ),
         (
             {"aggregation": "flora", "local_objective": "ditto", "local_objective_kwargs": {"mu": 1.0}},
-            "moves it into the base and restarts it",
+            "moves a part of it into the base",
         ),
         (
             {
@@ -408,7 +447,7 @@ def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch)
                 "local_objective": "rank_pruning",
                 "local_objective_kwargs": {"decay": 0.5, "penalty_weight": 1.0},
             },
-            "moves it into the base and restarts it",
+            "moves a part of it into the base",
         ),
         (
             {
@@ -504,7 +543,7 @@ def test_a_client_that_is_left_out_keeps_what_it_had(make_trainer, monkeypatch, 
     kept = {}
     end_of_round = trainer._end_of_round
     monkeypatch.setattr(
-        trainer, "_end_of_round", lambda: kept.setdefault("first", trainer._store.read("client_1")) and end_of_round()
+        trainer, "_end_of_round", lambda: end_of_round() or kept.setdefault("first", trainer._store.read("client_1"))
     )
     trainer.train()
     assert list(trainer._record["rounds"][1]["refused"]) == ["client_1"]
@@ -536,14 +575,15 @@ def test_a_client_whose_own_model_diverges_is_left_out(make_trainer, monkeypatch
 
 def test_a_change_of_the_base_that_is_not_finite_ends_the_run(make_trainer, monkeypatch):
     trainer = make_trainer(aggregation="flora", num_rounds=1)
-    local_round = trainer.local_round
+    finish = trainer.server.rule.finish
 
-    def huge(state, *args, **kwargs):
-        local, metrics = local_round(state, *args, **kwargs)
-        return {key: torch.full_like(t, 1e38) if "lora_B" in key else t for key, t in local.items()}, metrics
+    def overflowing():
+        delta = finish()
+        next(iter(trainer.server.rule.base_change.values())).left.fill_(float("inf"))
+        return delta
 
-    monkeypatch.setattr(trainer, "local_round", huge)
-    with pytest.raises(ValueError, match="not finite in the change of .*v_proj .left., although no update had"):
+    monkeypatch.setattr(trainer.server.rule, "finish", overflowing)
+    with pytest.raises(ValueError, match="not finite in the change of .*_proj .left., although no update had"):
         trainer.train()
     assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
 
@@ -558,6 +598,80 @@ def test_too_few_usable_updates_end_the_run_and_keep_the_last_round(make_trainer
     resumed = make_trainer(min_clients=2, num_rounds=2)
     resumed.train(resume_from_checkpoint=True)
     assert len(resumed._record["rounds"]) == 2
+
+
+def test_a_run_can_be_resumed_with_fewer_usable_updates_per_round(make_trainer, monkeypatch):
+    trainer = make_trainer(min_clients=3, num_rounds=2)
+    breaks(trainer, monkeypatch, lambda round, client: (round, client) == (2, "client_1"))
+    with pytest.raises(TooFewClientsError):
+        trainer.train()
+    resumed = make_trainer(min_clients=2, num_rounds=2)
+    resumed.train(resume_from_checkpoint=True)
+    assert len(resumed._record["rounds"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("server_state.safetensors", {"server_optimizer": "fedadam"}),
+        ("clients", {"aggregation": "fedsa_lora"}),
+        ("clients", {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}}),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_the_run_depends_on_is_refused(make_trainer, tmp_path, name, settings):
+    make_trainer(num_rounds=1, **settings).train()
+    lost = tmp_path / "out" / "checkpoint-1" / name
+    lost.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=f"checkpoint-1' has no {name}, which holds"):
+        make_trainer(num_rounds=2, **settings).train(resume_from_checkpoint=True)
+
+
+def test_what_clients_keep_belongs_to_the_last_finished_round(make_trainer, monkeypatch):
+    trainer = make_trainer(aggregation="fedsa_lora", min_clients=3, num_rounds=2)
+    breaks(trainer, monkeypatch, lambda round, client: (round, client) == (2, "client_2"))
+    finished = {}
+    end_of_round = trainer._end_of_round
+
+    def end():
+        end_of_round()
+        finished.update({client: trainer._store.read(client)["local"] for client in trainer._clients})
+
+    monkeypatch.setattr(trainer, "_end_of_round", end)
+    with pytest.raises(TooFewClientsError):
+        trainer.train()
+    assert finished and all(same(trainer._store.read(client)["local"], finished[client]) for client in finished)
+
+
+def test_absurd_values_are_left_out(make_trainer, monkeypatch):
+    trainer = make_trainer(num_rounds=1)
+    local_round = trainer.local_round
+    seen = []
+
+    def absurd(state, *args, **kwargs):
+        local, metrics = local_round(state, *args, **kwargs)
+        seen.append(1)
+        if len(seen) == 2:
+            local[min(local)].view(-1)[0] = 3e38
+        return local, metrics
+
+    monkeypatch.setattr(trainer, "local_round", absurd)
+    trainer.train()
+    assert "values beyond 1e+15" in trainer._record["rounds"][0]["refused"]["client_1"]
+
+
+def test_there_is_no_model_for_all_to_be_evaluated_later(make_trainer, make_clients):
+    trainer = make_trainer(aggregation="fedsa_lora", num_rounds=1)
+    trainer.train()
+    with pytest.raises(ValueError, match="Every client has a model of its own"):
+        trainer.evaluate(make_clients(num_clients=1)["client_0"])
+
+
+def test_fednova_reads_the_momentum_of_the_local_optimiser(make_trainer):
+    sgd = {"aggregation": "fednova", "optim": "sgd", "optim_args": "momentum=0.9"}
+    assert make_trainer(**sgd).server.rule.momentum == 0.9
+    assert make_trainer(aggregation="fednova").server.rule.momentum == 0
+    with pytest.raises(ValueError, match="gives 'fednova' the momentum 0.5, but that of the local optimiser is 0.9"):
+        make_trainer(**sgd, aggregation_kwargs={"momentum": 0.5})
 
 
 def test_a_round_without_any_usable_update_never_passes(make_trainer, monkeypatch):

@@ -237,7 +237,7 @@ def check_foldable(pairs: Sequence[FactorPair], aggregation: str) -> None:
         if pair.unfoldable is not None:
             raise ValueError(
                 f"{aggregation!r} adds to the base weights, but for {pair.module} {pair.unfoldable}. Use "
-                "'fedavg', 'ffa_lora' or 'flexlora', which change the adapter only."
+                "'fedavg' or 'flexlora', which change the adapter only."
             )
 
 

@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+LARGEST_VALUE = 1e15  # the product of two such values, weighted by a million examples, still is a float32
+
+
 class InvalidUpdateError(ValueError):
     """
     An update that cannot be used.
@@ -161,6 +164,10 @@ def _fault(
             return f"{key} is {tensor.dtype}, expected {expected.dtype} or torch.float32. Cast it before sending."
         if tensor.numel() > 0 and not _is_finite(tensor):
             return f"{key} has values that are not finite. Lower `learning_rate`, or set `max_grad_norm`."
+        if tensor.numel() > 0 and tensor.abs().max() > LARGEST_VALUE:
+            return (
+                f"{key} has values beyond {LARGEST_VALUE:.0e}, whose weighted sum may overflow. Lower `learning_rate`."
+            )
     return None
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..adapter_state import AdapterState
+from ..options import check_number
 
 
 __all__ = ["LocalObjective"]
@@ -146,9 +147,8 @@ def add_gradient(parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         parameter.grad.add_(gradient)
 
 
-def check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"`{name}` should be positive but the value passed is {value!r}")
+def check_positive(name: str, value: object) -> None:
+    check_number(name, value, lambda number: number > 0, "positive and finite")
 
 
 def other_objective(entry: str, objective: LocalObjective) -> str:

@@ -10,6 +10,7 @@ from torch import nn
 from ..adapter_state import AdapterState
 from ..aggregation.factors import FactorPair, refuse_start
 from ..aggregation.hetlora import pruned_rank, pruning_penalty
+from ..options import check_number
 from .base import LocalObjective, add_gradient, check_positive
 
 
@@ -40,8 +41,7 @@ class RankPruning(LocalObjective):
         super().__init__()
         for pair in pairs:
             refuse_start(pair, "pruned")
-        if not 0 < decay < 1:
-            raise ValueError(f"`decay` should be between 0 and 1 but the value passed is {decay!r}")
+        check_number("decay", decay, lambda value: 0 < value < 1, "between 0 and 1")
         check_positive("penalty_weight", penalty_weight)
         self.pairs = list(pairs)
         self.decay, self.penalty_weight = decay, penalty_weight
