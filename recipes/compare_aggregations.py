@@ -164,6 +164,12 @@ def last_loss(record: dict[str, Any]) -> float:
     return metrics[max(metrics)]["eval_loss"]
 
 
+def client_losses(record: dict[str, Any]) -> dict[str, float]:
+    """Last loss of every client's model on its own rows; empty without `evaluate_clients`."""
+    clients = record["rounds"][-1]["client_eval"] or {}
+    return {client: metrics["eval_loss"] for client, metrics in clients.items()}
+
+
 def seconds(record: dict[str, Any]) -> float:
     return sum(sum(entry["seconds"].values()) for entry in record["rounds"])
 
@@ -176,14 +182,13 @@ def megabytes(record: dict[str, Any], direction: str) -> float:
 
 def summary(method: str, learning_rate: float, seed: int, record: dict[str, Any]) -> dict[str, Any]:
     """What is kept of a run in a file of results."""
-    clients = record["rounds"][-1]["client_eval"] or {}
     return {
         "method": method,
         "learning_rate": learning_rate,
         "seed": seed,
         "num_trainable_parameters": record["num_trainable_parameters"],
         "eval_loss": {number: metrics["eval_loss"] for number, metrics in held_out_metrics(record).items()},
-        "client_eval_loss": {client: metrics["eval_loss"] for client, metrics in clients.items()},
+        "client_eval_loss": client_losses(record),
         "train_loss": [entry["train_loss"] for entry in record["rounds"]],
         "bytes_up": [entry["bytes_up"] for entry in record["rounds"]],
         "bytes_down": [entry["bytes_down"] for entry in record["rounds"]],
@@ -195,11 +200,12 @@ def summary(method: str, learning_rate: float, seed: int, record: dict[str, Any]
 def table(runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> str:
     """
     A Markdown table of the learning rate and the records of every method, the smallest loss first. A seed draws the same clients for
-    all methods, so the difference from the baseline is taken seed by seed.
+    all methods, so the difference from the baseline is taken seed by seed. The held-out loss weights clients by their rows, as most
+    methods do; the mean over clients weights them alike.
     """
     lines = [
-        f"| method | learning rate | held-out loss | minus that of `{BASELINE}` | trained parameters | MB up | MB down | seconds |",
-        "|---" * 8 + "|",
+        f"| method | learning rate | held-out loss | minus that of `{BASELINE}` | mean over clients | trained parameters | MB up | MB down | seconds |",
+        "|---" * 9 + "|",
     ]
     losses = {method: [last_loss(record) for record in records] for method, (_, records) in runs.items()}
     for method in sorted(runs, key=lambda method: statistics.mean(losses[method])):
@@ -207,12 +213,14 @@ def table(runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> str:
         difference = "-"
         if BASELINE in losses:
             difference = cell([own - base for own, base in zip(losses[method], losses[BASELINE], strict=True)])
+        alike = [statistics.mean(client_losses(record).values()) for record in records if client_losses(record)]
         up, down = (
             statistics.mean(megabytes(record, direction) for record in records)
             for direction in ("bytes_up", "bytes_down")
         )
         lines.append(
             f"| `{method}` | {learning_rate:.2g} | {cell(losses[method])} | {difference} | "
+            f"{cell(alike) if alike else '-'} | "
             f"{records[0]['num_trainable_parameters']:,} | {up:.3f} | {down:.3f} | {statistics.median(map(seconds, records)):.0f} |"
         )
     return "\n".join(lines)
