@@ -6,6 +6,8 @@ NEWEST := .venv-newest
 # Quantisation libraries, for the tests of quantised bases only: PEFT imports them whenever it can, and they print to stderr
 # and take seconds
 QUANTIZATION := .venv/quantization
+# DeepSpeed, for tests/test_distributed.py only: where it can be imported, Accelerate, PEFT and TRL do so, which takes seconds
+DEEPSPEED := .venv/deepspeed
 
 .PHONY: env demo test quality conformance conformance-fast conformance-newest clean
 
@@ -16,13 +18,15 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,eval]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
 		--target $(QUANTIZATION) bitsandbytes torchao
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps \
+		--target $(DEEPSPEED) deepspeed einops hjson msgpack ninja py-cpuinfo
 	touch $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python recipes/offline/demo.py --output_dir out/demo
 
 test: $(STAMP)
-	PYTHONPATH=$(QUANTIZATION) $(BIN)/python -m pytest -n 2
+	PYTHONPATH=$(QUANTIZATION) DEEPSPEED_FOLDER=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -n 2
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

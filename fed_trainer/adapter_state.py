@@ -6,18 +6,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from peft_scl import FederaConfig, FederaLayer, federa_state_dict
 from peft_scl.federa.layer import evenly_spaced
 from peft_scl.federa.state import unstack_start
+
+from .engine_deepspeed import read_master, write_master
 
 
 __all__ = ["AdapterState", "LiveAdapter", "LiveState", "base_digest", "check_same_layout", "state_bytes", "subtract"]
@@ -40,8 +43,8 @@ class LiveState:
     """
     Tensors of a model as an [`AdapterState`], read and written in place.
 
-    The parameters and buffers behind the keys are looked up once, by the subclass; the model, a DDP wrapper around it and
-    the optimiser go on holding the same objects.
+    The parameters and buffers behind the keys are looked up once, by the subclass; the model, the wrapper around it (DDP, a
+    DeepSpeed engine) and the optimiser go on holding the same objects. Under DeepSpeed all processes have to read and write together.
     """
 
     saved_file_is_state: bool = True
@@ -87,11 +90,21 @@ class LiveState:
     @torch.no_grad()
     def read(self, include_frozen: bool = False) -> AdapterState:
         """A copy on CPU: what is trained, or all that is saved."""
-        return {
-            key: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for key, tensor in self._tensors.items()
-            if include_frozen or key not in self._frozen
-        }
+        tensors = {key: tensor for key, tensor in self._tensors.items() if include_frozen or key not in self._frozen}
+        masters = {key: read_master(tensor) for key, tensor in tensors.items()}
+        with _whole((tensors[key] for key in tensors if masters[key] is None), modifier_rank=None):
+            return {
+                key: (tensor.detach() if (master := masters[key]) is None else master).to(
+                    "cpu", copy=True, memory_format=torch.contiguous_format
+                )
+                for key, tensor in tensors.items()
+            }
+
+    def model_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """`model.state_dict()` with what is saved whole, for `save_pretrained` of a model whose weights are split."""
+        state = self.read(include_frozen=True)
+        whole = {id(tensor): state[key] for key, tensor in self._tensors.items()}
+        return {name: whole.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
 
     @contextmanager
     def publishable(self) -> Iterator[None]:
@@ -105,8 +118,11 @@ class LiveState:
     @torch.no_grad()
     def write(self, state: AdapterState) -> None:
         """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
+        with _whole((self._tensors[key] for key in state), modifier_rank=0):
+            for key, tensor in state.items():
+                self._tensors[key].copy_(tensor)
         for key, tensor in state.items():
-            self._tensors[key].copy_(tensor)
+            write_master(self._tensors[key], tensor)
 
     def load(self, saved: AdapterState, source: str) -> None:
         """
@@ -223,6 +239,11 @@ class LiveAdapter(LiveState):
             super().load(saved, source)
 
 
+def _whole(tensors: Iterable[torch.Tensor], modifier_rank: int | None) -> AbstractContextManager[None]:
+    """Within, the parameters among `tensors` are whole that ZeRO-3 has split, and what `modifier_rank` writes stays."""
+    return gather_params_ctx(list(tensors), modifier_rank)  # type: ignore[arg-type]
+
+
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:
     """`local - start` per tensor, in the dtype of `start`."""
     return {key: local[key] - tensor for key, tensor in start.items()}
@@ -288,8 +309,9 @@ def base_digest(model: PeftModel) -> str | None:
         if isinstance(module, FederaLayer) and module.original_sample is not None
     }
     for name, parameter in sorted(_base_parameters(base).items()):
-        sample = residuals[id(parameter)] if id(parameter) in residuals else evenly_spaced(parameter)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        with gather_params_ctx(parameter, modifier_rank=None):
+            sample = residuals[id(parameter)] if id(parameter) in residuals else evenly_spaced(parameter)
+            digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 

@@ -15,8 +15,10 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput
 
 from .adapter_state import AdapterState, LiveState
+from .engine_deepspeed import DeepSpeedOptimizer
 from .local_objectives import LocalObjective
 
 
@@ -29,13 +31,16 @@ class LocalRoundMixin(Trainer):
 
     The first local round builds the engine as `Trainer` does (wrapped model, optimiser). Later rounds keep it: the
     adapter is overwritten in place, the optimiser goes back to its initial state and a new schedule starts, which equals
-    building a new trainer and costs a small part of it.
+    building a new trainer and costs a small part of it. So it is for one process, DDP and DeepSpeed; of several processes all have
+    to call `local_round`, with the same arguments.
     """
 
     optimizer: AcceleratedOptimizer
     _live_adapter: LiveState
+    _initial_lrs: list[float] | None = None  # by parameter group, once there is an engine
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
+    _deepspeed_optimizer: DeepSpeedOptimizer | None = None
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
     _objective: LocalObjective | None
@@ -106,8 +111,9 @@ class LocalRoundMixin(Trainer):
         finally:
             self.state, self.control, self.callback_handler = federation
             self.args.activation_checkpointing, self.args.max_steps = checkpointing, budget
+        self._checkpointing_is_on = True
         metrics = {
-            "train_loss": output.training_loss,
+            "train_loss": self._over_processes(output.training_loss),
             "num_steps": output.global_step,
             "seconds": time.perf_counter() - start,
         }
@@ -123,31 +129,48 @@ class LocalRoundMixin(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, Any]:
-        if self._initial_optimizer_state is None:
-            self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
-            _, train_dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-            self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
-            self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-            # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
-            self.accelerator.free_memory = self._free_local_round
-            self._checkpointing_is_on = True
-        else:
-            self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer_state))
-            if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
-                self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
-            self.callback_handler.optimizer = self.optimizer
-            self.callback_handler.train_dataloader = train_dataloader
+        if self._initial_lrs is None:
+            self._build_engine()
+        self._reset_optimizer()
         self._live_adapter.train_only(self._trained)
-        for group, initial in zip(
-            self.optimizer.param_groups, self._initial_optimizer_state["param_groups"], strict=True
-        ):
-            group["lr"] = group["initial_lr"] = initial.get("initial_lr", initial["lr"]) * self._lr_factor
         if self._objective is not None:
             self._objective.check_optimizer(self.optimizer.optimizer)
         self.lr_scheduler = None
         self.create_scheduler(num_training_steps=max_steps)
-        self.callback_handler.lr_scheduler = self.lr_scheduler
+        for attribute in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, attribute, getattr(self, attribute))
+        self.callback_handler.train_dataloader = train_dataloader
         return self.model_wrapped, train_dataloader
+
+    def _build_engine(self) -> None:
+        """What `Trainer` builds at the beginning of a training: wrapped model and optimiser."""
+        self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
+        super()._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
+        if self.is_deepspeed_enabled:
+            self._deepspeed_optimizer = DeepSpeedOptimizer(self.model_wrapped)
+        else:
+            self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+        self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        self._initial_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
+        # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
+        self.accelerator.free_memory = self._free_local_round
+
+    def _reset_optimizer(self) -> None:
+        assert self._initial_lrs is not None
+        if self._deepspeed_optimizer is not None:
+            self._deepspeed_optimizer.reset()
+        else:
+            self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer_state))
+        if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
+            self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
+        for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
+            group["lr"] = group["initial_lr"] = lr * self._lr_factor
+
+    def _over_processes(self, loss: float) -> float:
+        """`Trainer` returns the loss of each process on its own part of the batches; the mean is that of the client."""
+        if self.accelerator.num_processes == 1:
+            return loss
+        return self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), reduction="mean").item()
 
     def _drop_engine(self) -> None:
         """
@@ -155,11 +178,11 @@ class LocalRoundMixin(Trainer):
 
         The model stays as it is, mixed precision and gradient checkpointing included.
         """
-        if self._initial_optimizer_state is None:  # there is none yet
+        if self._initial_lrs is None:  # there is none yet
             return
         if self._initial_scaler_state is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
-        self._initial_optimizer_state = self._initial_scaler_state = None
+        self._initial_lrs = self._initial_optimizer_state = self._initial_scaler_state = None
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model  # type: ignore[assignment]
         del self.accelerator.free_memory  # `train()` then lets go of the old one
@@ -174,6 +197,14 @@ class LocalRoundMixin(Trainer):
         gc.collect()  # the exception holds on to activations
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As [`~transformers.Trainer.evaluation_loop`], with the engine of the local rounds."""
+        # `Trainer` would prepare the model for evaluation alone, and then not wrap it any more: each process of DDP would train
+        # for itself. For DeepSpeed it would build an engine without an optimiser.
+        if self._initial_lrs is None:
+            self._build_engine()
+        return super().evaluation_loop(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `train()` calls to evaluate, also for `eval_on_start`: a matter of the run, not of each client."""

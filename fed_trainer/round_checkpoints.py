@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import HubStrategy
@@ -41,8 +43,11 @@ class RoundCheckpointsMixin(RunFilesMixin):
     _local_keys: set[str]
 
     def _save_round(self, round: int) -> None:
+        write = functools.partial(
+            self._write_checkpoint_files, weights=self._weights_to_save(), state=self._saved_state()
+        )
         if self.is_world_process_zero():
-            folder = write_checkpoint(self._folder, round, self._write_checkpoint_files)
+            folder = write_checkpoint(self._folder, round, write)
             rotate_checkpoints(self._folder, self.args.save_total_limit)
             is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
             if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and not is_last:
@@ -50,18 +55,24 @@ class RoundCheckpointsMixin(RunFilesMixin):
         self.accelerator.wait_for_everyone()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _write_checkpoint_files(self, folder: Path) -> None:
-        self._save(str(folder))
+    def _saved_state(self) -> AdapterState:
+        """The state of the model, if it cannot be trained on from the file that is published."""
+        if self._saved_file_is_state:
+            return {}
+        with self._base_changes.taken_out() if self._base_changes is not None else nullcontext():
+            return self._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
+
+    def _write_checkpoint_files(
+        self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState
+    ) -> None:
+        self._save(str(folder), weights)
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
-        state = {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
+        entries = {f"state.{key}": tensor for key, tensor in state.items()}
+        entries |= {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
         if self._base_changes is not None:
-            state |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
-        if not self._saved_file_is_state:
-            with self._base_changes.taken_out() if self._base_changes is not None else nullcontext():
-                saved = self._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
-            state |= {f"state.{key}": tensor for key, tensor in saved.items()}
-        if state:
-            save_file(state, folder / SERVER_STATE)
+            entries |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
+        if entries:
+            save_file(entries, folder / SERVER_STATE)
         self._store.link_into(folder / CLIENTS_FOLDER)
 
     @property

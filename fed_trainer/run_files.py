@@ -50,6 +50,19 @@ class RunFilesMixin(Trainer):
     _base_changes: BaseChanges | None
     _record: dict[str, Any]
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]. All processes have to call it; the first one writes."""
+        self._save(output_dir, self._weights_to_save())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _weights_to_save(self) -> dict[str, torch.Tensor] | None:
+        """What `_save_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model."""
+        if self._base_changes is not None:
+            return self._live_adapter.read(include_frozen=True)
+        # of DeepSpeed, the model holds parts or rounded copies
+        return self._live_adapter.model_state_dict(self.model) if self.is_deepspeed_enabled else None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""
         folder = Path(output_dir) if output_dir is not None else self._folder
@@ -63,12 +76,13 @@ class RunFilesMixin(Trainer):
         self._write_record(folder)
         self._card().save(folder / "README.md")
 
-    def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    def _save_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         if self._base_changes is not None:
-            self._base_changes.to_lora(self._live_adapter.read(include_frozen=True)).save_pretrained(folder)
+            assert weights is not None
+            self._base_changes.to_lora(weights).save_pretrained(folder)
             return
         with self._live_adapter.publishable():
-            self.model.save_pretrained(str(folder), state_dict=state_dict)
+            self.model.save_pretrained(str(folder), state_dict=weights)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

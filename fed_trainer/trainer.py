@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
@@ -25,7 +26,7 @@ from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
-from .adapter_state import LiveAdapter, base_digest, check_same_layout, state_bytes
+from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA
 from .base_changes import BaseChanges
 from .checkpoint import (
@@ -42,6 +43,7 @@ from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .hub import fetch_adapter
+from .launch import check_deepspeed, check_launch
 from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
@@ -91,6 +93,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 "that sets `control.should_training_stop` in `on_evaluate`, which is called once per evaluated round."
             )
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
+        check_launch(args)
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
@@ -122,11 +125,6 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise NotImplementedError(
-                "Federated rounds under DeepSpeed or FSDP are not supported yet: the kept engine would go on with stale copies "
-                "of the adapter. Launch with plain DDP (`accelerate launch --multi_gpu`) or a single process."
-            )
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         self.remove_callback(PrinterCallback)
@@ -141,7 +139,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         if adapter_folder is not None:
             self._start_from(adapter_folder)
-        self._global_state = self._live_adapter.read()
+        self._global_state = self._shared_start()
         self._client_settings = parse_client_settings(
             given(args, "client_settings"), self._clients, self._global_state
         )
@@ -161,7 +159,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / CLIENTS_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        self._refuse_what_the_method_cannot_have(kwargs.get("optimizers", (None, None))[0] is not None)
+        has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
+        self._refuse_what_the_method_cannot_have(has_optimizer)
+        if self.is_deepspeed_enabled:
+            check_deepspeed(args, self.accelerator.state.deepspeed_plugin, self.model, self.server, has_optimizer)
         self._record = self._new_record()
 
     def train(
@@ -193,6 +194,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             )
         if resume_from_checkpoint is True and self._starts_again():
             resume_from_checkpoint = None
+        if self.is_deepspeed_enabled and self._initial_lrs is None:
+            self._build_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
         lr_factors = self._lr_factors
         last = self.args.num_rounds
@@ -251,8 +254,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             raise ValueError(f"There is no client {client!r}. The clients are {sorted(self._clients)}.")
         self._live_adapter.write(self.client_state(client))
         try:
+            weights = self._weights_to_save()
             if self.is_world_process_zero():
-                self._save_weights(Path(output_dir))
+                self._save_weights(Path(output_dir), weights)
         finally:
             self._live_adapter.write(self._global_state)
 
@@ -484,11 +488,23 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 "their held-out data."
             )
         rounds = [self.server.trained_keys(self._global_state, round, ClientSettings()) for round in (1, 2)]
-        if self.args.world_size > 1 and (rounds[0] != rounds[1] or self.server.partial):
+        is_told_once = self.args.world_size > 1 or self.is_deepspeed_enabled
+        if is_told_once and (rounds[0] != rounds[1] or self.server.partial):
             raise NotImplementedError(
-                f"`aggregation={self.args.aggregation!r}` trains other tensors from turn to turn, which DDP is told once and for all. "
-                "Launch a single process."
+                f"`aggregation={self.args.aggregation!r}` trains other tensors from turn to turn, which DDP and DeepSpeed are told once "
+                "and for all. Launch a single process without DeepSpeed."
             )
+
+    def _shared_start(self) -> AdapterState:
+        """The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs."""
+        if self.accelerator.num_processes > 1:
+            device = self.accelerator.device
+            whole = self._live_adapter.read(include_frozen=True)
+            self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
+        state = self._live_adapter.read()
+        if self.is_deepspeed_enabled:  # as its masters, which it makes later, whatever the dtype of the model
+            state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+        return state
 
     def _start_from(self, folder: Path) -> None:
         source = f"The adapter {self.args.initial_adapter!r}"

@@ -1,0 +1,58 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What DeepSpeed (ZeRO-1, 2, 3) holds of the trained parameters beside the model.
+
+The parameters of the model are copies for the forward pass. The optimiser trains float32 masters, which are split over the
+processes, and overwrites the copies at the end of a step. So a state is written into both: with the copies alone the first step of a
+client would start from the masters of the client before it, with the masters alone its first loss would be that client's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+__all__ = ["DeepSpeedOptimizer", "read_master", "write_master"]
+
+
+class DeepSpeedOptimizer:
+    """
+    The optimiser of a DeepSpeed engine that is kept from client to client.
+
+    Args:
+        engine (`deepspeed.DeepSpeedEngine`):
+            An engine of ZeRO stage 1, 2 or 3.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._optimizer = engine.optimizer.optimizer
+
+    def reset(self) -> None:
+        """Forget the moments: the next step makes them anew, as the first one did. They are not saved anywhere."""
+        self._optimizer.state.clear()
+
+
+def read_master(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The float32 master of a parameter, whole, or `None` if it has none; all processes have to call it."""
+    if not _has_master(tensor):
+        return None
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(tensor)
+
+
+def write_master(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Copy `value`, whole, into the master of a parameter; nothing if it has none."""
+    if not _has_master(tensor):
+        return
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(tensor, value)
+
+
+def _has_master(tensor: torch.Tensor) -> bool:
+    # set by ZeRO-1 and 2, and by ZeRO-3, once the engine has been built; ZeRO-3 also marks what is not trained
+    return tensor.requires_grad and (hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer"))

@@ -1,0 +1,131 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Launches that would do something else than they say, and what a federation cannot do under DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import DistributedType
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import strtobool
+
+from .config import FederationArguments
+
+
+if TYPE_CHECKING:
+    from .server import Server
+
+
+__all__ = ["check_deepspeed", "check_launch"]
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """
+    Refuse a launch of which Accelerate has dropped a part without a word.
+
+    Raises:
+        NotImplementedError: For FSDP.
+        ValueError: If the processes, or DeepSpeed, that the launcher asked for are not there; the message has the command.
+    """
+    state: Any = args.distributed_state
+    if _is_set("ACCELERATE_USE_FSDP") or args.fsdp:
+        raise NotImplementedError(
+            "FSDP is not supported: Accelerate enables it on GPUs only, so nothing of it could be tested here. DeepSpeed ZeRO-3 splits "
+            "the model too: `accelerate launch --config_file recipes/accelerate/zero3.yaml <script>`."
+        )
+    on_cpu = args.use_cpu or _is_set("ACCELERATE_USE_CPU")
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and on_cpu:
+        given = "`use_cpu=True`" if args.use_cpu else "`ACCELERATE_USE_CPU`"
+        raise ValueError(
+            f"The launcher asked for DeepSpeed, but {given} makes Accelerate drop it and run DDP instead. Leave it out; without a GPU, "
+            "launch with `DS_ACCELERATOR=cpu accelerate launch --config_file recipes/accelerate/zero2.yaml <script> --ddp_backend "
+            "gloo`."
+        )
+    asked = int(os.environ.get("WORLD_SIZE", 1))
+    if asked > 1 and state.num_processes == 1:
+        way = "`--ddp_backend gloo`" if _is_set("ACCELERATE_USE_DEEPSPEED") else "`--use_cpu true`"
+        raise ValueError(
+            f"The launcher started {asked} processes, but Accelerate sees one: each would train alone and write over the others. "
+            f"Without GPUs, add {way} to the arguments of the script."
+        )
+    if _is_set("ACCELERATE_USE_DEEPSPEED") and state.distributed_type != DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"The launcher asked for DeepSpeed, but Accelerate runs {state.distributed_type.value}. Launch with `accelerate launch "
+            "--config_file recipes/accelerate/zero2.yaml <script>`."
+        )
+    # of `accelerate launch --cpu --num_processes 2`, which prepares the address for processes to meet at, and starts one
+    is_alone = "LOCAL_RANK" not in os.environ and state.num_processes == 1
+    if is_alone and "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+        raise ValueError(
+            "The launcher was asked for several processes but has started one. Without GPUs, launch with `accelerate launch "
+            "--config_file recipes/accelerate/ddp.yaml <script> --use_cpu true`."
+        )
+
+
+def check_deepspeed(
+    args: FederationArguments, plugin: Any, model: nn.Module, server: Server, has_optimizer: bool
+) -> None:
+    """
+    Refuse what a federation cannot do under DeepSpeed.
+
+    Args:
+        args ([`FederationArguments`]):
+            The settings.
+        plugin (`accelerate.DeepSpeedPlugin`):
+            The settings of DeepSpeed.
+        model (`nn.Module`):
+            The model, before the engine is built.
+        server ([`Server`]):
+            The method.
+        has_optimizer (`bool`):
+            Whether the user has given an optimiser.
+
+    Raises:
+        NotImplementedError: Naming the setting and what to use instead.
+    """
+    config, stage = plugin.deepspeed_config, plugin.zero_stage
+    offload = [config["zero_optimization"].get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+    ddp = "Launch DDP with `--config_file recipes/accelerate/ddp.yaml`"
+    zero2 = "Use ZeRO-2 (`recipes/accelerate/zero2.yaml`) or DDP"
+    reason = None
+    if stage not in (1, 2, 3):
+        reason = f"ZeRO stage {stage} splits nothing and keeps its optimiser elsewhere. {ddp}."
+    elif any(part.get("device") == "nvme" for part in offload):
+        reason = "Offloading to NVMe keeps the trained parameters in files, which clients cannot be swapped in. Offload to 'cpu'."
+    elif "scheduler" in config or "optimizer" in config:
+        part = "scheduler" if "scheduler" in config else "optimizer"
+        reason = (
+            f"The DeepSpeed config has {'a' if part == 'scheduler' else 'an'} `{part}` of its own, which would go on from client to client. Leave it out: `optim`, "
+            "`learning_rate` and `lr_scheduler_type` of the configuration are used."
+        )
+    elif args.fp16:
+        reason = "The loss scale of `fp16` would go on from client to client. Set `bf16=True`, or neither."
+    elif has_optimizer:
+        reason = "`optimizers` cannot be given: DeepSpeed splits what it holds. Set `optim` and `optim_args`."
+    elif args.local_objective is not None:
+        reason = (
+            f"`local_objective={args.local_objective!r}` adds to the gradients before the step, but DeepSpeed steps within the "
+            f"backward pass. {ddp}."
+        )
+    elif server.sparse_rounds:
+        reason = (
+            f"`aggregation='slora'` trains other parameters in its second stage, which needs a second engine. {ddp}."
+        )
+    elif stage == 3 and not isinstance(model, PeftModel):
+        reason = f"ZeRO-3 splits the whole model, and its parts would have to be gathered for every client. {zero2}."
+    elif stage == 3 and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
+        reason = f"PEFT computes a prompt when it saves it, which it cannot under ZeRO-3. {zero2}."
+    elif stage == 3 and server.method.adds_to_base:
+        reason = (
+            f"`aggregation={args.aggregation!r}` adds to base weights, which ZeRO-3 has split. {zero2}, or 'fedavg'."
+        )
+    if reason is not None:
+        raise NotImplementedError(f"{reason[0].upper()}{reason[1:]}")
+
+
+def _is_set(variable: str) -> bool:
+    return bool(strtobool(os.environ.get(variable, "false")))

@@ -1,0 +1,157 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What every process of tests/test_distributed.py does: `distributed_worker.py <kind> <model> <folder>` writes `<rank>.json`."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from conftest import clients_of
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from fed_trainer import FederatedConfig, FederatedTrainer
+
+
+KIND, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+SWAPS = 30
+LOCAL = {
+    "max_steps": 2,
+    "learning_rate": 1e-2,
+    "max_length": 32,
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "num_rounds": 2,
+}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+
+
+def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **settings: Any) -> FederatedTrainer:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    clients = clients_of(num_clients=3)
+    clients["client_1"] = clients["client_1"].select(range(8))
+    held_out: Any = clients["client_0"].select(range(8))
+    if settings.pop("evaluates_clients", False):
+        held_out = {client: rows.select(range(4)) for client, rows in clients.items()}
+    is_zero = KIND.startswith("zero")
+    args = FederatedConfig(
+        output_dir=str(FOLDER / name),
+        per_device_train_batch_size=4 // processes,
+        per_device_eval_batch_size=1,  # `Trainer` averages the losses of batches
+        use_cpu=not is_zero,
+        ddp_backend="gloo" if is_zero else None,
+        **{**LOCAL, **settings},
+    )
+    if KIND.startswith("zero3"):  # or else ZeRO-3 would leave these small weights whole
+        zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        zero["stage3_param_persistence_threshold"] = 0
+    return FederatedTrainer(
+        model=MODEL,
+        args=args,
+        train_dataset=clients,
+        eval_dataset=held_out,
+        peft_config=LoraConfig(**LORA),
+        callbacks=callbacks,
+    )
+
+
+def digest(state: dict[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for key, tensor in sorted(state.items()):
+        sha.update(key.encode() + tensor.float().numpy().tobytes())
+    return sha.hexdigest()
+
+
+def footprint(trainer: FederatedTrainer) -> dict[str, int]:
+    """What must not grow: hooks, processes, threads, open files, tensors."""
+    gc.collect()
+    process = psutil.Process()
+    hooks = sum(
+        len(hooks)
+        for module in trainer.model_wrapped.modules()
+        for name, hooks in vars(module).items()
+        if name.endswith("_hooks") and isinstance(hooks, dict)
+    )
+    return {
+        "hooks": hooks + sum(len(p._backward_hooks or ()) for p in trainer.model.parameters()),
+        "processes": len(process.children(recursive=True)),
+        "threads": process.num_threads(),
+        "files": process.num_fds(),
+        "tensors": sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()),
+        "resident": process.memory_info().rss,
+    }
+
+
+def one_engine() -> dict[str, Any]:
+    """The first local round of the process, many others, and the first one again."""
+    trainer = make_trainer("engine")
+    start = trainer._global_state
+    names = list(trainer._clients)
+
+    def local_round(client: str, state: dict[str, torch.Tensor], seed: int) -> Any:
+        return trainer.local_round(state, trainer._prepared_client(client), seed=seed, data_seed=None, lr_factor=1.0)
+
+    fresh, metrics = local_round(names[0], start, seed=1)
+    state, sizes = fresh, []
+    for swap in range(SWAPS):
+        state, _ = local_round(names[swap % 3], state, seed=swap)
+        if swap in (5, SWAPS - 1):
+            sizes.append(footprint(trainer))
+    again, metrics_again = local_round(names[0], start, seed=1)
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "wrapped": type(trainer.model_wrapped).__name__,
+        "moved": max(float((fresh[key] - start[key]).abs().max()) for key in start),
+        "loss": metrics["train_loss"],
+        "loss_again": metrics_again["train_loss"],
+        "adapter": digest(fresh),
+        "adapter_again": digest(again),
+        "sizes": sizes,
+    }
+
+
+def federation(trainer: FederatedTrainer, resume: bool = False) -> dict[str, Any]:
+    trainer.train(resume_from_checkpoint=resume)
+    record = trainer._record
+    # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there
+    whole = {} if KIND.startswith("zero3") else {key: p.detach() for key, p in trainer.model.named_parameters()}
+    return {
+        "global": digest(trainer._global_state),
+        "parameters": digest(whole),
+        "evaluations": [entry["eval"]["eval_loss"] for entry in (record["start"], *record["rounds"])],
+        "wrapped": type(trainer.model_wrapped).__name__,
+    }
+
+
+class StopAfterOneRound(TrainerCallback):
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 1
+
+
+def main() -> None:
+    report = {"engine": one_engine(), "fedavg": federation(make_trainer("fedavg"))}
+    report["fedsa_lora"] = federation(make_trainer("fedsa_lora", aggregation="fedsa_lora", evaluates_clients=True))
+    make_trainer("resumed", callbacks=[StopAfterOneRound()]).train()
+    report["resumed"] = federation(make_trainer("resumed"), resume=True)
+    if not KIND.startswith("zero3"):  # refused there
+        report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
+    (FOLDER / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(report))
+    PartialState().wait_for_everyone()
+    # Not through the end of the interpreter, where ZeRO-3 on the CPU now and then aborts ("terminate called without an active
+    # exception"), after all has been done and written.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+One engine serves a whole federation: plain, DDP and DeepSpeed ZeRO-1, 2 and 3, with two processes on the CPU.
+
+Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the processes do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from filelock import FileLock
+from peft import LoraConfig, PromptTuningConfig
+from safetensors.torch import load_file
+
+from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer.launch import check_deepspeed, check_launch
+
+
+pytestmark = pytest.mark.distributed
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
+DEEPSPEED = os.environ.get("DEEPSPEED_FOLDER", "")  # where `make env` has put it, apart from what other tests import
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None or Path(DEEPSPEED, "deepspeed").is_dir()
+
+WRAPPED = {"ddp": ("MULTI_CPU", "DistributedDataParallel")}
+WRAPPED |= dict.fromkeys(("zero1", "zero2", "zero3", "zero3_offload"), ("DEEPSPEED", "DeepSpeedEngine"))
+METHODS = ("fedavg", "fedsa_lora", "fedex_lora")
+
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: run `make env`")
+SEVERAL = [
+    "ddp",
+    *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero1", "zero2", "zero3")),
+    # compiles an optimiser for the CPU, which takes minutes
+    pytest.param("zero3_offload", marks=[needs_deepspeed, pytest.mark.slow]),
+]
+
+
+class Run:
+    """What a launch has left: one report per process, and the folders of its federations."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.reports = [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9].json"))]
+
+    def adapter(self, method):
+        return load_file(self.folder / method / "adapter_model.safetensors")
+
+    def record(self, method):
+        return json.loads((self.folder / method / "federation.json").read_text())
+
+
+def launch(kind, model, folder):
+    paths = [str(Path(__file__).parent), DEEPSPEED if kind.startswith("zero") else "", *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    if kind.startswith("zero"):
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment["PATH"] = os.pathsep.join([str(Path(DEEPSPEED, "bin")), os.environ["PATH"]])  # ninja
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{kind}.yaml")]
+    command += ["--main_process_port", "0", str(Path(__file__).with_name("distributed_worker.py"))]
+    command += [kind, str(model), str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="session")
+def run_of(tiny_model_dir, tmp_path_factory):
+    """`run_of(kind)`: the run of that kind, which the first test that asks for it launches."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # which the workers share
+
+    def run(kind):
+        folder = base / f"distributed-{kind}"
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                launch(kind, tiny_model_dir, folder)
+        return Run(folder)
+
+    return run
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_the_model_is_wrapped_by_what_the_launch_asked_for(kind, run_of):
+    reports = run_of(kind).reports
+    assert [report["engine"]["world_size"] for report in reports] == [2, 2]
+    for report in reports:
+        assert (report["engine"]["distributed_type"], report["engine"]["wrapped"]) == WRAPPED[kind]
+        assert {report[method]["wrapped"] for method in METHODS if method in report} == {WRAPPED[kind][1]}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["cpu", *SEVERAL])
+def test_the_same_start_gives_the_loss_and_the_adapter_of_a_fresh_process(kind, run_of):
+    for report in run_of(kind).reports:
+        engine = report["engine"]
+        assert engine["moved"] > 1e-2
+        assert engine["loss_again"] == engine["loss"]
+        assert engine["adapter_again"] == engine["adapter"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["cpu", *SEVERAL])
+def test_nothing_grows_with_the_number_of_clients(kind, run_of):
+    for report in run_of(kind).reports:
+        early, late = report["engine"]["sizes"]
+        assert late.pop("resident") < early.pop("resident") + 2**24
+        assert late == early
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_all_processes_hold_the_same_model(kind, run_of):
+    first, second = run_of(kind).reports
+    assert first["engine"]["adapter"] == second["engine"]["adapter"]
+    for part in ("fedavg", "fedsa_lora", "fedex_lora", "resumed"):
+        assert first.get(part) == second.get(part)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["cpu", *SEVERAL])
+def test_a_run_that_is_resumed_ends_like_one_that_was_not(kind, run_of):
+    for report in run_of(kind).reports:
+        assert report["resumed"] == report["fedavg"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_federation_of_two_processes_gives_the_result_of_one(kind, run_of):
+    one, two = run_of("cpu"), run_of(kind)
+    for method in METHODS:
+        if method == "fedex_lora" and kind.startswith("zero3"):  # refused
+            continue
+        expected, adapter = one.adapter(method), two.adapter(method)
+        assert adapter.keys() == expected.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(adapter[key], tensor, atol=1e-4, rtol=0)
+        assert two.reports[0][method]["evaluations"] == pytest.approx(one.reports[0][method]["evaluations"], abs=1e-4)
+        records = [run.record(method) for run in (one, two)]
+        assert records[0]["base_digest"] == records[1]["base_digest"] is not None
+        losses = [[entry["train_loss"] for entry in record["rounds"]] for record in records]
+        assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
+    folders = [run_of(kind).folder / "fedsa_lora" / part for part in ("clients", "checkpoint-2/clients")]
+    for folder in folders:
+        assert [path.stem for path in sorted(folder.iterdir())] == ["client_0", "client_1", "client_2"]
+
+
+# Launches that do something else than they say
+
+
+def arguments(distributed_type="NO", num_processes=1, use_cpu=False, fsdp=None):
+    state = SimpleNamespace(distributed_type=SimpleNamespace(value=distributed_type), num_processes=num_processes)
+    return SimpleNamespace(use_cpu=use_cpu, fsdp=fsdp, distributed_state=state)
+
+
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+DS = {**LAUNCHED, "ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "args", "error", "message"),
+    [
+        (DS, arguments("MULTI_CPU", 2, use_cpu=True), ValueError, "`use_cpu=True` makes Accelerate drop it"),
+        (DS | {"ACCELERATE_USE_CPU": "true"}, arguments("MULTI_CPU", 2), ValueError, "`ACCELERATE_USE_CPU` makes"),
+        (DS, arguments(), ValueError, "`--ddp_backend gloo`"),
+        (DS, arguments("MULTI_GPU", 2), ValueError, "but Accelerate runs MULTI_GPU"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, arguments(), ValueError, "`--use_cpu true`"),
+        (LAUNCHED | {"MASTER_ADDR": "127.0.0.1"}, arguments(use_cpu=True), ValueError, "has started one"),
+        ({"ACCELERATE_USE_FSDP": "true"}, arguments("MULTI_GPU", 2), NotImplementedError, "FSDP is not supported"),
+        ({}, arguments(fsdp="full_shard"), NotImplementedError, "zero3.yaml"),
+    ],
+)
+def test_a_launch_of_which_a_part_was_dropped_is_refused(environment, args, error, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(error, match=message):
+        check_launch(args)
+
+
+@pytest.mark.parametrize(
+    ("environment", "args"), [({}, arguments()), (LAUNCHED, arguments()), ({"WORLD_SIZE": "2"}, arguments("x", 2))]
+)
+def test_a_launch_that_does_what_it_says_is_not_refused(environment, args, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_launch(args)
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "config", "settings", "peft_config", "message"),
+    [
+        (0, {}, {}, {}, {}, "ZeRO stage 0"),
+        (2, {"offload_optimizer": {"device": "nvme"}}, {}, {}, {}, "NVMe"),
+        (2, {}, {"scheduler": {"type": "WarmupLR"}}, {}, {}, "a `scheduler` of its own"),
+        (2, {}, {"optimizer": {"type": "AdamW"}}, {}, {}, "an `optimizer` of its own"),
+        (2, {}, {}, {"local_objective": "fedprox", "local_objective_kwargs": {"mu": 0.1}}, {}, "'fedprox'"),
+        (2, {}, {}, {"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1, "density": 0.1}}, {}, "slora"),
+        (3, {}, {}, {"aggregation": "fedex_lora"}, {}, "'fedex_lora'` adds to base weights"),
+        (3, {}, {}, {}, None, "splits the whole model"),
+        (3, {}, {}, {}, "prompt", "computes a prompt"),
+    ],
+)
+def test_what_cannot_be_done_under_deepspeed_is_refused(
+    stage, zero, config, settings, peft_config, message, tiny_model_dir, make_clients, tmp_path
+):
+    kinds = {
+        None: None,
+        "prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    }
+    args = FederatedConfig(
+        output_dir=str(tmp_path),
+        num_rounds=2,
+        per_device_train_batch_size=4,
+        use_cpu=True,
+        report_to="none",
+        **settings,
+    )
+    trainer = FederatedTrainer(
+        model=str(tiny_model_dir),
+        args=args,
+        train_dataset=make_clients(num_clients=2),
+        peft_config=LoraConfig(task_type="CAUSAL_LM") if peft_config == {} else kinds[peft_config],
+    )
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero, **config})
+    with pytest.raises(NotImplementedError, match=message):
+        check_deepspeed(args, plugin, trainer.model, trainer.server, has_optimizer=False)
+
+
+def test_what_can_be_done_under_deepspeed_is_not_refused(tiny_model_dir, make_clients, tmp_path):
+    args = FederatedConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, use_cpu=True, report_to="none")
+    trainer = FederatedTrainer(
+        model=str(tiny_model_dir),
+        args=args,
+        train_dataset=make_clients(num_clients=2),
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    for stage in (1, 2, 3):
+        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {"stage": stage}})
+        check_deepspeed(args, plugin, trainer.model, trainer.server, has_optimizer=False)
+        with pytest.raises(NotImplementedError, match="`optimizers`"):
+            check_deepspeed(args, plugin, trainer.model, trainer.server, has_optimizer=True)
