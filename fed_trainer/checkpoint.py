@@ -134,7 +134,7 @@ def find_damage(folder: str | os.PathLike) -> str | None:
     """
     path = Path(folder) / DIGESTS_NAME
     if not path.is_file():
-        return f"it has no {DIGESTS_NAME}"
+        return f"it has no {DIGESTS_NAME} (as a folder from the Hub, which can be an `initial_adapter`)"
     try:
         expected = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

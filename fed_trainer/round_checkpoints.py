@@ -80,13 +80,6 @@ class RoundCheckpointsMixin(RunFilesMixin):
         """Whether the model can be trained on from the file that is published."""
         return self._base_changes is None and self._live_adapter.saved_file_is_state
 
-    @property
-    def _clients_keep(self) -> bool:
-        """Whether every client that has taken part has kept something."""
-        objective = self.server.objective
-        keeps = objective is not None and (objective.keeps_client_state or objective.is_personal)
-        return keeps or bool(self._local_keys & self._live_adapter.read().keys())
-
     def _publish_round(self, folder: Path, round: int) -> None:
         try:
             publish(folder, self.hub_model_id, f"Round {round}", self.args.hub_token, self.args.hub_revision)
@@ -116,18 +109,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
         self._live_adapter.load(saved, source)
         if self._base_changes is not None:
             self._base_changes.load_state_dict(parts["base"])
-        if self.server.optimizer.buffers and not parts["server"]:
-            raise ValueError(_incomplete(folder, SERVER_STATE, "the state of the server optimiser"))
         self.server.load_state_dict(parts["server"])
-        if self._clients_keep and not (folder / CLIENTS_FOLDER).is_dir():
-            raise ValueError(_incomplete(folder, CLIENTS_FOLDER, "what the clients keep"))
         if self.is_world_process_zero():
             self._store.restore(folder / CLIENTS_FOLDER)
         self.accelerator.wait_for_everyone()
-
-
-def _incomplete(folder: Path, name: str, what: str) -> str:
-    return (
-        f"The checkpoint {str(folder)!r} has no {name}, which holds {what}, so the run cannot go on as it was. Copy the whole "
-        "folder (what is published on the Hub leaves this out), or use it as `initial_adapter` of a new run."
-    )

@@ -361,7 +361,7 @@ def test_one_trainer_goes_through_both_stages(
     assert same(trained, expected) and same(again, expected)
 
 
-class Interruption(Exception):
+class Interruption(BaseException):  # an `Exception` would be a failure of the client
     pass
 
 
