@@ -80,17 +80,10 @@ class Server:
         self.base_digest = base_digest
         self._user_roles = _user_roles(args)
         self._buffers = live.buffers
-        self._check_settings(args.aggregation, settings, live.read())
-        for client, own in settings.items():
-            if not any(
-                roles.role(key) == "shared" and own.trains(key) for key in live.read() for roles in (self.roles(1),)
-            ):
-                raise ValueError(
-                    f"Client {client!r} would send nothing: no tensor of the layers {list(own.layers_to_transform or ())} is shared. Change "
-                    "`client_settings` or `tensor_roles`."
-                )
+        state = live.read()
+        self._check_settings(args.aggregation, settings, state)
         if args.aggregation == "hetlora":
-            _check_largest_rank(settings, num_clients, max(len(live.read()[pair.key_A]) for pair in self.pairs))
+            _check_largest_rank(settings, num_clients, self._largest_rank(state))
 
         self.objective = _objective(args, self.pairs, num_clients)
         self.partial = any(client.layers_to_transform is not None for client in settings.values())
@@ -124,6 +117,8 @@ class Server:
             )
 
     def _check_settings(self, aggregation: str, settings: Mapping[str, ClientSettings], state: AdapterState) -> None:
+        roles = self.roles(1)
+        shared = [key for key in state if roles.role(key) == "shared"]
         for client, own in settings.items():
             if own.r is not None:
                 if not self.method.takes_ranks:
@@ -132,7 +127,7 @@ class Server:
                         f"`client_settings` gives client {client!r} the rank {own.r}, but {aggregation!r} combines adapters of one "
                         f"rank. Use one of {names}, or leave `r` out."
                     )
-                largest = max(len(state[pair.key_A]) for pair in self.pairs)
+                largest = self._largest_rank(state)
                 if own.r > largest:
                     raise ValueError(
                         f"`client_settings` gives client {client!r} the rank {own.r}, but the PEFT config has the rank {largest}, "
@@ -144,6 +139,11 @@ class Server:
                 raise ValueError(
                     f"`client_settings` lets client {client!r} train the layers {list(own.layers_to_transform)}, but "
                     f"{aggregation!r} compares or weights whole updates. Use one of {names}, or train all layers everywhere."
+                )
+            if not any(own.trains(key) for key in shared):
+                raise ValueError(
+                    f"Client {client!r} would send nothing: no tensor of the layers {list(own.layers_to_transform or ())} is shared. Change "
+                    "`client_settings` or `tensor_roles`."
                 )
 
     def _check_objective(self, args: FederationArguments, objective: LocalObjective) -> None:
@@ -225,7 +225,10 @@ class Server:
         """What the local objective is told of a client that it has not seen."""
         if not isinstance(self.objective, RankPruning):
             return None
-        return {"rank": torch.tensor(settings.r or max(len(self._shared[pair.key_A]) for pair in self.pairs))}
+        return {"rank": torch.tensor(settings.r or self._largest_rank(self._shared))}
+
+    def _largest_rank(self, state: AdapterState) -> int:
+        return max(len(state[pair.key_A]) for pair in self.pairs)
 
     def cut(self, delta: AdapterState, asked: AdapterState) -> AdapterState:
         """The entries of a delta of full shape that a client is to send."""

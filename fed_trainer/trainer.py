@@ -283,20 +283,22 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     def _abandon_sparse_stage(self) -> None:
         """Leave the first stage that a run of this trainer broke off in, without a start for the LoRA."""
         if isinstance(self._live_adapter, LiveSparseChange):
-            assert isinstance(self.model, PeftModel)
             self._live_adapter.abandon()
-            self._live_adapter = LiveAdapter(self.model)
-            self._global_state = self._live_adapter.read()
-            self._drop_engine()
+            self._train_the_lora()
 
     def _end_sparse_stage(self) -> None:
         """SLoRA goes on with a LoRA that starts from what the first stage has learnt."""
-        assert isinstance(self._live_adapter, LiveSparseChange) and isinstance(self.model, PeftModel)
+        assert isinstance(self._live_adapter, LiveSparseChange)
         self._sparse_stage_errors = self._live_adapter.finish()
+        self._train_the_lora()
+        self.server.forget()
+
+    def _train_the_lora(self) -> None:
+        """The sparse change has left the model: from now on its LoRA is what is trained."""
+        assert isinstance(self.model, PeftModel)
         self._live_adapter = LiveAdapter(self.model)
         self._global_state = self._live_adapter.read()
         self._drop_engine()
-        self.server.forget()
 
     def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
