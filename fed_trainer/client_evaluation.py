@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -25,7 +26,7 @@ class ClientEvaluationMixin(Trainer):
 
     _live_adapter: LiveState
     _global_state: AdapterState
-    _clients: dict[str, Dataset]
+    _clients: Mapping[str, Dataset]
     client_evaluation: dict[str, dict[str, float]] | None = None
     """Figures of the last evaluation by client; `None` if it was not one by client."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -17,7 +18,7 @@ from .aggregation import ClientUpdate
 from .client_evaluation import ClientEvaluationMixin
 from .client_settings import ClientSettings
 from .client_store import ClientStore
-from .clients import client_seed, local_batch
+from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
 from .local_round import LocalRoundMixin
 from .server import Server
@@ -28,6 +29,7 @@ __all__ = ["ClientTurnMixin"]
 
 logger = logging.get_logger(__name__)
 
+KEPT_PREPARED = 256  # datasets; a round has more only if it has more clients
 LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"  # what a client keeps: parts of its file
 
 
@@ -36,8 +38,9 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
 
     args: FederationArguments
     server: Server
+    sampler: ClientSampler
     _store: ClientStore
-    _clients: dict[str, Dataset]
+    _clients: Mapping[str, Dataset]
     _client_settings: dict[str, ClientSettings]
     _prepared_clients: dict[str, Dataset]
     _local_keys: set[str]
@@ -175,9 +178,13 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         return len(self._clients[client] if joins_examples(self.args) else self._prepared_client(client))
 
     def _prepared_client(self, client: str) -> Dataset:
-        """A client's dataset, tokenised at its first local round and kept."""
-        if client not in self._prepared_clients:
+        """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""
+        if client in self._prepared_clients:
+            self._prepared_clients[client] = self._prepared_clients.pop(client)  # the last to be dropped
+        else:
             self._keep_prepared(client, self._prepare_client_dataset(self._clients[client], client))
+            while len(self._prepared_clients) > max(KEPT_PREPARED, self.sampler.num_sampled):
+                del self._prepared_clients[next(iter(self._prepared_clients))]
         return self._prepared_clients[client]
 
     def _keep_prepared(self, client: str, dataset: Dataset) -> None:

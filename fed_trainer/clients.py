@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
+from .client_datasets import one_of_each_source, rows_by_client
 from .config import FederationArguments, joins_examples
 
 
@@ -77,14 +78,13 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
             f"`train_dataset` is a `DatasetDict` with the splits {list(clients)}, which would each become a client. Make clients "
             "of one split with a function of `fed_trainer.partition`, or pass `dict(...)` if its entries are clients."
         )
-    if not isinstance(clients, dict) or not clients:
+    if not isinstance(clients, Mapping) or not clients:
         raise ValueError(
             f"`train_dataset` should be a dictionary from client names to datasets but is a {type(clients).__name__}"
-            f"{' without entries' if isinstance(clients, dict) else ''}. The functions of `fed_trainer.partition` make one "
+            f"{' without entries' if isinstance(clients, Mapping) else ''}. The functions of `fed_trainer.partition` make one "
             "from a single dataset."
         )
-    batch = local_batch(args)
-    for name, dataset in clients.items():
+    for name, dataset in one_of_each_source(clients).items():
         if not isinstance(name, str):
             raise ValueError(
                 f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they stand in "
@@ -95,25 +95,27 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
                 f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "
                 "weighted by the number of examples, so it has to be known."
             )
-        if len(dataset) == 0:
-            raise ValueError(
-                f"Client {name!r} has no examples, so it has nothing to train on. Leave it out, or split with a larger "
-                "`min_examples`."
-            )
-        if len(dataset) < batch and not joins_examples(args):
-            raise ValueError(
-                f"Client {name!r} has {len(dataset)} examples, fewer than one local batch of {batch} "
-                f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
-                f"{args.gradient_accumulation_steps} x {args.world_size} processes), so its steps would not be the steps that "
-                "were configured. Lower the batch size, leave the client out, or split with a larger `min_examples`."
-            )
         if args.label_column is not None and args.label_column not in dataset.column_names:
             raise ValueError(
                 f"`label_column` is {args.label_column!r}, but client {name!r} has the columns {dataset.column_names}."
             )
+    batch = local_batch(args)
+    for name, num_rows in rows_by_client(clients).items():
+        if num_rows == 0:
+            raise ValueError(
+                f"Client {name!r} has no examples, so it has nothing to train on. Leave it out, or split with a larger "
+                "`min_examples`."
+            )
+        if num_rows < batch and not joins_examples(args):
+            raise ValueError(
+                f"Client {name!r} has {num_rows} examples, fewer than one local batch of {batch} "
+                f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes), so its steps would not be the steps that "
+                "were configured. Lower the batch size, leave the client out, or split with a larger `min_examples`."
+            )
 
 
-def check_sft_columns(clients: dict[str, Dataset], text_field: str, kind: str = "Client") -> None:
+def check_sft_columns(clients: Mapping[str, Dataset], text_field: str, kind: str = "Client") -> None:
     """
     Refuse clients whose columns are none of the formats of [`~trl.SFTTrainer`], or differ from client to client.
 
@@ -121,6 +123,7 @@ def check_sft_columns(clients: dict[str, Dataset], text_field: str, kind: str = 
         ValueError: Naming the client and its columns.
     """
     formats = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {text_field})
+    clients = one_of_each_source(clients)
     for name, dataset in clients.items():
         columns = set(dataset.column_names)
         if not any(needed <= columns for needed in formats):
@@ -132,12 +135,12 @@ def check_sft_columns(clients: dict[str, Dataset], text_field: str, kind: str = 
     _refuse_different_columns(clients)
 
 
-def check_model_columns(clients: dict[str, Dataset], inputs: set[str], model: str, kind: str = "Client") -> None:
+def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model: str, kind: str = "Client") -> None:
     """
     Refuse clients of which [`~transformers.Trainer`] would pass nothing but labels to the model, or that differ in columns.
 
     Args:
-        clients (`dict[str, Dataset]`):
+        clients (`Mapping[str, Dataset]`):
             Data by client.
         inputs (`set[str]`):
             Names of the arguments of the model's `forward`.
@@ -149,6 +152,7 @@ def check_model_columns(clients: dict[str, Dataset], inputs: set[str], model: st
     Raises:
         ValueError: Naming the client and its columns.
     """
+    clients = one_of_each_source(clients)
     for name, dataset in clients.items():
         if not (inputs - {"labels"}) & set(dataset.column_names):
             raise ValueError(
@@ -159,7 +163,7 @@ def check_model_columns(clients: dict[str, Dataset], inputs: set[str], model: st
     _refuse_different_columns(clients)
 
 
-def _refuse_different_columns(clients: dict[str, Dataset]) -> None:
+def _refuse_different_columns(clients: Mapping[str, Dataset]) -> None:
     first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
     for name, dataset in clients.items():
         columns = set(dataset.column_names)

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from .client_datasets import ClientDatasets, column_by_client, one_of_each_source, rows_by_client
+
 
 __all__ = [
     "dirichlet_partition",
@@ -33,9 +35,11 @@ __all__ = [
 
 # How often a Dirichlet split is drawn before it is given up because a client has too few rows.
 MAX_DRAWS = 100
+# A summary of more clients than the first shows as many as the second.
+MAX_SUMMARY, SHORT_SUMMARY = 50, 20
 
 
-def natural_partition(dataset: Dataset, column: str) -> dict[str, Dataset]:
+def natural_partition(dataset: Dataset, column: str) -> ClientDatasets:
     """
     Makes one client of each distinct value of a column, such as a hospital, a user or a source file.
 
@@ -47,7 +51,7 @@ def natural_partition(dataset: Dataset, column: str) -> dict[str, Dataset]:
             the integer.
 
     Returns:
-        `dict[str, Dataset]`: The clients, sorted by name.
+        [`ClientDatasets`]: The clients, sorted by name.
 
     Raises:
         `ValueError`: If the dataset is empty, or the column is unknown, nested, or has missing values.
@@ -57,7 +61,7 @@ def natural_partition(dataset: Dataset, column: str) -> dict[str, Dataset]:
     return _split(dataset, owners, names)
 
 
-def iid_partition(dataset: Dataset, num_clients: int, seed: int = 0) -> dict[str, Dataset]:
+def iid_partition(dataset: Dataset, num_clients: int, seed: int = 0) -> ClientDatasets:
     """
     Deals shuffled rows to clients whose sizes differ by at most one.
 
@@ -70,7 +74,7 @@ def iid_partition(dataset: Dataset, num_clients: int, seed: int = 0) -> dict[str
             Seed of the shuffle.
 
     Returns:
-        `dict[str, Dataset]`: The clients `client_0`, `client_1`, ..., numbered with equal width.
+        [`ClientDatasets`]: The clients `client_0`, `client_1`, ..., numbered with equal width.
 
     Raises:
         `ValueError`: If the dataset is empty, or `num_clients` is out of range.
@@ -83,7 +87,7 @@ def iid_partition(dataset: Dataset, num_clients: int, seed: int = 0) -> dict[str
 
 def quantity_skew_partition(
     dataset: Dataset, num_clients: int, alpha: float, seed: int = 0, min_examples: int = 1
-) -> dict[str, Dataset]:
+) -> ClientDatasets:
     """
     Deals shuffled rows to clients of unequal size: the shares of the clients are drawn from `Dirichlet(alpha)`.
 
@@ -103,7 +107,7 @@ def quantity_skew_partition(
             The fewest rows a client may have.
 
     Returns:
-        `dict[str, Dataset]`: The clients `client_0`, `client_1`, ..., numbered with equal width.
+        [`ClientDatasets`]: The clients `client_0`, `client_1`, ..., numbered with equal width.
 
     Raises:
         `ValueError`: If the dataset is empty, an argument is out of range, or no draw gave each client `min_examples`.
@@ -117,7 +121,7 @@ def quantity_skew_partition(
 
 def dirichlet_partition(
     dataset: Dataset, num_clients: int, alpha: float, column: str, seed: int = 0, min_examples: int = 1
-) -> dict[str, Dataset]:
+) -> ClientDatasets:
     """
     Splits the rows of each label over the clients in proportions drawn from `Dirichlet(alpha)`.
 
@@ -141,7 +145,7 @@ def dirichlet_partition(
             The fewest rows a client may have.
 
     Returns:
-        `dict[str, Dataset]`: The clients `client_0`, `client_1`, ..., numbered with equal width.
+        [`ClientDatasets`]: The clients `client_0`, `client_1`, ..., numbered with equal width.
 
     Raises:
         `ValueError`: If the dataset is empty, the column is unknown, nested, or has missing values, an argument is out
@@ -155,7 +159,7 @@ def dirichlet_partition(
 
 def pathological_partition(
     dataset: Dataset, num_clients: int, classes_per_client: int, column: str, seed: int = 0
-) -> dict[str, Dataset]:
+) -> ClientDatasets:
     """
     Gives each client the rows of `classes_per_client` labels only.
 
@@ -176,7 +180,7 @@ def pathological_partition(
             Seed of the choice of labels and of rows.
 
     Returns:
-        `dict[str, Dataset]`: The clients `client_0`, `client_1`, ..., numbered with equal width.
+        [`ClientDatasets`]: The clients `client_0`, `client_1`, ..., numbered with equal width.
 
     Raises:
         `ValueError`: If the dataset is empty, the column is unknown, nested, or has missing values, an argument is out
@@ -249,7 +253,9 @@ def partition_counts(clients: Mapping[str, Dataset], column: str) -> dict[str, d
         `ValueError`: If there is no client, or the column of a client is unknown, nested, or has missing values.
     """
     _check_some_clients(clients)
-    counters = {name: Counter(_column_values(dataset, column)) for name, dataset in clients.items()}
+    for dataset in one_of_each_source(clients).values():
+        _check_label_column(dataset, column)
+    counters = {name: Counter(_checked(values, column)) for name, values in column_by_client(clients, column)}
     # The type comes first because clients that were not split from one dataset may hold values of different types.
     values = sorted(set().union(*counters.values()), key=lambda value: (type(value).__name__, value))
     counts: dict[str, dict[str, int]] = {}
@@ -262,7 +268,8 @@ def partition_counts(clients: Mapping[str, Dataset], column: str) -> dict[str, d
 
 def partition_summary(clients: Mapping[str, Dataset], column: str | None = None) -> str:
     """
-    Describes a federation in a plain text table: one line per client, and a last line for all clients together.
+    Describes a federation in a plain text table: one line per client, and a last line for all clients together. Of more than 50
+    clients the first 20 are shown.
 
     Args:
         clients (`Mapping[str, Dataset]`):
@@ -278,11 +285,12 @@ def partition_summary(clients: Mapping[str, Dataset], column: str | None = None)
         `ValueError`: If there is no client, or the column of a client is unknown, nested, or has missing values.
     """
     _check_some_clients(clients)
-    sizes = {name: len(dataset) for name, dataset in clients.items()}
+    sizes = rows_by_client(clients)
     total = sum(sizes.values())
     header = ["client", "examples", "share"]
     rows = [[name, str(size), _percent(size, total)] for name, size in sizes.items()]
     rows.append(["total", str(total), _percent(total, total)])
+    shown = len(sizes) if len(sizes) <= MAX_SUMMARY else SHORT_SUMMARY
     if column is not None:
         header += ["labels", "largest label", "its share"]
         counts = list(partition_counts(clients, column).values())
@@ -292,6 +300,8 @@ def partition_summary(clients: Mapping[str, Dataset], column: str | None = None)
             label = max(count, key=lambda label: count[label]) if any(count.values()) else "-"
             num_labels = sum(value > 0 for value in count.values())
             row += [str(num_labels), label, _percent(count.get(label, 0), sum(count.values()))]
+    if shown < len(sizes):
+        rows = [*rows[:shown], [f"... {len(sizes) - shown} more", *[""] * (len(header) - 1)], rows[-1]]
     return format_table(header, rows, left_columns=("client", "largest label"))
 
 
@@ -376,11 +386,11 @@ def _shuffled_by_label(codes: np.ndarray, generator: np.random.Generator) -> np.
     return np.lexsort((generator.permutation(len(codes)), codes))
 
 
-def _split(dataset: Dataset, owners: np.ndarray, names: Sequence[str]) -> dict[str, Dataset]:
+def _split(dataset: Dataset, owners: np.ndarray, names: Sequence[str]) -> ClientDatasets:
     """Selects the rows of each client, given the client index of each row. A stable sort keeps their order."""
     sizes = np.bincount(owners, minlength=len(names))
     indices = np.split(np.argsort(owners, kind="stable"), np.cumsum(sizes)[:-1])
-    return {name: dataset.select(rows) for name, rows in zip(names, indices, strict=True)}
+    return ClientDatasets(dataset, dict(zip(names, indices, strict=True)))
 
 
 def _encode(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
@@ -390,8 +400,13 @@ def _encode(values: Sequence[Any]) -> tuple[list[Any], np.ndarray]:
     return distinct, np.array([position[value] for value in values], dtype=np.int64)
 
 
-def _column_values(dataset: Dataset, column: str) -> list[Any]:
+def _column_values(dataset: Dataset, column: str) -> Sequence[Any]:
     """Returns the values of a column as Python objects, or refuses a column that cannot hold labels."""
+    _check_label_column(dataset, column)
+    return _checked(dataset.with_format(None)[column][:], column)
+
+
+def _check_label_column(dataset: Dataset, column: str) -> None:
     if column not in dataset.column_names:
         raise ValueError(
             f"The dataset has no column '{column}': pass one of its columns, "
@@ -402,7 +417,9 @@ def _column_values(dataset: Dataset, column: str) -> list[Any]:
             f"Column '{column}' has the nested type {dataset.features[column]}, but a label is a single value: pass a "
             "column of strings, numbers or class labels."
         )
-    values = dataset.with_format(None)[column][:]
+
+
+def _checked(values: Sequence[Any], column: str) -> Sequence[Any]:
     # A float that is not a number differs from itself.
     missing = sum(value is None or value != value for value in values)
     if missing:

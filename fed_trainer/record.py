@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from datasets import Dataset
 from peft import PeftConfig, PeftType
 from transformers import TrainingArguments
 
+from .client_datasets import column_by_client, rows_by_client
 from .config import FederationArguments
 
 
 __all__ = [
     "RECORD_NAME",
     "check_same_run",
-    "composition",
+    "client_sizes",
     "federation_settings",
     "held_out_metrics",
     "local_settings",
@@ -56,10 +58,18 @@ _FEDERATION_SETTINGS = (
 )  # fmt: skip
 
 
-def composition(dataset: Dataset, label_column: str) -> dict[str, int]:
-    """How often each value of `label_column` occurs, values as strings, in sorted order."""
-    counts = Counter(str(value) for value in dataset[label_column])
-    return dict(sorted(counts.items()))
+def client_sizes(clients: Mapping[str, Dataset], label_column: str | None) -> dict[str, dict[str, Any]]:
+    """
+    By client: `num_examples`, and `composition`, how often each value of `label_column` occurs (values as strings, sorted), or `None`
+    if there is no such column.
+    """
+    sizes: dict[str, dict[str, Any]] = {
+        client: {"num_examples": num_rows, "composition": None} for client, num_rows in rows_by_client(clients).items()
+    }
+    if label_column is not None:
+        for client, values in column_by_client(clients, label_column):
+            sizes[client]["composition"] = dict(sorted(Counter(map(str, values)).items()))
+    return sizes
 
 
 def peft_type_name(peft_config: PeftConfig) -> str:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .config import FederationArguments
 from .hub import model_card, publish
 from .record import (
     RECORD_NAME,
-    composition,
+    client_sizes,
     federation_settings,
     local_settings,
     peft_fields,
@@ -42,7 +43,7 @@ class RunFilesMixin(Trainer):
     sampler: ClientSampler
     hub_model_id: Any  # `None` until the repository exists
     _folder: Path
-    _clients: dict[str, Dataset]
+    _clients: Mapping[str, Dataset]
     _live_adapter: LiveState
     _global_state: AdapterState
     _local_keys: set[str]
@@ -173,13 +174,7 @@ class RunFilesMixin(Trainer):
             "num_sampled": self.sampler.num_sampled,
             "partition": self.args.partition,
             "label_column": column,
-            "clients": {
-                name: {
-                    "num_examples": len(dataset),
-                    "composition": None if column is None else composition(dataset, column),
-                }
-                for name, dataset in self._clients.items()
-            },
+            "clients": client_sizes(self._clients, column),
             "start": {"eval": None},
             "rounds": [],
         }

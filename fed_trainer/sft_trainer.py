@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,7 +40,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             Base model, as in `SFTTrainer`. It is loaded once and stays alive over all clients and rounds.
         args ([`FederatedConfig`]):
             Settings of the federation and of the local rounds.
-        train_dataset (`dict[str, Dataset]`):
+        train_dataset (`Mapping[str, Dataset]`):
             Training data by client, in any format that `SFTTrainer` takes.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
             Held-out data on which the global model is evaluated.
@@ -86,7 +86,7 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
             )
         return {"model": model, "peft_config": peft_config}  # `SFTTrainer` loads and wraps
 
-    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
+    def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         if kwargs.get("formatting_func") is not None:
             return
         check_sft_columns(clients, self.args.dataset_text_field)

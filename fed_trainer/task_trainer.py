@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -31,7 +32,7 @@ class FederatedTaskTrainer(FederatedMixin, Trainer):
             trains the same model. Resuming does not need it: the trained head is in the checkpoint.
         args ([`FederatedTaskConfig`]):
             Settings of the federation and of the local rounds.
-        train_dataset (`dict[str, Dataset]`):
+        train_dataset (`Mapping[str, Dataset]`):
             Training data by client, tokenised (or processed) as for `Trainer`.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
             Held-out data on which the global model is evaluated.
@@ -70,7 +71,7 @@ class FederatedTaskTrainer(FederatedMixin, Trainer):
 
     _config_class = FederatedTaskConfig
 
-    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
+    def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         if not self.args.remove_unused_columns:  # whatever the columns are, the collator gets them
             return
         base = model.get_base_model() if isinstance(model, PeftModel) else model

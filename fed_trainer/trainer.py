@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from .checkpoint import (
     refuse_another_run,
     refuse_later_rounds,
 )
+from .client_datasets import ClientDatasets
 from .client_settings import ClientSettings, parse_client_settings
 from .client_store import ClientStore
 from .client_turn import ClientTurnMixin
@@ -77,8 +78,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self,
         model: str | nn.Module | None,
         args: FederationArguments,
-        train_dataset: dict[str, Dataset],
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Mapping[str, Dataset],
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
@@ -96,6 +97,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         check_launch(args)
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
+        if isinstance(eval_dataset, ClientDatasets):
+            eval_dataset = dict(eval_dataset)  # `Trainer` takes nothing else for several sets
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
@@ -116,7 +119,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             peft_config.inference_mode = False
 
         self._folder = Path(args.output_dir or "")
-        self._clients = dict(sorted(train_dataset.items()))
+        is_sorted = isinstance(train_dataset, ClientDatasets)
+        self._clients = train_dataset if is_sorted else dict(sorted(train_dataset.items()))
         first = next(iter(self._clients))
         super().__init__(
             **self._model_arguments(model, peft_config),
@@ -300,7 +304,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._global_state = self._live_adapter.read()
         self._drop_engine()
 
-    def _check_clients(self, clients: dict[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
+    def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:

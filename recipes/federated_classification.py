@@ -153,7 +153,7 @@ def tokenise(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: 
     return data.map(lambda rows: tokenizer(rows["text"], truncation=True, max_length=max_length), batched=True)
 
 
-def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[dict[str, Dataset], str]:
+def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[Mapping[str, Dataset], str]:
     """The clients, and the split in words."""
     match recipe.partition_method:
         case "dirichlet":

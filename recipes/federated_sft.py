@@ -11,7 +11,7 @@ overridden on the command line. `--resume_from_checkpoint True` continues a run 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -166,7 +166,7 @@ def to_prompt_completion(rows: Dataset, recipe: RecipeArguments, label_column: s
     return rows.map(to_pair, remove_columns=[name for name in rows.column_names if name not in kept])
 
 
-def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[dict[str, Dataset], str]:
+def split(rows: Dataset, recipe: RecipeArguments, seed: int) -> tuple[Mapping[str, Dataset], str]:
     """The clients, and the split in words."""
     column = recipe.partition_column or ""
     match recipe.partition_method:
@@ -212,7 +212,7 @@ def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
 
 def prepare(
     recipe: RecipeArguments, args: FederatedConfig, train: Dataset, test: Dataset
-) -> tuple[dict[str, Dataset], Dataset | dict[str, Dataset]]:
+) -> tuple[Mapping[str, Dataset], Dataset | dict[str, Dataset]]:
     """The clients and the rows to evaluate on; `args` is told of the split."""
     args.label_column = args.label_column or recipe.partition_column
     clients, args.partition = split(to_prompt_completion(train, recipe, args.label_column), recipe, args.seed)
