@@ -30,7 +30,9 @@ __all__ = ["ClientTurnMixin"]
 logger = logging.get_logger(__name__)
 
 KEPT_PREPARED = 256  # datasets; a round has more only if it has more clients
-LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"  # what a client keeps: parts of its file
+# what a client keeps: parts of its file
+LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
+OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
 
 
 class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
@@ -126,13 +128,23 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         is_personal = objective is not None and objective.is_personal
         if objective is not None:
             objective.begin(shared, self._remembered(kept, settings))
-        local, metrics = train(start, objective=None if is_personal else objective)
+        local, metrics = train(
+            start, objective=None if is_personal else objective, optimizer_state=kept.get(OPTIMIZER)
+        )
         delta = subtract(local, start)
         keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
+        if self.args.keep_optimizer_state:
+            keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **self.optimizer_state()}
         if objective is not None:
             keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
         if is_personal:
-            keeps[PERSONAL], personal = train({**start, **kept.get(PERSONAL, {})}, objective=objective)
+            keeps[PERSONAL], personal = train(
+                {**start, **kept.get(PERSONAL, {})},
+                objective=objective,
+                optimizer_state=kept.get(PERSONAL_OPTIMIZER),
+            )
+            if self.args.keep_optimizer_state:
+                keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
         if not math.isfinite(metrics["train_loss"]):
             raise ValueError(

@@ -66,6 +66,12 @@ class FederationArguments(_Arguments):
     client_timeout: float | None = field(
         default=None, metadata={"help": "Seconds after which a local round counts as failed; no limit if not given."}
     )
+    keep_optimizer_state: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the local optimiser of a client goes on from its last local round, instead of starting afresh."
+        },
+    )
     aggregation: str = field(
         default="fedavg",
         metadata={"help": "How client updates become the next global adapter.", "choices": sorted(METHODS)},
@@ -188,7 +194,7 @@ class FederatedConfig(FederationArguments, SFTConfig):
     The inherited fields keep their names and describe the *local* work of one client in one round: `max_steps` or
     `num_train_epochs` is the budget per client and round, `per_device_train_batch_size` and
     `gradient_accumulation_steps` the local batch, `learning_rate` and `lr_scheduler_type` the local optimiser, which
-    starts afresh in every local round. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
+    starts afresh in every local round (but see `keep_optimizer_state`). `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
     whole run.
 
     Parameters:
@@ -206,6 +212,9 @@ class FederatedConfig(FederationArguments, SFTConfig):
             How often the local round of a client that failed is tried again, from the same start with the same seed.
         client_timeout (`float`, *optional*):
             Seconds after which a local round counts as failed, looked at after every optimiser step; no limit if not given.
+        keep_optimizer_state (`bool`, *optional*, defaults to `False`):
+            Whether what the local optimiser of a client remembers (moments, numbers of steps) is kept on disk and goes on in its next
+            local round, instead of starting afresh. The learning rate follows its schedules either way.
         round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
             arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times

@@ -106,6 +106,11 @@ def check_deepspeed(
         reason = "The loss scale of `fp16` would go on from client to client. Set `bf16=True`, or neither."
     elif has_optimizer:
         reason = "`optimizers` cannot be given: DeepSpeed splits what it holds. Set `optim` and `optim_args`."
+    elif args.keep_optimizer_state:
+        reason = (
+            "`keep_optimizer_state=True` keeps what the optimiser remembers of every tensor, but DeepSpeed has it in one flat piece per "
+            f"process. {ddp}."
+        )
     elif args.local_objective is not None:
         reason = (
             f"`local_objective={args.local_objective!r}` adds to the gradients before the step, but DeepSpeed steps within the "

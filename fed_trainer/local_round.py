@@ -43,6 +43,7 @@ class LocalRoundMixin(Trainer):
     _deepspeed_optimizer: DeepSpeedOptimizer | None = None
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
+    _optimizer_start: AdapterState | None = None
     _objective: LocalObjective | None
     _checkpointing_is_on: bool = False
 
@@ -57,6 +58,7 @@ class LocalRoundMixin(Trainer):
         max_steps: int | None = None,
         objective: LocalObjective | None = None,
         timeout: float | None = None,
+        optimizer_state: AdapterState | None = None,
     ) -> tuple[AdapterState, dict[str, float]]:
         """
         Train one client for its local budget, starting from `state`.
@@ -80,6 +82,8 @@ class LocalRoundMixin(Trainer):
                 What to add to the gradients; `begin` has been called.
             timeout (`float`, *optional*):
                 Seconds after which it counts as failed, looked at after every optimiser step.
+            optimizer_state (`dict[str, torch.Tensor]`, *optional*):
+                What `optimizer_state` has returned after an earlier local round, to go on with; a fresh optimiser if not given.
 
         Returns:
             `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps` and `seconds`.
@@ -95,6 +99,7 @@ class LocalRoundMixin(Trainer):
         self._lr_factor = lr_factor
         self._trained = trained
         self._objective = objective
+        self._optimizer_start = optimizer_state
 
         # `train()` starts a TrainerState of its own and reports every event. The federation's state and its reports are
         # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
@@ -119,6 +124,39 @@ class LocalRoundMixin(Trainer):
         }
         return self._live_adapter.read(), metrics
 
+    def optimizer_state(self) -> AdapterState:
+        """
+        What the optimiser remembers of the tensors that the last local round has trained: `<name>:<key>`, on CPU. Numbers are int64 and
+        float64.
+
+        Raises:
+            NotImplementedError: If it remembers something else, or something of all tensors together.
+        """
+        optimizer = self.optimizer.optimizer
+        assert self._initial_optimizer_state is not None
+        for group, initial in zip(optimizer.param_groups, self._initial_optimizer_state["param_groups"], strict=True):
+            moved = [
+                name
+                for name in group
+                if name not in ("params", "lr", "initial_lr") and group[name] != initial.get(name)
+            ]
+            if moved:
+                raise NotImplementedError(
+                    f"`keep_optimizer_state=True`, but {type(optimizer).__name__} counts in its parameter groups too ({moved[0]!r}), which "
+                    "are not kept by client. Set `optim='adamw_torch'`."
+                )
+        state = {}
+        for key, parameter in self._live_adapter.parameters().items():
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, (torch.Tensor, int, float)):
+                    raise NotImplementedError(
+                        f"`keep_optimizer_state=True`, but {type(optimizer).__name__} remembers {name!r} as a {type(value).__name__}, not "
+                        "as a tensor or a number. Set `optim='adamw_torch'`."
+                    )
+                dtype = {int: torch.int64, float: torch.float64}.get(type(value))
+                state[f"{name}:{key}"] = torch.as_tensor(value, dtype=dtype).detach().to("cpu", copy=True)
+        return state
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         # after the last backward of an optimiser step, when the gradients are complete and not yet clipped
@@ -131,8 +169,8 @@ class LocalRoundMixin(Trainer):
     ) -> tuple[torch.nn.Module, Any]:
         if self._initial_lrs is None:
             self._build_engine()
-        self._reset_optimizer()
         self._live_adapter.train_only(self._trained)
+        self._reset_optimizer()
         if self._objective is not None:
             self._objective.check_optimizer(self.optimizer.optimizer)
         self.lr_scheduler = None
@@ -160,11 +198,29 @@ class LocalRoundMixin(Trainer):
         if self._deepspeed_optimizer is not None:
             self._deepspeed_optimizer.reset()
         else:
-            self.optimizer.load_state_dict(copy.deepcopy(self._initial_optimizer_state))
+            assert self._initial_optimizer_state is not None
+            state = copy.deepcopy(self._initial_optimizer_state)
+            if self._optimizer_start is not None:
+                state["state"] = self._by_index(self._optimizer_start)
+            self.optimizer.load_state_dict(state)
         if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
+
+    def _by_index(self, optimizer_state: AdapterState) -> dict[int, dict[str, Any]]:
+        """What `optimizer_state` gives, as `torch.optim.Optimizer.load_state_dict` takes it: by position in the parameter groups."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        position = {id(parameter): index for index, parameter in enumerate(parameters)}
+        index_of = {key: position[id(parameter)] for key, parameter in self._live_adapter.parameters().items()}
+        state: dict[int, dict[str, Any]] = {}
+        for entry, value in optimizer_state.items():
+            name, _, key = entry.partition(":")
+            if key not in index_of:  # not trained in this round
+                continue
+            is_number = value.dtype in (torch.int64, torch.float64) and value.dim() == 0
+            state.setdefault(index_of[key], {})[name] = value.item() if is_number else value
+        return state
 
     def _over_processes(self, loss: float) -> float:
         """`Trainer` returns the loss of each process on its own part of the batches; the mean is that of the client."""

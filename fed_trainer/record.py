@@ -54,7 +54,7 @@ _LOCAL_SETTINGS = (
 
 _FEDERATION_SETTINGS = (
     "aggregation_kwargs", "tensor_roles", "client_settings", "min_clients", "server_optimizer", "server_lr",
-    "server_optimizer_kwargs", "local_objective", "local_objective_kwargs",
+    "server_optimizer_kwargs", "local_objective", "local_objective_kwargs", "keep_optimizer_state",
 )  # fmt: skip
 
 

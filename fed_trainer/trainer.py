@@ -61,6 +61,11 @@ __all__ = ["FederatedMixin"]
 
 logger = logging.get_logger(__name__)
 
+_FRESH_OPTIMIZER = {
+    "fednova": "its normalisation counts the steps of an optimiser that has started afresh",
+    "slora": "its second stage trains other parameters",
+}
+
 
 class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     """
@@ -492,6 +497,11 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             raise ValueError(
                 f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from clients to "
                 "their held-out data."
+            )
+        if self.args.keep_optimizer_state and self.args.aggregation in _FRESH_OPTIMIZER:
+            raise ValueError(
+                f"`keep_optimizer_state=True` with `aggregation={self.args.aggregation!r}`: {_FRESH_OPTIMIZER[self.args.aggregation]}. Leave "
+                "one of the two out."
             )
         rounds = [self.server.trained_keys(self._global_state, round, ClientSettings()) for round in (1, 2)]
         is_told_once = self.args.world_size > 1 or self.is_deepspeed_enabled
