@@ -5,7 +5,8 @@ Kills a federation with SIGKILL at many places and lets it go on, in forked chil
 
     python tests/kill_run.py MODEL FOLDER NUM_KILLS
 
-Prints a JSON line: the names of the runs that did not end like one that was not interrupted, and where runs were killed.
+Prints a JSON line: the names of the runs that did not end like one that was not interrupted, and where runs were killed. Those of
+the last setting publish every round, and are killed before and after requests to the Hub too.
 """
 
 import json
@@ -16,6 +17,10 @@ import sys
 from pathlib import Path
 
 import conftest
+import httpx2
+import pytest
+from hub_fixture import redirect_client
+from hub_server import HubServer
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -27,7 +32,8 @@ EVENTS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
 SETTINGS = (
     {"aggregation": "fedex_lora", "save_total_limit": 1},
     {"aggregation": "fedsa_lora", "server_optimizer": "fedadam"},
-    {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}},
+    {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}, "keep_optimizer_state": True},
+    {"push_to_hub": True, "hub_strategy": "every_save"},
 )
 
 
@@ -52,6 +58,17 @@ class Bomb(TrainerCallback):
         if self.count == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def watch_requests(self) -> None:
+        send = httpx2.Client.send
+
+        def watched(client, request, **kwargs):
+            self._count(f"before {request.method} {request.url.path}")
+            response = send(client, request, **kwargs)
+            self._count(f"after {request.method} {request.url.path}")
+            return response
+
+        httpx2.Client.send = watched
+
     def on_step_end(self, args, state, control, **kwargs):
         self._count("optimiser step")
 
@@ -59,6 +76,7 @@ class Bomb(TrainerCallback):
 def run(model: str, folder: Path, settings: dict, resume: bool, kill_at: int | None) -> None:
     clients = conftest.clients_of(num_clients=3, rows=8)
     bomb = Bomb(folder, kill_at)
+    bomb.watch_requests()
     trainer = FederatedTrainer(
         model=model,
         args=FederatedConfig(
@@ -74,6 +92,7 @@ def run(model: str, folder: Path, settings: dict, resume: bool, kill_at: int | N
             report_to="none",
             disable_tqdm=True,
             eval_on_start=False,
+            hub_model_id=f"test/{folder.name}" if "push_to_hub" in settings else None,
             **settings,
         ),
         train_dataset=clients,
@@ -114,8 +133,20 @@ def outcome(folder: Path) -> dict:
     return {"record": record, **tensors}
 
 
+def is_published(folder: Path, hub: HubServer) -> bool:
+    """Whether the Hub has the final weights and the record of all rounds."""
+    files = hub.commits(f"test/{folder.name}")[-1][2]
+    weights = files["adapter_model.safetensors"] == (folder / "adapter_model.safetensors").read_bytes()
+    return weights and len(json.loads(files["federation.json"])["rounds"]) == 3
+
+
 def main() -> None:
-    model, root, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    with HubServer() as hub:
+        redirect_client(pytest.MonkeyPatch(), hub.endpoint, Path(sys.argv[2], "huggingface"))
+        kill_many(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), hub)
+
+
+def kill_many(model: str, root: Path, kills: int, hub: HubServer) -> None:
     generator, wrong, places = random.Random(0), [], []
     for index, settings in enumerate(SETTINGS):
         whole = root / f"whole-{index}"
@@ -126,7 +157,8 @@ def main() -> None:
             status = in_child(model, folder, settings, False, kill_at)
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
             places.append(events[kill_at - 1])
-            if in_child(model, folder, settings, True, None) != 0 or outcome(folder) != expected:
+            ended = in_child(model, folder, settings, True, None) == 0 and outcome(folder) == expected
+            if not ended or ("push_to_hub" in settings and not is_published(folder, hub)):
                 wrong.append(folder.name)
     print(json.dumps({"wrong": wrong, "places": places}))
 
