@@ -19,6 +19,7 @@ from .checkpoint import load_adapter, rotate_checkpoints, write_checkpoint
 from .client_store import ClientStore
 from .hub import publish
 from .live_model import load_model
+from .processes import wait_for_first
 from .run_files import RunFilesMixin
 from .server import Server
 
@@ -52,7 +53,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
             is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
             if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and not is_last:
                 self._publish_round(folder, round)
-        self.accelerator.wait_for_everyone()
+        wait_for_first()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _saved_state(self) -> AdapterState:
@@ -112,4 +113,4 @@ class RoundCheckpointsMixin(RunFilesMixin):
         self.server.load_state_dict(parts["server"])
         if self.is_world_process_zero():
             self._store.restore(folder / CLIENTS_FOLDER)
-        self.accelerator.wait_for_everyone()
+        wait_for_first()

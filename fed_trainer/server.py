@@ -30,6 +30,7 @@ from .aggregation.validation import first_not_finite
 from .client_settings import ClientSettings
 from .config import FederationArguments, given
 from .local_objectives import LOCAL_OBJECTIVES, FedDynRegularizer, LocalObjective, RankPruning
+from .processes import from_first, is_first
 from .server_optimizers import SERVER_OPTIMIZERS, FedDyn, ServerOptimizer
 from .tensor_roles import TensorRoles
 
@@ -263,7 +264,8 @@ class Server:
             reason = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
             self.refused[update.client] = reason
             return reason
-        self.rule.add(update)
+        if is_first():
+            self.rule.add(update)
         self.taken.append(update.client)
         return None
 
@@ -273,13 +275,20 @@ class Server:
 
     def finish(self) -> tuple[AdapterState, dict[str, LowRank]]:
         """
-        The next global state, and what is to be added to the base model.
+        The next global state, and what is to be added to the base model. Of several processes the first computes them.
 
         Raises:
             TooFewClientsError: If fewer updates can be used than `min_clients`, or than the rule needs.
             ValueError: If the result is not finite.
         """
         require_clients(self.taken, self.refused, max(self.min_clients, self.rule.min_updates))
+        state, left, right = from_first(self._combine)
+        if self.objective is not None:
+            self.objective.end_round()
+        return state, {module: LowRank(left[module], right[module]) for module in left}
+
+    def _combine(self) -> tuple[AdapterState, AdapterState, AdapterState]:
+        """What the rule and the server optimiser make of the round: the state, and the factors of the base's change by module."""
         delta = self.rule.finish()
         counts = {key: value for key, value in delta.items() if key in self._buffers}
         steps = {key: value for key, value in delta.items() if key not in self._buffers}
@@ -296,9 +305,8 @@ class Server:
                 f"The step of the server has values that are not finite in {broken}, although no update had. Lower "
                 "`learning_rate` or `server_lr`; the last global state that is finite is in the last checkpoint."
             )
-        if self.objective is not None:
-            self.objective.end_round()
-        return state, self.rule.base_change
+        left, right = ({module: change[side] for module, change in self.rule.base_change.items()} for side in (0, 1))
+        return state, left, right
 
     # What the next round depends on beside the global state
 

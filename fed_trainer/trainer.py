@@ -48,6 +48,7 @@ from .launch import check_deepspeed, check_launch
 from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
+from .processes import wait_for_first
 from .progress import RoundProgress
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
 from .refusals import refuse_what_would_leak
@@ -275,7 +276,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._global_state, base_change = self.server.finish()
         if self.is_world_process_zero():
             self._store.commit()
-        self.accelerator.wait_for_everyone()
+        wait_for_first()
         self._live_adapter.write(self._global_state)
         if self._base_changes is not None:
             self._base_changes.add(base_change)
@@ -367,11 +368,11 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     def _starts_again(self) -> bool:
         """Whether the run to be resumed has nothing to go on from; then its record, all there is of it, is deleted."""
         starts_again = died_before_its_first_checkpoint(self._folder)
-        self.accelerator.wait_for_everyone()  # all have looked
+        wait_for_first()  # all have looked
         if starts_again and self.is_world_process_zero():
             logger.warning(f"The run in {str(self._folder)!r} died before its first checkpoint: it starts again.")
             (self._folder / RECORD_NAME).unlink()
-        self.accelerator.wait_for_everyone()
+        wait_for_first()
         return starts_again
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:

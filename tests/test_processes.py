@@ -1,0 +1,73 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the first of two processes does alone."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fed_trainer.processes import from_first, is_first, wait_for_first
+
+
+PARTS = (
+    {
+        "half": torch.tensor([[1.5, -2.0]], dtype=torch.bfloat16),
+        "number": torch.tensor(7),
+        "none": torch.empty(0, 3),
+        "view": torch.arange(6, dtype=torch.float64).reshape(2, 3).T,
+    },
+    {"bits": torch.tensor([True, False])},
+    {},
+)
+
+
+def same(ours, theirs):
+    assert [list(part) for part in ours] == [list(part) for part in theirs]
+    for part, other in zip(ours, theirs, strict=True):
+        for key, tensor in part.items():
+            assert tensor.dtype == other[key].dtype and torch.equal(tensor, other[key])
+
+
+def process(rank, address, folder):
+    # a time-out that what the first process does exceeds
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    calls = []
+
+    def slow():
+        calls.append(rank)
+        time.sleep(3)
+        return PARTS
+
+    def broken():
+        raise ValueError("no update")
+
+    assert is_first() == (rank == 0)
+    same(from_first(slow), PARTS)
+    assert calls == [0] * (1 - rank)
+    with pytest.raises(ValueError if rank == 0 else RuntimeError, match="no update"):
+        from_first(broken)
+    if rank == 0:
+        time.sleep(3)
+        (folder / "written").touch()
+    wait_for_first()
+    assert (folder / "written").exists()
+    (folder / f"{rank} is done").touch()
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_the_others_get_what_the_first_computes_however_long_it_takes(tmp_path):
+    mp.spawn(process, args=(f"file://{tmp_path}/rendezvous", tmp_path), nprocs=2)
+    assert all((tmp_path / f"{rank} is done").exists() for rank in (0, 1))
+
+
+def test_a_single_process_is_the_first(tmp_path):
+    assert is_first()
+    assert from_first(lambda: PARTS) is PARTS
+    wait_for_first()
