@@ -168,9 +168,12 @@ class FreshModel(FreshTrainer):
 class Rewrap(Side):
     """One trainer, which builds a new DeepSpeed engine around its model for every client."""
 
-    def __init__(self, config: SFTConfig, path: str, tokenizer: Any, dataset: Dataset) -> None:
+    def __init__(self, args: argparse.Namespace, folder: str, tokenizer: Any, dataset: Dataset) -> None:
+        # not before the other trainer is built: Accelerate takes one DeepSpeed plugin, and new arguments reset its state
+        config = SFTConfig(**settings(args, folder), dataset_kwargs={"skip_prepare_dataset": True})
+        split_all_weights(config)
         self.trainer = SFTTrainer(
-            model=path, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora()
+            model=args.model, args=config, train_dataset=dataset, processing_class=tokenizer, peft_config=lora()
         )
         self.trainer.remove_callback(PrinterCallback)
         self.clock = StepClock()
@@ -278,17 +281,17 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
+        # before the other trainer is built, whose state of Accelerate new arguments would reset
         config = SFTConfig(**settings(args, folder), dataset_kwargs={"skip_prepare_dataset": True})
-        split_all_weights(config)
+        config.model_init_kwargs = None
         kept = Kept(args, folder)
         tokenizer = kept.trainer.processing_class
         sides: dict[str, Side] = {"kept": kept}
         if args.only == "plain":
-            config.model_init_kwargs = None
             sides["fresh_trainer"] = FreshTrainer(config, args.model, tokenizer)
             sides["fresh_model"] = FreshModel(config, args.model, tokenizer)
         else:
-            sides["rewrap"] = Rewrap(config, args.model, tokenizer, kept.trainer.train_dataset)
+            sides["rewrap"] = Rewrap(args, folder, tokenizer, kept.trainer.train_dataset)
         figures = {"": measure(args, sides, kept.federation._global_state)}
         gc.collect()
         gc.freeze()
