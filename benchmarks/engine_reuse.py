@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
         default=os.environ.get("DEEPSPEED_FOLDER"),
         help="where DeepSpeed is, if it is not importable; the environment variable DEEPSPEED_FOLDER if not given",
     )
-    parser.add_argument("--max_steps", type=int, default=4)
+    parser.add_argument("--max_steps", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=4, help="over all processes")
     parser.add_argument("--max_length", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=7)
