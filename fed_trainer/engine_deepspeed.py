@@ -36,8 +36,12 @@ class DeepSpeedOptimizer:
 
 
 def read_master(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The float32 master of a parameter, whole, or `None` if it has none; all processes have to call it."""
-    if not _has_master(tensor):
+    """
+    The float32 master of a parameter, whole, or `None` if there is nothing more in it than in the parameter; all processes have
+    to call it.
+    """
+    # A float32 copy equals its master after every step and every write, and the master takes a message per parameter.
+    if not _has_master(tensor) or tensor.dtype == torch.float32:
         return None
     from deepspeed.utils import safe_get_full_fp32_param
 
