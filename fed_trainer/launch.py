@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that would do something else than they say, and what a federation cannot do under DeepSpeed."""
+"""Launches that would do something else than they say, and what a federation cannot do under DeepSpeed and FSDP2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .server import Server
 
 
-__all__ = ["check_deepspeed", "check_launch"]
+__all__ = ["check_deepspeed", "check_fsdp", "check_launch"]
 
 
 def check_launch(args: TrainingArguments) -> None:
@@ -28,15 +28,12 @@ def check_launch(args: TrainingArguments) -> None:
     Refuse a launch of which Accelerate has dropped a part without a word.
 
     Raises:
-        NotImplementedError: For FSDP.
-        ValueError: If the processes, or DeepSpeed, that the launcher asked for are not there; the message has the command.
+        NotImplementedError: For FSDP1, and FSDP that loads the base model in the first process only.
+        ValueError: If the processes, or DeepSpeed or FSDP, that the launcher asked for are not there; the message has the command.
     """
     state: Any = args.distributed_state
     if _is_set("ACCELERATE_USE_FSDP") or args.fsdp:
-        raise NotImplementedError(
-            "FSDP is not supported: Accelerate enables it on GPUs only, so nothing of it could be tested here. DeepSpeed ZeRO-3 splits "
-            "the model too: `accelerate launch --config_file recipes/accelerate/zero3.yaml <script>`."
-        )
+        _check_fsdp_launch(args, state.distributed_type)
     on_cpu = args.use_cpu or _is_set("ACCELERATE_USE_CPU")
     if _is_set("ACCELERATE_USE_DEEPSPEED") and on_cpu:
         given = "`use_cpu=True`" if args.use_cpu else "`ACCELERATE_USE_CPU`"
@@ -63,6 +60,27 @@ def check_launch(args: TrainingArguments) -> None:
         raise ValueError(
             "The launcher was asked for several processes but has started one. Without GPUs, launch with `accelerate launch "
             "--config_file recipes/accelerate/ddp.yaml <script> --use_cpu true`."
+        )
+
+
+def _check_fsdp_launch(args: TrainingArguments, distributed_type: DistributedType) -> None:
+    plugin = args.fsdp_plugin_args or {}  # of `fsdp_config`; the launcher sets the environment
+    if int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))) == 1:
+        raise NotImplementedError(
+            "FSDP1 is not supported: it joins the parameters of a layer into one, so that an adapter cannot be read from it by "
+            "names. Set `fsdp_version: 2`: `accelerate launch --config_file recipes/accelerate/fsdp2.yaml <script>`."
+        )
+    if distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"FSDP was asked for, but Accelerate enables it for several processes on GPUs only and here runs {distributed_type.value}: "
+            "nothing would be split. Without GPUs, launch DDP with `accelerate launch --config_file recipes/accelerate/ddp.yaml "
+            "<script> --use_cpu true`, or split the model with `DS_ACCELERATOR=cpu accelerate launch --config_file "
+            "recipes/accelerate/zero3.yaml <script> --ddp_backend gloo`."
+        )
+    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):  # set for `fsdp_config` too
+        raise NotImplementedError(
+            "`fsdp_cpu_ram_efficient_loading: true` leaves the base model of all processes but the first empty, and each computes "
+            "the start of the adapter and a digest from it. Set it to `false`."
         )
 
 
@@ -125,6 +143,39 @@ def check_deepspeed(
         )
     if reason is not None:
         raise NotImplementedError(f"{reason[0].upper()}{reason[1:]}")
+
+
+def check_fsdp(args: FederationArguments, model: nn.Module, server: Server) -> None:
+    """
+    Refuse what a federation cannot do under FSDP2.
+
+    Args:
+        args ([`FederationArguments`]):
+            The settings.
+        model (`nn.Module`):
+            The model, before the engine is built.
+        server ([`Server`]):
+            The method.
+
+    Raises:
+        NotImplementedError: Naming the setting and what to use instead.
+    """
+    ddp = "Launch DDP with `--config_file recipes/accelerate/ddp.yaml`"
+    reason = None
+    if not isinstance(model, PeftModel):
+        reason = f"FSDP2 splits the whole model, and its parts would have to be gathered for every client. {ddp}, or give a `peft_config`."
+    elif model.active_peft_config.is_prompt_learning:
+        reason = f"PEFT computes a prompt when it saves it, which it cannot from the parts that FSDP2 leaves. {ddp}."
+    elif server.method.adds_to_base:
+        reason = f"`aggregation={args.aggregation!r}` adds to base weights, which FSDP2 has split. {ddp}, or use 'fedavg'."
+    elif server.sparse_rounds:
+        reason = f"`aggregation='slora'` trains base weights in its first stage, which FSDP2 has split. {ddp}."
+    elif args.local_objective is not None:
+        reason = (
+            f"`local_objective={args.local_objective!r}` adds to gradients, of which FSDP2 leaves each process a part. {ddp}."
+        )
+    if reason is not None:
+        raise NotImplementedError(reason)
 
 
 def _is_set(variable: str) -> bool:

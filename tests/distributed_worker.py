@@ -43,13 +43,13 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
     held_out: Any = clients["client_0"].select(range(8))
     if settings.pop("evaluates_clients", False):
         held_out = {client: rows.select(range(4)) for client, rows in clients.items()}
-    is_zero = KIND.startswith("zero")
+    on_cpu = KIND in ("cpu", "ddp")  # the others would be dropped
     args = FederatedConfig(
         output_dir=str(FOLDER / name),
         per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=1,  # `Trainer` averages the losses of batches
-        use_cpu=not is_zero,
-        ddp_backend="gloo" if is_zero else None,
+        use_cpu=on_cpu,
+        ddp_backend=None if on_cpu else "gloo",
         **{**LOCAL, **settings},
     )
     if KIND.startswith("zero3"):  # or else ZeRO-3 would leave these small weights whole
