@@ -16,6 +16,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from conftest import clients_of
+from fsdp_on_cpu import pretend_that_accelerate_found_gpus
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -23,6 +24,7 @@ from fed_trainer import FederatedConfig, FederatedTrainer
 
 
 KIND, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+SPLIT = ("zero3", "zero3_offload", "fsdp2")  # kinds that split the weights
 SWAPS = 30
 LOCAL = {
     "max_steps": 2,
@@ -55,7 +57,7 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
     if KIND.startswith("zero3"):  # or else ZeRO-3 would leave these small weights whole
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
-    return FederatedTrainer(
+    trainer = FederatedTrainer(
         model=MODEL,
         args=args,
         train_dataset=clients,
@@ -63,6 +65,9 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
         peft_config=LoraConfig(**LORA),
         callbacks=callbacks,
     )
+    if KIND == "fsdp2":  # then an evaluation leaves whole copies of the adapter behind
+        trainer.accelerator.state.fsdp_plugin.reshard_after_forward = name != "fedsa_lora"
+    return trainer
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -124,8 +129,8 @@ def one_engine() -> dict[str, Any]:
 def federation(trainer: FederatedTrainer, resume: bool = False) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=resume)
     record = trainer._record
-    # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there
-    whole = {} if KIND.startswith("zero3") else {key: p.detach() for key, p in trainer.model.named_parameters()}
+    # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there; FSDP2 holds parts
+    whole = {} if KIND in SPLIT else {key: p.detach() for key, p in trainer.model.named_parameters()}
     return {
         "global": digest(trainer._global_state),
         "parameters": digest(whole),
@@ -140,11 +145,13 @@ class StopAfterOneRound(TrainerCallback):
 
 
 def main() -> None:
+    if KIND == "fsdp2":
+        pretend_that_accelerate_found_gpus()
     report = {"engine": one_engine(), "fedavg": federation(make_trainer("fedavg"))}
     report["fedsa_lora"] = federation(make_trainer("fedsa_lora", aggregation="fedsa_lora", evaluates_clients=True))
     make_trainer("resumed", callbacks=[StopAfterOneRound()]).train()
     report["resumed"] = federation(make_trainer("resumed"), resume=True)
-    if not KIND.startswith("zero3"):  # refused there
+    if KIND not in SPLIT:  # refused there
         report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
     (FOLDER / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(report))
     PartialState().wait_for_everyone()
