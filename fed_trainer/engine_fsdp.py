@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Iterable
 
 import torch
-from accelerate.utils.fsdp_utils import fsdp2_canonicalize_names
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,8 +23,8 @@ __all__ = ["discard_whole_copies", "named_tensors", "sharded_modules", "whole", 
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by names that stay the same when the engine is built."""
-    return fsdp2_canonicalize_names(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+    """Parameters and buffers of `model`, by names that FSDP2 does not change."""
+    return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:

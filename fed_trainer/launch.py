@@ -17,6 +17,7 @@ from .config import FederationArguments
 
 
 if TYPE_CHECKING:
+    from .adapter_state import LiveState
     from .server import Server
 
 
@@ -67,8 +68,8 @@ def _check_fsdp_launch(args: TrainingArguments, distributed_type: DistributedTyp
     plugin = args.fsdp_plugin_args or {}  # of `fsdp_config`; the launcher sets the environment
     if int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))) == 1:
         raise NotImplementedError(
-            "FSDP1 is not supported: it joins the parameters of a layer into one, so that an adapter cannot be read from it by "
-            "names. Set `fsdp_version: 2`: `accelerate launch --config_file recipes/accelerate/fsdp2.yaml <script>`."
+            "FSDP1 is not supported: it joins the parameters of a layer into one, in which an adapter is not found. Set "
+            "`fsdp_version: 2`: `accelerate launch --config_file recipes/accelerate/fsdp2.yaml <script>`."
         )
     if distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ValueError(
@@ -145,15 +146,19 @@ def check_deepspeed(
         raise NotImplementedError(f"{reason[0].upper()}{reason[1:]}")
 
 
-def check_fsdp(args: FederationArguments, model: nn.Module, server: Server) -> None:
+def check_fsdp(args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, server: Server) -> None:
     """
     Refuse what a federation cannot do under FSDP2.
 
     Args:
         args ([`FederationArguments`]):
             The settings.
+        plugin (`accelerate.FullyShardedDataParallelPlugin`):
+            The settings of FSDP.
         model (`nn.Module`):
             The model, before the engine is built.
+        live ([`LiveState`]):
+            Its tensors.
         server ([`Server`]):
             The method.
 
@@ -162,20 +167,43 @@ def check_fsdp(args: FederationArguments, model: nn.Module, server: Server) -> N
     """
     ddp = "Launch DDP with `--config_file recipes/accelerate/ddp.yaml`"
     reason = None
-    if not isinstance(model, PeftModel):
-        reason = f"FSDP2 splits the whole model, and its parts would have to be gathered for every client. {ddp}, or give a `peft_config`."
+    if plugin.activation_checkpointing:
+        reason = (
+            "`fsdp_activation_checkpointing: true` puts modules into the model under whose names PEFT does not find the adapter: it "
+            "would save an empty one. Set it to `false`; `gradient_checkpointing=True` of the configuration saves the same memory."
+        )
+    elif args.torch_compile:
+        reason = (
+            "`torch_compile=True` puts another model in the place of the one that is saved under FSDP2. Leave it out."
+        )
+    elif not isinstance(model, PeftModel):
+        reason = f"FSDP2 splits the whole model, and its parts would have to be gathered for every client. {ddp}."
     elif model.active_peft_config.is_prompt_learning:
-        reason = f"PEFT computes a prompt when it saves it, which it cannot from the parts that FSDP2 leaves. {ddp}."
+        reason = (
+            f"PEFT computes a prompt when it saves it, which it cannot from the parts that FSDP2 leaves it. {ddp}."
+        )
+    elif _trains_head(model):
+        reason = (
+            "The output layer is trained, but TRL takes its weight past FSDP2 to compute the loss, so that every process would train "
+            f"its part on its own rows only. Leave it out of `modules_to_save`. Or: {ddp}."
+        )
+    elif live.buffers:
+        reason = f"{min(live.buffers)} is a running statistic, of which FSDP2 leaves each process its own, so they would go apart. {ddp}."
     elif server.method.adds_to_base:
-        reason = f"`aggregation={args.aggregation!r}` adds to base weights, which FSDP2 has split. {ddp}, or use 'fedavg'."
+        reason = (
+            f"`aggregation={args.aggregation!r}` adds to base weights, which FSDP2 has split. {ddp}, or use 'fedavg'."
+        )
     elif server.sparse_rounds:
         reason = f"`aggregation='slora'` trains base weights in its first stage, which FSDP2 has split. {ddp}."
     elif args.local_objective is not None:
-        reason = (
-            f"`local_objective={args.local_objective!r}` adds to gradients, of which FSDP2 leaves each process a part. {ddp}."
-        )
+        reason = f"`local_objective={args.local_objective!r}` adds to gradients, of which FSDP2 leaves each process a part. {ddp}."
     if reason is not None:
         raise NotImplementedError(reason)
+
+
+def _trains_head(model: PeftModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _is_set(variable: str) -> bool:

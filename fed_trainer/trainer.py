@@ -164,7 +164,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self.is_deepspeed_enabled:
             check_deepspeed(args, self.accelerator.state.deepspeed_plugin, self.model, self.server, has_optimizer)
         if self.is_fsdp_enabled:
-            check_fsdp(args, self.model, self.server)
+            check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, self.server)
         self._record = self._new_record()
 
     def train(
@@ -507,7 +507,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
         state = self._live_adapter.read()
         makes_masters = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
-        if self.is_deepspeed_enabled or makes_masters:  # as these, which are made later, whatever the dtype of the model
+        if (
+            self.is_deepspeed_enabled or makes_masters
+        ):  # as these, which are made later, whatever the dtype of the model
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state
 

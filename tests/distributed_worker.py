@@ -126,6 +126,26 @@ def one_engine() -> dict[str, Any]:
     }
 
 
+def in_bfloat16() -> dict[str, Any]:
+    """As `one_engine`, with `bf16`, which on the CPU only FSDP2 can be given: as `mixed_precision` of the launcher."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    trainer = make_trainer("bfloat16")
+    start, client = trainer._global_state, trainer._prepared_client("client_0")
+    adapters = [
+        trainer.local_round(state, client, seed=seed, data_seed=None, lr_factor=1.0)[0]
+        for state, seed in ((start, 1), ({key: 2 * tensor for key, tensor in start.items()}, 2), (start, 1))
+    ]
+    layer = next(module for name, module in trainer.model.named_modules() if name.endswith("lora_A.default"))
+    computed = []
+    layer.register_forward_hook(lambda module, args, output: computed.append(output.dtype))
+    trainer.evaluate()
+    return {
+        "computed": str(computed[0]),
+        "masters": sorted({str(tensor.dtype) for tensor in trainer._live_adapter.parameters().values()}),
+        "adapters": [digest(adapter) for adapter in adapters],
+    }
+
+
 def federation(trainer: FederatedTrainer, resume: bool = False) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=resume)
     record = trainer._record
@@ -153,6 +173,8 @@ def main() -> None:
     report["resumed"] = federation(make_trainer("resumed"), resume=True)
     if KIND not in SPLIT:  # refused there
         report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
+    if KIND == "fsdp2":
+        report["bfloat16"] = in_bfloat16()
     (FOLDER / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(report))
     PartialState().wait_for_everyone()
     # Not through the end of the interpreter, where ZeRO-3 on the CPU now and then aborts ("terminate called without an active

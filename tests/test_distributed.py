@@ -163,6 +163,15 @@ def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
         assert [path.stem for path in sorted(folder.iterdir())] == ["client_0", "client_1", "client_2"]
 
 
+@pytest.mark.timeout(900)
+def test_fsdp2_computes_in_bfloat16_from_masters_in_float32(run_of):
+    for report in run_of("fsdp2").reports:
+        assert report["bfloat16"]["computed"] == "torch.bfloat16"
+        assert report["bfloat16"]["masters"] == ["torch.float32"]
+        first, other, again = report["bfloat16"]["adapters"]
+        assert again == first != other
+
+
 # Launches that do something else than they say
 
 
@@ -184,8 +193,6 @@ DS = {**LAUNCHED, "ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "LOCAL_
         (DS, arguments("MULTI_GPU", 2), ValueError, "but Accelerate runs MULTI_GPU"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, arguments(), ValueError, "`--use_cpu true`"),
         (LAUNCHED | {"MASTER_ADDR": "127.0.0.1"}, arguments(use_cpu=True), ValueError, "has started one"),
-        ({"ACCELERATE_USE_FSDP": "true"}, arguments("MULTI_GPU", 2), NotImplementedError, "FSDP is not supported"),
-        ({}, arguments(fsdp="full_shard"), NotImplementedError, "zero3.yaml"),
     ],
 )
 def test_a_launch_of_which_a_part_was_dropped_is_refused(environment, args, error, message, monkeypatch):
