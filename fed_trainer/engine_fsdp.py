@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,7 +43,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor`, gathered from all processes if they hold parts of it; then all have to call it."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # parts may be offloaded to the CPU
+    parts: Any = tensor.to(tensor.device_mesh.device_type)  # they may be offloaded to the CPU
+    return parts.full_tensor()
 
 
 def write_whole(tensor: torch.Tensor, value: torch.Tensor) -> None:

@@ -146,7 +146,8 @@ class LocalRoundMixin(Trainer):
     def _build_engine(self) -> None:
         """What `Trainer` builds at the beginning of a training: wrapped model and optimiser."""
         self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
-        with self._live_adapter.following(self.model) if self.is_fsdp_enabled else nullcontext():
+        model: Any = self.model
+        with self._live_adapter.following(model) if self.is_fsdp_enabled else nullcontext():
             super()._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
         if self.is_deepspeed_enabled:
             self._deepspeed_optimizer = DeepSpeedOptimizer(self.model_wrapped)
