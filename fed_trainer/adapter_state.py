@@ -21,6 +21,7 @@ from peft_scl.federa.layer import evenly_spaced
 from peft_scl.federa.state import unstack_start
 
 from .engine_deepspeed import read_master, write_master
+from .engine_fsdp import FSDPModule, discard_whole_copies, named_tensors, sharded_modules, whole, write_whole
 
 
 __all__ = ["AdapterState", "LiveAdapter", "LiveState", "base_digest", "check_same_layout", "state_bytes", "subtract"]
@@ -44,7 +45,8 @@ class LiveState:
     Tensors of a model as an [`AdapterState`], read and written in place.
 
     The parameters and buffers behind the keys are looked up once, by the subclass; the model, the wrapper around it (DDP, a
-    DeepSpeed engine) and the optimiser go on holding the same objects. Under DeepSpeed all processes have to read and write together.
+    DeepSpeed engine) and the optimiser go on holding the same objects. Only FSDP2 puts others in their place, see `following`. Under
+    DeepSpeed and FSDP2 all processes have to read and write together.
     """
 
     saved_file_is_state: bool = True
@@ -52,6 +54,17 @@ class LiveState:
 
     _tensors: dict[str, torch.Tensor]  # all that is saved
     _frozen: set[str]  # keys of what no client trains, which does not travel
+    _sharded_modules: Collection[FSDPModule] = ()
+
+    @contextmanager
+    def following(self, model: nn.Module) -> Iterator[None]:
+        """Within, FSDP2 may replace the parameters of `model`, whose tensors these are; then they are looked up by their names."""
+        names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+        name_of = {key: names[id(tensor)] for key, tensor in self._tensors.items()}
+        yield
+        tensors = named_tensors(model)
+        self._tensors = {key: tensors[name] for key, name in name_of.items()}
+        self._sharded_modules = sharded_modules(model)
 
     @property
     def tensor_ids(self) -> set[int]:
@@ -92,9 +105,9 @@ class LiveState:
         """A copy on CPU: what is trained, or all that is saved."""
         tensors = {key: tensor for key, tensor in self._tensors.items() if include_frozen or key not in self._frozen}
         masters = {key: read_master(tensor) for key, tensor in tensors.items()}
-        with _whole((tensors[key] for key in tensors if masters[key] is None), modifier_rank=None):
+        with _gathered((tensors[key] for key in tensors if masters[key] is None), modifier_rank=None):
             return {
-                key: (tensor.detach() if (master := masters[key]) is None else master).to(
+                key: (whole(tensor.detach()) if (master := masters[key]) is None else master).to(
                     "cpu", copy=True, memory_format=torch.contiguous_format
                 )
                 for key, tensor in tensors.items()
@@ -103,8 +116,8 @@ class LiveState:
     def model_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """`model.state_dict()` with what is saved whole, for `save_pretrained` of a model whose weights are split."""
         state = self.read(include_frozen=True)
-        whole = {id(tensor): state[key] for key, tensor in self._tensors.items()}
-        return {name: whole.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+        saved = {id(tensor): state[key] for key, tensor in self._tensors.items()}
+        return {name: saved.get(id(tensor), tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
 
     @contextmanager
     def publishable(self) -> Iterator[None]:
@@ -118,9 +131,10 @@ class LiveState:
     @torch.no_grad()
     def write(self, state: AdapterState) -> None:
         """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
-        with _whole((self._tensors[key] for key in state), modifier_rank=0):
+        discard_whole_copies(self._sharded_modules)
+        with _gathered((self._tensors[key] for key in state), modifier_rank=0):
             for key, tensor in state.items():
-                self._tensors[key].copy_(tensor)
+                write_whole(self._tensors[key], tensor)
         for key, tensor in state.items():
             write_master(self._tensors[key], tensor)
 
@@ -239,7 +253,7 @@ class LiveAdapter(LiveState):
             super().load(saved, source)
 
 
-def _whole(tensors: Iterable[torch.Tensor], modifier_rank: int | None) -> AbstractContextManager[None]:
+def _gathered(tensors: Iterable[torch.Tensor], modifier_rank: int | None) -> AbstractContextManager[None]:
     """Within, the parameters among `tensors` are whole that ZeRO-3 has split, and what `modifier_rank` writes stays."""
     return gather_params_ctx(list(tensors), modifier_rank)  # type: ignore[arg-type]
 

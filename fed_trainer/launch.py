@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that would do something else than they say, and what a federation cannot do under DeepSpeed."""
+"""Launches that would do something else than they say, and what a federation cannot do under DeepSpeed and FSDP2."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from .config import FederationArguments
 
 
 if TYPE_CHECKING:
+    from .adapter_state import LiveState
     from .server import Server
 
 
-__all__ = ["check_deepspeed", "check_launch"]
+__all__ = ["check_deepspeed", "check_fsdp", "check_launch"]
 
 
 def check_launch(args: TrainingArguments) -> None:
@@ -28,15 +29,12 @@ def check_launch(args: TrainingArguments) -> None:
     Refuse a launch of which Accelerate has dropped a part without a word.
 
     Raises:
-        NotImplementedError: For FSDP.
-        ValueError: If the processes, or DeepSpeed, that the launcher asked for are not there; the message has the command.
+        NotImplementedError: For FSDP1, and FSDP that loads the base model in the first process only.
+        ValueError: If the processes, or DeepSpeed or FSDP, that the launcher asked for are not there; the message has the command.
     """
     state: Any = args.distributed_state
     if _is_set("ACCELERATE_USE_FSDP") or args.fsdp:
-        raise NotImplementedError(
-            "FSDP is not supported: Accelerate enables it on GPUs only, so nothing of it could be tested here. DeepSpeed ZeRO-3 splits "
-            "the model too: `accelerate launch --config_file recipes/accelerate/zero3.yaml <script>`."
-        )
+        _check_fsdp_launch(args, state.distributed_type)
     on_cpu = args.use_cpu or _is_set("ACCELERATE_USE_CPU")
     if _is_set("ACCELERATE_USE_DEEPSPEED") and on_cpu:
         given = "`use_cpu=True`" if args.use_cpu else "`ACCELERATE_USE_CPU`"
@@ -63,6 +61,27 @@ def check_launch(args: TrainingArguments) -> None:
         raise ValueError(
             "The launcher was asked for several processes but has started one. Without GPUs, launch with `accelerate launch "
             "--config_file recipes/accelerate/ddp.yaml <script> --use_cpu true`."
+        )
+
+
+def _check_fsdp_launch(args: TrainingArguments, distributed_type: DistributedType) -> None:
+    plugin = args.fsdp_plugin_args or {}  # of `fsdp_config`; the launcher sets the environment
+    if int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", 1))) == 1:
+        raise NotImplementedError(
+            "FSDP1 is not supported: it joins the parameters of a layer into one, in which an adapter is not found. Set "
+            "`fsdp_version: 2`: `accelerate launch --config_file recipes/accelerate/fsdp2.yaml <script>`."
+        )
+    if distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ValueError(
+            f"FSDP was asked for, but Accelerate enables it for several processes on GPUs only and here runs {distributed_type.value}: "
+            "nothing would be split. Without GPUs, launch DDP with `accelerate launch --config_file recipes/accelerate/ddp.yaml "
+            "<script> --use_cpu true`, or split the model with `DS_ACCELERATOR=cpu accelerate launch --config_file "
+            "recipes/accelerate/zero3.yaml <script> --ddp_backend gloo`."
+        )
+    if _is_set("FSDP_CPU_RAM_EFFICIENT_LOADING"):  # set for `fsdp_config` too
+        raise NotImplementedError(
+            "`fsdp_cpu_ram_efficient_loading: true` leaves the base model of all processes but the first empty, and each computes "
+            "the start of the adapter and a digest from it. Set it to `false`."
         )
 
 
@@ -130,6 +149,68 @@ def check_deepspeed(
         )
     if reason is not None:
         raise NotImplementedError(f"{reason[0].upper()}{reason[1:]}")
+
+
+def check_fsdp(args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, server: Server) -> None:
+    """
+    Refuse what a federation cannot do under FSDP2.
+
+    Args:
+        args ([`FederationArguments`]):
+            The settings.
+        plugin (`accelerate.FullyShardedDataParallelPlugin`):
+            The settings of FSDP.
+        model (`nn.Module`):
+            The model, before the engine is built.
+        live ([`LiveState`]):
+            Its tensors.
+        server ([`Server`]):
+            The method.
+
+    Raises:
+        NotImplementedError: Naming the setting and what to use instead.
+    """
+    ddp = "Launch DDP with `--config_file recipes/accelerate/ddp.yaml`"
+    reason = None
+    if plugin.activation_checkpointing:
+        reason = (
+            "`fsdp_activation_checkpointing: true` puts modules into the model under whose names PEFT does not find the adapter: it "
+            "would save an empty one. Set it to `false`; `gradient_checkpointing=True` of the configuration saves the same memory."
+        )
+    elif args.torch_compile:
+        reason = (
+            "`torch_compile=True` puts another model in the place of the one that is saved under FSDP2. Leave it out."
+        )
+    elif not isinstance(model, PeftModel):
+        reason = f"FSDP2 splits the whole model, and its parts would have to be gathered for every client. {ddp}."
+    elif model.active_peft_config.is_prompt_learning:
+        reason = (
+            f"PEFT computes a prompt when it saves it, which it cannot from the parts that FSDP2 leaves it. {ddp}."
+        )
+    elif _trains_head(model):
+        reason = (
+            "The output layer is trained, but TRL takes its weight past FSDP2 to compute the loss, so that every process would train "
+            f"its part on its own rows only. Leave it out of `modules_to_save`. Or: {ddp}."
+        )
+    elif live.buffers:
+        reason = f"{min(live.buffers)} is a running statistic, of which FSDP2 leaves each process its own, so they would go apart. {ddp}."
+    elif server.method.adds_to_base:
+        reason = (
+            f"`aggregation={args.aggregation!r}` adds to base weights, which FSDP2 has split. {ddp}, or use 'fedavg'."
+        )
+    elif server.sparse_rounds:
+        reason = f"`aggregation='slora'` trains base weights in its first stage, which FSDP2 has split. {ddp}."
+    elif args.local_objective is not None:
+        reason = f"`local_objective={args.local_objective!r}` adds to gradients, of which FSDP2 leaves each process a part. {ddp}."
+    elif args.keep_optimizer_state:
+        reason = f"`keep_optimizer_state=True` keeps what the optimiser remembers, of which FSDP2 leaves each process a part. {ddp}."
+    if reason is not None:
+        raise NotImplementedError(reason)
+
+
+def _trains_head(model: PeftModel) -> bool:
+    head = model.get_output_embeddings()
+    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
 
 
 def _is_set(variable: str) -> bool:

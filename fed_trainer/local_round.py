@@ -8,6 +8,7 @@ import copy
 import gc
 import time
 from collections.abc import Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class LocalRoundMixin(Trainer):
 
     The first local round builds the engine as `Trainer` does (wrapped model, optimiser). Later rounds keep it: the
     adapter is overwritten in place, the optimiser goes back to its initial state and a new schedule starts, which equals
-    building a new trainer and costs a small part of it. So it is for one process, DDP and DeepSpeed; of several processes all have
+    building a new trainer and costs a small part of it. So it is for one process, DDP, DeepSpeed and FSDP2; of several processes all have
     to call `local_round`, with the same arguments.
     """
 
@@ -183,7 +184,9 @@ class LocalRoundMixin(Trainer):
     def _build_engine(self) -> None:
         """What `Trainer` builds at the beginning of a training: wrapped model and optimiser."""
         self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
-        super()._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
+        model: Any = self.model
+        with self._live_adapter.following(model) if self.is_fsdp_enabled else nullcontext():
+            super()._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
         if self.is_deepspeed_enabled:
             self._deepspeed_optimizer = DeepSpeedOptimizer(self.model_wrapped)
         else:

@@ -61,8 +61,9 @@ class RunFilesMixin(Trainer):
         """What `_save_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model."""
         if self._base_changes is not None:
             return self._live_adapter.read(include_frozen=True)
-        # of DeepSpeed, the model holds parts or rounded copies
-        return self._live_adapter.model_state_dict(self.model) if self.is_deepspeed_enabled else None
+        # of DeepSpeed and FSDP2, the model holds parts or rounded copies
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return self._live_adapter.model_state_dict(self.model) if is_sharded else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""

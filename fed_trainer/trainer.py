@@ -44,7 +44,7 @@ from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .hub import fetch_adapter
-from .launch import check_deepspeed, check_launch
+from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
@@ -173,6 +173,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._refuse_what_the_method_cannot_have(has_optimizer)
         if self.is_deepspeed_enabled:
             check_deepspeed(args, self.accelerator.state.deepspeed_plugin, self.model, self.server, has_optimizer)
+        if self.is_fsdp_enabled:
+            check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, self.server)
         self._record = self._new_record()
 
     def train(
@@ -204,7 +206,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             )
         if resume_from_checkpoint is True and self._starts_again():
             resume_from_checkpoint = None
-        if self.is_deepspeed_enabled and self._initial_lrs is None:
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self._initial_lrs is None:
             self._build_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
         lr_factors = self._lr_factors
@@ -505,11 +507,11 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 "one of the two out."
             )
         rounds = [self.server.trained_keys(self._global_state, round, ClientSettings()) for round in (1, 2)]
-        is_told_once = self.args.world_size > 1 or self.is_deepspeed_enabled
+        is_told_once = self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
         if is_told_once and (rounds[0] != rounds[1] or self.server.partial):
             raise NotImplementedError(
-                f"`aggregation={self.args.aggregation!r}` trains other tensors from turn to turn, which DDP and DeepSpeed are told once "
-                "and for all. Launch a single process without DeepSpeed."
+                f"`aggregation={self.args.aggregation!r}` trains other tensors from turn to turn, which DDP, DeepSpeed and FSDP2 are told "
+                "once and for all. Launch a single process without them."
             )
 
     def _shared_start(self) -> AdapterState:
@@ -519,7 +521,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             whole = self._live_adapter.read(include_frozen=True)
             self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
         state = self._live_adapter.read()
-        if self.is_deepspeed_enabled:  # as its masters, which it makes later, whatever the dtype of the model
+        makes_masters = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
+        if (
+            self.is_deepspeed_enabled or makes_masters
+        ):  # as these, which are made later, whatever the dtype of the model
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state
 

@@ -16,6 +16,7 @@ import psutil
 import torch
 from accelerate import PartialState
 from conftest import clients_of
+from fsdp_on_cpu import pretend_that_accelerate_found_gpus
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -23,6 +24,7 @@ from fed_trainer import FederatedConfig, FederatedTrainer
 
 
 KIND, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+SPLIT = ("zero3", "zero3_offload", "fsdp2")  # kinds that split the weights
 SWAPS = 30
 LOCAL = {
     "max_steps": 2,
@@ -43,19 +45,19 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
     held_out: Any = clients["client_0"].select(range(8))
     if settings.pop("evaluates_clients", False):
         held_out = {client: rows.select(range(4)) for client, rows in clients.items()}
-    is_zero = KIND.startswith("zero")
+    on_cpu = KIND in ("cpu", "ddp")  # the others would be dropped
     args = FederatedConfig(
         output_dir=str(FOLDER / name),
         per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=1,  # `Trainer` averages the losses of batches
-        use_cpu=not is_zero,
-        ddp_backend="gloo" if is_zero else None,
+        use_cpu=on_cpu,
+        ddp_backend=None if on_cpu else "gloo",
         **{**LOCAL, **settings},
     )
     if KIND.startswith("zero3"):  # or else ZeRO-3 would leave these small weights whole
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
-    return FederatedTrainer(
+    trainer = FederatedTrainer(
         model=MODEL,
         args=args,
         train_dataset=clients,
@@ -63,6 +65,9 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
         peft_config=LoraConfig(**LORA),
         callbacks=callbacks,
     )
+    if KIND == "fsdp2":  # then an evaluation leaves whole copies of the adapter behind
+        trainer.accelerator.state.fsdp_plugin.reshard_after_forward = name != "fedsa_lora"
+    return trainer
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -121,11 +126,31 @@ def one_engine() -> dict[str, Any]:
     }
 
 
+def in_bfloat16() -> dict[str, Any]:
+    """As `one_engine`, with `bf16`, which on the CPU only FSDP2 can be given: as `mixed_precision` of the launcher."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    trainer = make_trainer("bfloat16")
+    start, client = trainer._global_state, trainer._prepared_client("client_0")
+    adapters = [
+        trainer.local_round(state, client, seed=seed, data_seed=None, lr_factor=1.0)[0]
+        for state, seed in ((start, 1), ({key: 2 * tensor for key, tensor in start.items()}, 2), (start, 1))
+    ]
+    layer = next(module for name, module in trainer.model.named_modules() if name.endswith("lora_A.default"))
+    computed = []
+    layer.register_forward_hook(lambda module, args, output: computed.append(output.dtype))
+    trainer.evaluate()
+    return {
+        "computed": str(computed[0]),
+        "masters": sorted({str(tensor.dtype) for tensor in trainer._live_adapter.parameters().values()}),
+        "adapters": [digest(adapter) for adapter in adapters],
+    }
+
+
 def federation(trainer: FederatedTrainer, resume: bool = False) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=resume)
     record = trainer._record
-    # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there
-    whole = {} if KIND.startswith("zero3") else {key: p.detach() for key, p in trainer.model.named_parameters()}
+    # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there; FSDP2 holds parts
+    whole = {} if KIND in SPLIT else {key: p.detach() for key, p in trainer.model.named_parameters()}
     return {
         "global": digest(trainer._global_state),
         "parameters": digest(whole),
@@ -140,12 +165,16 @@ class StopAfterOneRound(TrainerCallback):
 
 
 def main() -> None:
+    if KIND == "fsdp2":
+        pretend_that_accelerate_found_gpus()
     report = {"engine": one_engine(), "fedavg": federation(make_trainer("fedavg"))}
     report["fedsa_lora"] = federation(make_trainer("fedsa_lora", aggregation="fedsa_lora", evaluates_clients=True))
     make_trainer("resumed", callbacks=[StopAfterOneRound()]).train()
     report["resumed"] = federation(make_trainer("resumed"), resume=True)
-    if not KIND.startswith("zero3"):  # refused there
+    if KIND not in SPLIT:  # refused there
         report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
+    if KIND == "fsdp2":
+        report["bfloat16"] = in_bfloat16()
     (FOLDER / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(report))
     PartialState().wait_for_everyone()
     # Not through the end of the interpreter, where ZeRO-3 on the CPU now and then aborts ("terminate called without an active

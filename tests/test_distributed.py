@@ -1,9 +1,10 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-One engine serves a whole federation: plain, DDP and DeepSpeed ZeRO-1, 2 and 3, with two processes on the CPU.
+One engine serves a whole federation: plain, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2, with two processes on the CPU.
 
-Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the processes do.
+Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the processes do. FSDP2
+has to be forced on the CPU, see `fsdp_on_cpu.py`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
 DEEPSPEED = os.environ.get("DEEPSPEED_FOLDER", "")  # where `make env` has put it, apart from what other tests import
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None or Path(DEEPSPEED, "deepspeed").is_dir()
 
-WRAPPED = {"ddp": ("MULTI_CPU", "DistributedDataParallel")}
+WRAPPED = {"ddp": ("MULTI_CPU", "DistributedDataParallel"), "fsdp2": ("FSDP", "FSDPPeftModelForCausalLM")}
 WRAPPED |= dict.fromkeys(("zero1", "zero2", "zero3", "zero3_offload"), ("DEEPSPEED", "DeepSpeedEngine"))
 METHODS = ("fedavg", "fedsa_lora", "fedex_lora")
 
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: run `make env`")
 SEVERAL = [
     "ddp",
+    "fsdp2",
     *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero1", "zero2", "zero3")),
     # compiles an optimiser for the CPU, which takes minutes
     pytest.param("zero3_offload", marks=[needs_deepspeed, pytest.mark.slow]),
@@ -140,7 +142,7 @@ def test_a_run_that_is_resumed_ends_like_one_that_was_not(kind, run_of):
 def test_a_federation_of_two_processes_gives_the_result_of_one(kind, run_of):
     one, two = run_of("cpu"), run_of(kind)
     for method in METHODS:
-        if method == "fedex_lora" and kind.startswith("zero3"):  # refused
+        if method == "fedex_lora" and (kind.startswith("zero3") or kind == "fsdp2"):  # refused
             continue
         expected, adapter = one.adapter(method), two.adapter(method)
         assert adapter.keys() == expected.keys()
@@ -159,6 +161,15 @@ def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
     folders = [run_of(kind).folder / "fedsa_lora" / part for part in ("clients", "checkpoint-2/clients")]
     for folder in folders:
         assert [path.stem for path in sorted(folder.iterdir())] == ["client_0", "client_1", "client_2"]
+
+
+@pytest.mark.timeout(900)
+def test_fsdp2_computes_in_bfloat16_from_masters_in_float32(run_of):
+    for report in run_of("fsdp2").reports:
+        assert report["bfloat16"]["computed"] == "torch.bfloat16"
+        assert report["bfloat16"]["masters"] == ["torch.float32"]
+        first, other, again = report["bfloat16"]["adapters"]
+        assert again == first != other
 
 
 # Launches that do something else than they say
@@ -182,8 +193,6 @@ DS = {**LAUNCHED, "ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2", "LOCAL_
         (DS, arguments("MULTI_GPU", 2), ValueError, "but Accelerate runs MULTI_GPU"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, arguments(), ValueError, "`--use_cpu true`"),
         (LAUNCHED | {"MASTER_ADDR": "127.0.0.1"}, arguments(use_cpu=True), ValueError, "has started one"),
-        ({"ACCELERATE_USE_FSDP": "true"}, arguments("MULTI_GPU", 2), NotImplementedError, "FSDP is not supported"),
-        ({}, arguments(fsdp="full_shard"), NotImplementedError, "zero3.yaml"),
     ],
 )
 def test_a_launch_of_which_a_part_was_dropped_is_refused(environment, args, error, message, monkeypatch):
@@ -210,6 +219,7 @@ def test_a_launch_that_does_what_it_says_is_not_refused(environment, args, monke
         (2, {}, {"scheduler": {"type": "WarmupLR"}}, {}, {}, "a `scheduler` of its own"),
         (2, {}, {"optimizer": {"type": "AdamW"}}, {}, {}, "an `optimizer` of its own"),
         (2, {}, {}, {"local_objective": "fedprox", "local_objective_kwargs": {"mu": 0.1}}, {}, "'fedprox'"),
+        (2, {}, {}, {"keep_optimizer_state": True}, {}, "one flat piece per process"),
         (2, {}, {}, {"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1, "density": 0.1}}, {}, "slora"),
         (3, {}, {}, {"aggregation": "fedex_lora"}, {}, "'fedex_lora'` adds to base weights"),
         (3, {}, {}, {}, None, "splits the whole model"),
