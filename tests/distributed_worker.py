@@ -79,6 +79,7 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 
 def footprint(trainer: FederatedTrainer) -> dict[str, int]:
     """What must not grow: hooks, processes, threads, open files, tensors."""
+    PartialState().wait_for_everyone()  # the threads of gloo let go of what they have sent a little later
     gc.collect()
     process = psutil.Process()
     hooks = sum(
