@@ -86,7 +86,7 @@ def _check_fsdp_launch(args: TrainingArguments, distributed_type: DistributedTyp
 
 
 def check_deepspeed(
-    args: FederationArguments, plugin: Any, model: nn.Module, server: Server, has_optimizer: bool
+    args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, server: Server, has_optimizer: bool
 ) -> None:
     """
     Refuse what a federation cannot do under DeepSpeed.
@@ -98,6 +98,8 @@ def check_deepspeed(
             The settings of DeepSpeed.
         model (`nn.Module`):
             The model, before the engine is built.
+        live ([`LiveState`]):
+            Its tensors.
         server ([`Server`]):
             The method.
         has_optimizer (`bool`):
@@ -125,6 +127,8 @@ def check_deepspeed(
         reason = "The loss scale of `fp16` would go on from client to client. Set `bf16=True`, or neither."
     elif has_optimizer:
         reason = "`optimizers` cannot be given: DeepSpeed splits what it holds. Set `optim` and `optim_args`."
+    elif live.buffers:
+        reason = f"{min(live.buffers)} is a running statistic, of which DeepSpeed leaves each process its own, so they would go apart. {ddp}."
     elif args.keep_optimizer_state:
         reason = (
             "`keep_optimizer_state=True` keeps what the optimiser remembers of every tensor, but DeepSpeed has it in one flat piece per "
@@ -148,7 +152,7 @@ def check_deepspeed(
             f"`aggregation={args.aggregation!r}` adds to base weights, which ZeRO-3 has split. {zero2}, or 'fedavg'."
         )
     if reason is not None:
-        raise NotImplementedError(f"{reason[0].upper()}{reason[1:]}")
+        raise NotImplementedError(reason)
 
 
 def check_fsdp(args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, server: Server) -> None:

@@ -172,7 +172,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
         self._refuse_what_the_method_cannot_have(has_optimizer)
         if self.is_deepspeed_enabled:
-            check_deepspeed(args, self.accelerator.state.deepspeed_plugin, self.model, self.server, has_optimizer)
+            plugin = self.accelerator.state.deepspeed_plugin
+            check_deepspeed(args, plugin, self.model, self._live_adapter, self.server, has_optimizer)
         if self.is_fsdp_enabled:
             check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, self.server)
         self._record = self._new_record()
