@@ -39,7 +39,7 @@ from .checkpoint import (
 )
 from .client_settings import ClientSettings, parse_client_settings
 from .client_store import ClientStore
-from .client_turn import ClientTurnMixin
+from .client_turn import ClientTurnMixin, FailedAloneError
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .hub import fetch_adapter
@@ -429,6 +429,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")
+        # All is written when any process goes on. It also gives gloo's threads the time to let go of the tensors of the last
+        # collectives: one that still does when the interpreter ends aborts the process.
+        self.accelerator.wait_for_everyone()
         train_loss = sum(entry["train_loss"] for entry in rounds) / len(rounds)
         metrics = {
             "train_loss": train_loss,
@@ -440,12 +443,17 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     @contextmanager
     def _keeping_the_global_adapter(self) -> Iterator[None]:
-        """Whatever happens in a local round, the live model holds the last global adapter afterwards."""
+        """After a local round has failed or was interrupted, the live model holds the last global adapter."""
+        together = True
         try:
             yield
+        except FailedAloneError:
+            together = False  # the others wait elsewhere, and writing needs them
+            raise
         finally:
-            self._live_adapter.write(self._global_state)
-            self._live_adapter.train_only(None)
+            if together:
+                self._live_adapter.write(self._global_state)
+                self._live_adapter.train_only(None)
 
     # Small things
 
