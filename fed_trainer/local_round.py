@@ -155,6 +155,7 @@ class LocalRoundMixin(Trainer):
         deepspeed = self._deepspeed_optimizer
         if self.accelerator.num_processes == 1 or (deepspeed is not None and not deepspeed.can_discard_gradients):
             return nullcontext()
+        assert self.model is not None
         return self.model.register_forward_hook(self._agree_after_forward, always_call=True)
 
     def _agree_after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:

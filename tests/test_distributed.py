@@ -155,6 +155,30 @@ def test_a_federation_of_two_processes_gives_the_result_of_one(kind, run_of):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SEVERAL)
+def test_a_client_that_fails_in_one_process_is_tried_again_by_all(kind, run_of):
+    for report in run_of(kind).reports:
+        assert report["failing"]["retried"] == report["failing"]["healthy"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["ddp", *SEVERAL[1:3]])
+def test_a_client_that_fails_in_one_process_is_left_out_by_all_and_leaves_nothing_behind(kind, run_of):
+    for report in run_of(kind).reports:
+        assert report["failing"]["left_out"] == report["failing"]["without"]
+        assert report["failing"]["reasons"] == {
+            "client_1": "its local round failed with RuntimeError: no memory (process 1)"
+        }
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_the_slowest_process_decides_whether_a_client_is_too_slow(kind, run_of):
+    for report in run_of(kind).reports:
+        assert report["failing"]["hurried"].count("it was not done in time, but had taken 1 of 2 steps") == 3
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
 def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
     folders = [run_of(kind).folder / "fedsa_lora" / part for part in ("clients", "checkpoint-2/clients")]
     for folder in folders:
