@@ -27,7 +27,7 @@ from trl.trainer.utils import get_config_model_id
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
-from .aggregation import SLoRA
+from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
 from .checkpoint import (
     ADAPTER_WEIGHTS,
@@ -39,7 +39,7 @@ from .checkpoint import (
 )
 from .client_settings import ClientSettings, parse_client_settings
 from .client_store import ClientStore
-from .client_turn import ClientTurnMixin, FailedAloneError
+from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .hub import fetch_adapter
@@ -444,14 +444,15 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     @contextmanager
     def _keeping_the_global_adapter(self) -> Iterator[None]:
         """After a local round has failed or was interrupted, the live model holds the last global adapter."""
-        together = True
+        is_alone = False
         try:
             yield
-        except FailedAloneError:
-            together = False  # the others wait elsewhere, and writing needs them
+        except BaseException as error:
+            # of several processes the others may wait elsewhere, and under DeepSpeed they have to write together
+            is_alone = self.accelerator.num_processes > 1 and not isinstance(error, TooFewClientsError)
             raise
         finally:
-            if together:
+            if not is_alone:
                 self._live_adapter.write(self._global_state)
                 self._live_adapter.train_only(None)
 
