@@ -152,13 +152,15 @@ class LocalRoundMixin(Trainer):
 
     def _agreeing_in_forward(self) -> AbstractContextManager[Any]:
         """Within, a forward pass that fails stops all processes, if the pass has no communication of its own."""
-        deepspeed = self._deepspeed_optimizer
-        if self.accelerator.num_processes == 1 or (deepspeed is not None and not deepspeed.can_discard_gradients):
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
             return nullcontext()
         assert self.model is not None
         return self.model.register_forward_hook(self._agree_after_forward, always_call=True)
 
     def _agree_after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        deepspeed = self._deepspeed_optimizer  # which the first local round makes
+        if deepspeed is not None and not deepspeed.can_discard_gradients:
+            return
         failed = output is None  # torch then raises what has been raised
         if self._any_stops(failed) and not failed:
             raise OtherProcessFailedError("the forward pass of another process has failed")

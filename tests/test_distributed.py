@@ -43,6 +43,7 @@ SEVERAL = [
     # compiles an optimiser for the CPU, which takes minutes
     pytest.param("zero3_offload", marks=[needs_deepspeed, pytest.mark.slow]),
 ]
+NOT_SPLIT = ["ddp", *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero1", "zero2"))]
 
 
 class Run:
@@ -161,7 +162,7 @@ def test_a_client_that_fails_in_one_process_is_tried_again_by_all(kind, run_of):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["ddp", *SEVERAL[1:3]])
+@pytest.mark.parametrize("kind", NOT_SPLIT)
 def test_a_client_that_fails_in_one_process_is_left_out_by_all_and_leaves_nothing_behind(kind, run_of):
     for report in run_of(kind).reports:
         assert report["failing"]["left_out"] == report["failing"]["without"]
