@@ -28,11 +28,22 @@ class DeepSpeedOptimizer:
     """
 
     def __init__(self, engine: Any) -> None:
+        self._zero = engine.optimizer
         self._optimizer = engine.optimizer.optimizer
+        self.can_discard_gradients = engine.zero_optimization_stage() < 3 and not self._zero.cpu_offload
+        """Whether a forward pass can be broken off: ZeRO-3 gathers weights in it, and offloading keeps gradients elsewhere."""
 
     def reset(self) -> None:
         """Forget the moments: the next step makes them anew, as the first one did. They are not saved anywhere."""
         self._optimizer.state.clear()
+
+    def discard_gradients(self) -> None:
+        """Forget what was accumulated for a step that was broken off, as DeepSpeed does for one that has overflowed."""
+        if not self.can_discard_gradients:
+            return  # it is only left between steps
+        self._zero.zero_grad(set_to_none=True)
+        self._zero.averaged_gradients.clear()
+        self._zero.all_grad_tensors.clear()
 
 
 def read_master(tensor: torch.Tensor) -> torch.Tensor | None:

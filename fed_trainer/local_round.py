@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import time
-from collections.abc import Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
@@ -23,7 +25,7 @@ from .engine_deepspeed import DeepSpeedOptimizer
 from .local_objectives import LocalObjective
 
 
-__all__ = ["ClientTimeoutError", "LocalRoundMixin"]
+__all__ = ["ClientTimeoutError", "LocalRoundMixin", "OtherProcessFailedError"]
 
 
 class LocalRoundMixin(Trainer):
@@ -47,6 +49,7 @@ class LocalRoundMixin(Trainer):
     _optimizer_start: AdapterState | None = None
     _objective: LocalObjective | None
     _checkpointing_is_on: bool = False
+    _all_have_stopped: bool = False  # whether all processes have broken off the last local round, at the same place
 
     def local_round(
         self,
@@ -82,7 +85,8 @@ class LocalRoundMixin(Trainer):
             objective ([`LocalObjective`], *optional*):
                 What to add to the gradients; `begin` has been called.
             timeout (`float`, *optional*):
-                Seconds after which it counts as failed, looked at after every optimiser step.
+                Seconds after which it counts as failed, looked at after every optimiser step. Of several processes the slowest
+                counts.
             optimizer_state (`dict[str, torch.Tensor]`, *optional*):
                 What `optimizer_state` has returned after an earlier local round, to go on with; a fresh optimiser if not given.
 
@@ -91,6 +95,7 @@ class LocalRoundMixin(Trainer):
 
         Raises:
             ClientTimeoutError: If it takes longer than `timeout`.
+            OtherProcessFailedError: If a batch or a forward pass has failed in another process.
         """
         start = time.perf_counter()
         self._live_adapter.write(state)
@@ -106,14 +111,16 @@ class LocalRoundMixin(Trainer):
         # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
         federation = self.state, self.control, self.callback_handler
         self.control = TrainerControl()
-        self.callback_handler = _LocalCallbackHandler(federation[2], None if timeout is None else start + timeout)
+        is_late = None if timeout is None else lambda: self._any_stops(time.perf_counter() > start + timeout)
+        self.callback_handler = _LocalCallbackHandler(federation[2], is_late)
         checkpointing, budget = self.args.activation_checkpointing, self.args.max_steps
         if max_steps is not None:
             self.args.max_steps = max_steps
         if self._checkpointing_is_on:
             self.args.activation_checkpointing = False  # every switching on adds a hook
         try:
-            output = super().train()
+            with self._agreeing_in_forward():
+                output = super().train()
         finally:
             self.state, self.control, self.callback_handler = federation
             self.args.activation_checkpointing, self.args.max_steps = checkpointing, budget
@@ -157,6 +164,44 @@ class LocalRoundMixin(Trainer):
                 dtype = {int: torch.int64, float: torch.float64}.get(type(value))
                 state[f"{name}:{key}"] = torch.as_tensor(value, dtype=dtype).detach().to("cpu", copy=True)
         return state
+
+    # Where several processes learn that one of them has failed. They stop together there, and go on together with the next client.
+
+    def _any_stops(self, stops: bool) -> bool:
+        """Whether any process stops here; all have to ask."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(stops), device=self.accelerator.device)
+            stops = bool(self.accelerator.reduce(flag, reduction="sum").item())
+        self._all_have_stopped |= stops
+        return stops
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """As [`~transformers.Trainer.get_batch_samples`]; a batch that cannot be made stops all processes."""
+        try:
+            batches = list(itertools.islice(epoch_iterator, num_batches))
+        except Exception:
+            self._any_stops(True)
+            raise
+        if self._any_stops(False):
+            raise OtherProcessFailedError("another process could not make a batch")
+        return super().get_batch_samples(iter(batches), num_batches, device)
+
+    def _agreeing_in_forward(self) -> AbstractContextManager[Any]:
+        """Within, a forward pass that fails stops all processes, if the pass has no communication of its own."""
+        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
+            return nullcontext()
+        assert self.model is not None
+        return self.model.register_forward_hook(self._agree_after_forward, always_call=True)
+
+    def _agree_after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        deepspeed = self._deepspeed_optimizer  # which the first local round makes
+        if deepspeed is not None and not deepspeed.can_discard_gradients:
+            return
+        failed = output is None  # torch then raises what has been raised
+        if self._any_stops(failed) and not failed:
+            raise OtherProcessFailedError("the forward pass of another process has failed")
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -248,9 +293,11 @@ class LocalRoundMixin(Trainer):
 
     def _recover(self) -> None:
         """Put the engine in order after a local round that broke off in the middle of a step."""
-        self.is_in_train = False
+        self.is_in_train = self._all_have_stopped = False
         for parameter in self._live_adapter.parameters().values():
             parameter.grad = None
+        if self._deepspeed_optimizer is not None:
+            self._deepspeed_optimizer.discard_gradients()
         self.accelerator.gradient_state._set_sync_gradients(True)
         self._free_local_round()
         gc.collect()  # the exception holds on to activations
@@ -283,17 +330,21 @@ class ClientTimeoutError(RuntimeError):
     """A local round that took longer than `client_timeout`."""
 
 
+class OtherProcessFailedError(RuntimeError):
+    """What ends a local round in a process that could have gone on."""
+
+
 class _LocalFlowCallback(DefaultFlowCallback):
     """Ends a local round at its budget; a client neither logs, evaluates nor saves on its own."""
 
-    def __init__(self, deadline: float | None) -> None:
-        self.deadline = deadline
+    def __init__(self, is_late: Callable[[], bool] | None) -> None:
+        self.is_late = is_late
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         control.should_training_stop = state.global_step >= state.max_steps
-        if self.deadline is not None and time.perf_counter() > self.deadline and not control.should_training_stop:
+        if self.is_late is not None and not control.should_training_stop and self.is_late():
             raise ClientTimeoutError(
                 f"it was not done in time, but had taken {state.global_step} of {state.max_steps} steps"
             )
@@ -312,9 +363,9 @@ class _LocalCallbackHandler(CallbackHandler):
         {"on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"}
     )
 
-    def __init__(self, handler: CallbackHandler, deadline: float | None) -> None:
+    def __init__(self, handler: CallbackHandler, is_late: Callable[[], bool] | None) -> None:
         others = [callback for callback in handler.callbacks if not isinstance(callback, DefaultFlowCallback)]
-        super().__init__([_LocalFlowCallback(deadline), *others], handler.model, handler.processing_class, None, None)
+        super().__init__([_LocalFlowCallback(is_late), *others], handler.model, handler.processing_class, None, None)
 
     def call_event(
         self, event: str, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

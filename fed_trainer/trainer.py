@@ -27,7 +27,7 @@ from trl.trainer.utils import get_config_model_id
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
-from .aggregation import SLoRA
+from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
 from .checkpoint import (
     ADAPTER_WEIGHTS,
@@ -442,6 +442,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")
+        wait_for_first()  # when any process goes on, all is written
+        # Gives gloo's threads the time to let go of the tensors of the last collectives: one that still does when the interpreter ends
+        # aborts the process.
+        self.accelerator.wait_for_everyone()
         train_loss = sum(entry["train_loss"] for entry in rounds) / len(rounds)
         metrics = {
             "train_loss": train_loss,
@@ -453,12 +457,18 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     @contextmanager
     def _keeping_the_global_adapter(self) -> Iterator[None]:
-        """Whatever happens in a local round, the live model holds the last global adapter afterwards."""
+        """After a local round has failed or was interrupted, the live model holds the last global adapter."""
+        is_alone = False
         try:
             yield
+        except BaseException as error:
+            # of several processes the others may wait elsewhere, and under DeepSpeed they have to write together
+            is_alone = self.accelerator.num_processes > 1 and not isinstance(error, TooFewClientsError)
+            raise
         finally:
-            self._live_adapter.write(self._global_state)
-            self._live_adapter.train_only(None)
+            if not is_alone:
+                self._live_adapter.write(self._global_state)
+                self._live_adapter.train_only(None)
 
     # Small things
 

@@ -241,6 +241,7 @@ def main() -> None:
     if trainer.is_world_process_zero() and is_matplotlib_available():
         for path in write_report(args.output_dir):
             print(f"wrote {path}")
+    trainer.accelerator.end_training()
 
 
 def _resume(value: str | None) -> str | bool | None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import itertools
 import json
 import os
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import torch
@@ -21,11 +23,12 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer.aggregation import TooFewClientsError
 
 
 KIND, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 SPLIT = ("zero3", "zero3_offload", "fsdp2")  # kinds that split the weights
-SWAPS = 30
+SWAPS = 200
 LOCAL = {
     "max_steps": 2,
     "learning_rate": 1e-2,
@@ -42,17 +45,18 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
     processes = int(os.environ.get("WORLD_SIZE", 1))
     clients = clients_of(num_clients=3)
     clients["client_1"] = clients["client_1"].select(range(8))
+    if settings.pop("leaves_out_client_1", False):
+        del clients["client_1"]
     held_out: Any = clients["client_0"].select(range(8))
     if settings.pop("evaluates_clients", False):
         held_out = {client: rows.select(range(4)) for client, rows in clients.items()}
     on_cpu = KIND in ("cpu", "ddp")  # the others would be dropped
     args = FederatedConfig(
         output_dir=str(FOLDER / name),
-        per_device_train_batch_size=4 // processes,
         per_device_eval_batch_size=1,  # `Trainer` averages the losses of batches
         use_cpu=on_cpu,
         ddp_backend=None if on_cpu else "gloo",
-        **{**LOCAL, **settings},
+        **{**LOCAL, "per_device_train_batch_size": 4 // processes, **settings},
     )
     if KIND.startswith("zero3"):  # or else ZeRO-3 would leave these small weights whole
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
@@ -111,7 +115,7 @@ def one_engine() -> dict[str, Any]:
     state, sizes = fresh, []
     for swap in range(SWAPS):
         state, _ = local_round(names[swap % 3], state, seed=swap)
-        if swap in (5, SWAPS - 1):
+        if swap in (9, SWAPS - 1):
             sizes.append(footprint(trainer))
     again, metrics_again = local_round(names[0], start, seed=1)
     return {
@@ -165,6 +169,58 @@ class StopAfterOneRound(TrainerCallback):
         control.should_training_stop = state.global_step >= 1
 
 
+def fail_in_last_process(trainer: FederatedTrainer, forward: bool) -> None:
+    """There `client_1` cannot do a forward pass with gradients accumulated; or the collator fails, once, for some client."""
+    if int(os.environ.get("RANK", 0)) + 1 != trainer.accelerator.num_processes:
+        return
+    turn = {"client": "", "passes": 0, "batches": 0}
+    client_round, collator = trainer._client_round, trainer.data_collator
+
+    def remembered(client: str, *args: Any) -> Any:
+        turn.update(client=client, passes=0)
+        return client_round(client, *args)
+
+    def before_forward(module: torch.nn.Module, inputs: Any) -> None:
+        turn["passes"] += module.training
+        if module.training and turn["client"] == "client_1" and turn["passes"] == 2:
+            raise RuntimeError("no memory")
+
+    def collate(rows: Any) -> Any:
+        turn["batches"] += trainer.is_in_train
+        if turn["batches"] == 6:
+            turn["batches"] += 1
+            raise OSError("no file")
+        return collator(rows)
+
+    trainer._client_round = remembered
+    if forward:
+        trainer.model.get_base_model().register_forward_pre_hook(before_forward)
+    else:
+        trainer.data_collator = collate
+
+
+def clients_that_fail() -> dict[str, Any]:
+    """Failures of one process, which all learn of, beside the same federation without them."""
+    short = {"gradient_accumulation_steps": 2, "num_rounds": 1, "per_device_train_batch_size": 1}
+    retried = make_trainer("retried", client_retries=1, **short)
+    fail_in_last_process(retried, forward=False)
+    report: dict[str, Any] = {"retried": federation(retried), "healthy": federation(make_trainer("healthy", **short))}
+    if KIND not in SPLIT:
+        left_out = make_trainer("left_out", **short)
+        fail_in_last_process(left_out, forward=True)
+        report["left_out"] = federation(left_out)
+        report["without"] = federation(make_trainer("without", leaves_out_client_1=True, **short))
+        report["reasons"] = left_out._record["rounds"][0]["refused"]
+    hurried = make_trainer("hurried", client_timeout=100.0, **short)
+    seconds_per_look = 1000 if os.environ.get("RANK", "0") == "0" else 0
+    with patch("fed_trainer.local_round.time.perf_counter", itertools.count(step=seconds_per_look).__next__):
+        try:
+            hurried.train()
+        except TooFewClientsError as error:
+            report["hurried"] = str(error)
+    return report
+
+
 def main() -> None:
     if KIND == "fsdp2":
         pretend_that_accelerate_found_gpus()
@@ -174,13 +230,11 @@ def main() -> None:
     report["resumed"] = federation(make_trainer("resumed"), resume=True)
     if KIND not in SPLIT:  # refused there
         report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
+    report["failing"] = clients_that_fail()
     if KIND == "fsdp2":
-        report["bfloat16"] = in_bfloat16()
+        report["bfloat16"] = in_bfloat16()  # the last: it changes the environment
     (FOLDER / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(report))
-    PartialState().wait_for_everyone()
-    # Not through the end of the interpreter, where ZeRO-3 on the CPU now and then aborts ("terminate called without an active
-    # exception"), after all has been done and written.
-    os._exit(0)
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

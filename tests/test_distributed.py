@@ -45,6 +45,7 @@ SEVERAL = [
     # compiles an optimiser for the CPU, which takes minutes
     pytest.param("zero3_offload", marks=[needs_deepspeed, pytest.mark.slow]),
 ]
+NOT_SPLIT = ["ddp", *(pytest.param(kind, marks=needs_deepspeed) for kind in ("zero1", "zero2"))]
 
 
 class Run:
@@ -153,6 +154,30 @@ def test_a_federation_of_two_processes_gives_the_result_of_one(kind, run_of):
         assert records[0]["base_digest"] == records[1]["base_digest"] is not None
         losses = [[entry["train_loss"] for entry in record["rounds"]] for record in records]
         assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_a_client_that_fails_in_one_process_is_tried_again_by_all(kind, run_of):
+    for report in run_of(kind).reports:
+        assert report["failing"]["retried"] == report["failing"]["healthy"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", NOT_SPLIT)
+def test_a_client_that_fails_in_one_process_is_left_out_by_all_and_leaves_nothing_behind(kind, run_of):
+    for report in run_of(kind).reports:
+        assert report["failing"]["left_out"] == report["failing"]["without"]
+        assert report["failing"]["reasons"] == {
+            "client_1": "its local round failed with RuntimeError: no memory (process 1)"
+        }
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_the_slowest_process_decides_whether_a_client_is_too_slow(kind, run_of):
+    for report in run_of(kind).reports:
+        assert report["failing"]["hurried"].count("it was not done in time, but had taken 1 of 2 steps") == 3
 
 
 @pytest.mark.timeout(900)

@@ -1,0 +1,37 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_distributed import DEEPSPEED, needs_deepspeed
+
+
+TESTS = Path(__file__).parent
+ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.distributed
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("launched", "kills"), [({}, 4), pytest.param(ZERO2, 2, marks=needs_deepspeed)], ids=["ddp", "zero2"]
+)
+def test_processes_that_are_killed_go_on_to_the_same_bits(launched, kills, tiny_model_dir, tmp_path):
+    """SIGKILL of the process that writes, or of the other, while rounds are trained and written."""
+    environment = {**os.environ, **launched}
+    folders = [str(TESTS.parent), str(TESTS), *([DEEPSPEED] if launched and DEEPSPEED else [])]
+    environment["PYTHONPATH"] = os.pathsep.join(folders)
+    environment["PATH"] = os.pathsep.join([str(Path(DEEPSPEED, "bin")), os.environ["PATH"]])  # ninja
+    result = subprocess.run(
+        [sys.executable, str(TESTS / "kill_processes.py"), str(tiny_model_dir), str(tmp_path), str(kills)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["wrong"] == []
+    assert len(report["places"]) == kills
