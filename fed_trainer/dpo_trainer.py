@@ -123,11 +123,14 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         config: Any = copy.deepcopy(model.active_peft_config)
         if isinstance(config, LoraConfig):
             config.init_lora_weights = True  # it is overwritten; other starts need data, or move the base weights
+        start = self._live_adapter.read(include_frozen=True)
         with _keeping_what_is_trained(model):
             model.add_adapter(_REFERENCE, config)
             with use_adapter(model, _REFERENCE):
                 reference = live_state(model)
-        reference.write(self._live_adapter.read(include_frozen=True))
+                for key, parameter in reference.parameters().items():
+                    parameter.data = parameter.data.to(start[key].dtype)  # TRL's choice for quantised bases
+        reference.write(start)
         if self.args.disable_dropout:
             disable_dropout_in_model(model)
         return reference

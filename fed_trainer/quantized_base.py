@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -30,7 +32,8 @@ def keep_differentiable(base: nn.Module) -> None:
 
     for name, module in base.named_modules():
         if isinstance(module, Linear4bit):
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
+            weight: Any = module.weight
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
                 raise ValueError(
                     f"The 4-bit weights of {name} have been repacked for inference by an evaluation on the CPU, so no gradient would "
                     "pass through them. Load the base model anew, and leave the first evaluation to the trainer."

@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federations on a 4-bit base (QLoRA): the base stays, only the adapter travels."""
 
+import math
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
 from fed_trainer.quantized_base import keep_differentiable
 from peft_scl import FederaConfig, SclConfig
 
@@ -118,6 +120,24 @@ def test_evaluations_between_the_rounds_do_not_touch_what_is_trained(make_traine
     for output, evaluates in (("with", True), ("without", False)):
         make_trainer(output, peft_config, evaluates=evaluates).train()
     assert same(adapter(tmp_path / "with"), adapter(tmp_path / "without"))
+
+
+@pytest.mark.parametrize("reference", ["initial", "round"])
+def test_the_reference_of_dpo_on_a_4_bit_base_is_the_policy_itself_at_the_start(
+    make_clients, base_dir, tmp_path, reference
+):
+    pairs = make_clients(num_clients=1)["client_0"].rename_columns({"completion": "chosen", "topic": "rejected"})
+    trainer = FederatedDPOTrainer(
+        model=str(base_dir),
+        args=FederatedDPOConfig(output_dir=str(tmp_path), reference=reference, num_rounds=1, **LOCAL),
+        train_dataset={"client_0": pairs},
+        eval_dataset=pairs,
+        peft_config=LoraConfig(**LORA, init_lora_weights=False),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+    trainer.train()
+    assert trainer._record["start"]["eval"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer._record["rounds"][0]["eval"]["eval_loss"] < 0.69
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 only")
