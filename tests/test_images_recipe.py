@@ -44,7 +44,9 @@ def grey_images(number, seed):
     """Bright images are of class 1; two of three are bright."""
     draw = np.random.default_rng(seed)
     labels = (np.arange(number) % 3 > 0).astype(np.int64)
-    return draw.integers(0, 120, (number, SIDE, SIDE)).astype(np.uint8) + (100 * labels[:, None, None]).astype(np.uint8), labels
+    return draw.integers(0, 120, (number, SIDE, SIDE)).astype(np.uint8) + (100 * labels[:, None, None]).astype(
+        np.uint8
+    ), labels
 
 
 @pytest.fixture
@@ -87,11 +89,14 @@ def test_every_method_trains_the_head_and_gives_macro_f1(run, tiny_vit, method):
 
 def test_the_published_adapter_gives_the_classes_of_the_run(run, tiny_vit):
     folder = run("scl")
+    assert 'AutoPeftModel.from_pretrained("path/to/this/folder", num_labels=2)' in (folder / "README.md").read_text()
     record = json.loads((folder / "federation.json").read_text())
     base = ViTForImageClassification.from_pretrained(tiny_vit, num_labels=2, ignore_mismatched_sizes=True)
     model = PeftModel.from_pretrained(base, folder).eval()
     images, labels = grey_images(12, len("test"))
-    rows = Dataset.from_dict({"image": list(images), "label": labels}, features=Features({"image": Image(), "label": ClassLabel(2)}))
+    rows = Dataset.from_dict(
+        {"image": list(images), "label": labels}, features=Features({"image": Image(), "label": ClassLabel(2)})
+    )
     batch = recipe.ImageCollator(ViTImageProcessorPil.from_pretrained(tiny_vit))(list(rows))
     with torch.no_grad():
         hits = model(pixel_values=batch["pixel_values"]).logits.argmax(-1) == batch["labels"]
