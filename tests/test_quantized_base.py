@@ -10,7 +10,14 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
+from fed_trainer import (
+    FederatedConfig,
+    FederatedDPOConfig,
+    FederatedDPOTrainer,
+    FederatedRewardConfig,
+    FederatedRewardTrainer,
+    FederatedTrainer,
+)
 from fed_trainer.quantized_base import keep_differentiable
 from peft_scl import FederaConfig, SclConfig
 
@@ -138,6 +145,30 @@ def test_the_reference_of_dpo_on_a_4_bit_base_is_the_policy_itself_at_the_start(
     trainer.train()
     assert trainer._record["start"]["eval"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert trainer._record["rounds"][0]["eval"]["eval_loss"] < 0.69
+
+
+def test_a_reward_model_on_a_4_bit_base_and_its_head(make_clients, base_dir, tmp_path):
+    pairs = make_clients(num_clients=1)["client_0"].rename_columns({"completion": "chosen", "topic": "rejected"})
+    trainer = FederatedRewardTrainer(
+        model=str(base_dir),
+        args=FederatedRewardConfig(
+            output_dir=str(tmp_path), num_rounds=2, model_init_kwargs={"dtype": "bfloat16"}, **LOCAL
+        ),
+        train_dataset={"client_0": pairs},
+        eval_dataset=pairs,
+        peft_config=LoraConfig(**{**LORA, "task_type": "SEQ_CLS"}),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    )
+    start = trainer._global_state
+    trainer.train()
+    assert trainer._record["rounds"][-1]["eval"]["eval_loss"] < trainer._record["start"]["eval"]["eval_loss"]
+    head = "base_model.model.score.weight"
+    assert not torch.equal(adapter(tmp_path)[head], start[head])
+
+
+def test_federa_on_a_4_bit_base_needs_the_base_kept(make_trainer):
+    with pytest.raises(ValueError, match="keep_base=True"):
+        make_trainer("out", FederaConfig(**LORA))
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 only")
