@@ -130,7 +130,7 @@ def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     """The adapter of the method with the head; `None` where the whole model is trained."""
     # PEFT has no task type for images, so the head is named
     common: dict[str, Any] = {"r": recipe.r, "modules_to_save": [HEAD]}
-    linear = {"lora_alpha": recipe.r, "target_modules": "all-linear", "exclude_modules": [HEAD]}
+    linear: dict[str, Any] = {"lora_alpha": recipe.r, "target_modules": "all-linear", "exclude_modules": [HEAD]}
     match recipe.method:
         case "scl":
             return SclConfig(**common)

@@ -40,7 +40,7 @@ def main() -> None:
     np.savez_compressed(args.output_dir / "federated.npz", **rest)
 
     side = arrays["train_images"].shape[1]
-    config = ViTConfig(
+    config = ViTConfig(  # type: ignore[call-arg]
         image_size=side,
         patch_size=4,
         hidden_size=96,
