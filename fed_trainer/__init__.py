@@ -3,7 +3,8 @@
 """Federated fine-tuning of adapters with the trainers of TRL and transformers."""
 
 from .aggregation import ClientUpdate
-from .config import FederatedConfig, FederatedTaskConfig
+from .config import FederatedConfig, FederatedDPOConfig, FederatedRewardConfig, FederatedTaskConfig
+from .dpo_trainer import FederatedDPOTrainer
 from .joining import Invitation, invite, join
 from .partition import (
     dirichlet_partition,
@@ -14,6 +15,7 @@ from .partition import (
     pathological_partition,
     quantity_skew_partition,
 )
+from .reward_trainer import FederatedRewardTrainer
 from .sft_trainer import FederatedTrainer
 from .task_trainer import FederatedTaskTrainer
 from .trainer import FederatedMixin
@@ -22,7 +24,11 @@ from .trainer import FederatedMixin
 __all__ = [
     "ClientUpdate",
     "FederatedConfig",
+    "FederatedDPOConfig",
+    "FederatedDPOTrainer",
     "FederatedMixin",
+    "FederatedRewardConfig",
+    "FederatedRewardTrainer",
     "FederatedTaskConfig",
     "FederatedTaskTrainer",
     "FederatedTrainer",

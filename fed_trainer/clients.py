@@ -13,7 +13,16 @@ from .client_datasets import one_of_each_source, rows_by_client
 from .config import FederationArguments, joins_examples
 
 
-__all__ = ["ClientSampler", "check_clients", "check_model_columns", "check_sft_columns", "client_seed", "local_batch"]
+__all__ = [
+    "ClientSampler",
+    "check_clients",
+    "check_model_columns",
+    "check_preference_columns",
+    "check_sft_columns",
+    "client_seed",
+    "held_out_sets",
+    "local_batch",
+]
 
 
 class ClientSampler:
@@ -135,6 +144,37 @@ def check_sft_columns(clients: Mapping[str, Dataset], text_field: str, kind: str
     _refuse_different_columns(clients)
 
 
+def check_preference_columns(
+    clients: Mapping[str, Dataset], formats: Sequence[set[str]], trainer: str, kind: str = "Client"
+) -> None:
+    """
+    Refuse clients whose columns are none of TRL's formats of preferences, or differ from client to client.
+
+    Args:
+        clients (`Mapping[str, Dataset]`):
+            Data by client.
+        formats (`Sequence[set[str]]`):
+            The columns that are needed, by format.
+        trainer (`str`):
+            The trainer that takes them, for the message.
+        kind (`str`, *optional*, defaults to `"Client"`):
+            What the names are names of.
+
+    Raises:
+        ValueError: Naming the client and its columns.
+    """
+    clients = one_of_each_source(clients)
+    for name, dataset in clients.items():
+        columns = set(dataset.column_names)
+        if not any(needed <= columns for needed in formats):
+            raise ValueError(
+                f"{kind} {name!r} has the columns {sorted(columns)}, but `{trainer}` needs pairs of answers: 'chosen' and 'rejected', "
+                "and a 'prompt' unless both begin with it. Rename its columns; of ratings ('completion' and 'label') pairs have to be "
+                "made first."
+            )
+    _refuse_different_columns(clients)
+
+
 def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model: str, kind: str = "Client") -> None:
     """
     Refuse clients of which [`~transformers.Trainer`] would pass nothing but labels to the model, or that differ in columns.
@@ -161,6 +201,13 @@ def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model:
                 "If your collator does it, set `remove_unused_columns=False`."
             )
     _refuse_different_columns(clients)
+
+
+def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
+    """Held-out data by name, as `Trainer` takes it; empty if there is none."""
+    if eval_dataset is None:
+        return {}
+    return eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
 
 
 def _refuse_different_columns(clients: Mapping[str, Dataset]) -> None:

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import SFTConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .aggregation import METHODS
 from .local_objectives import LOCAL_OBJECTIVES
@@ -18,12 +18,16 @@ from .server_optimizers import SERVER_OPTIMIZERS
 
 __all__ = [
     "FederatedConfig",
+    "FederatedDPOConfig",
+    "FederatedRewardConfig",
     "FederatedTaskConfig",
     "FederationArguments",
     "given",
     "joins_examples",
     "round_lr_factors",
 ]
+
+REFERENCES = ("initial", "base", "round")
 
 if TYPE_CHECKING:
     _Arguments = TrainingArguments
@@ -284,6 +288,59 @@ class FederatedTaskConfig(FederationArguments, TrainingArguments):
 
     The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type` and `eval_on_start`
     are those of [`FederatedConfig`]. `bf16` keeps its default, `False`.
+    """
+
+
+@dataclass
+class FederatedDPOConfig(FederationArguments, DPOConfig):
+    """
+    Configuration of a [`FederatedDPOTrainer`]: every field of [`~trl.DPOConfig`], plus what a federation adds.
+
+    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type`, `eval_on_start` and
+    `bf16` are those of [`FederatedConfig`]. One more:
+
+    Parameters:
+        reference (`str`, *optional*, defaults to `"initial"`):
+            The reference policy of the loss. `"initial"`: the policy before the first round, fixed over the whole federation: a
+            copy of the adapter it starts from (of `initial_adapter`, say). `"base"`: the model without the adapter, fixed too.
+            `"round"`: the global adapter at the start of the round, for all clients of the round and its evaluation.
+            `precompute_ref_log_probs` is possible with `"base"` alone, `sync_ref_model` with none.
+    """
+
+    reference: str = field(
+        default="initial",
+        metadata={
+            "help": "The reference policy: the adapter the federation starts from, the base model without an adapter, or the "
+            "global adapter at the start of each round.",
+            "choices": list(REFERENCES),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference not in REFERENCES:
+            raise ValueError(
+                f"`reference` should be one of {list(REFERENCES)} but the value passed is {self.reference!r}"
+            )
+        if self.sync_ref_model:
+            raise ValueError(
+                "`sync_ref_model=True` moves the reference in the middle of a client's local steps, so that it would go on from "
+                "client to client. Set `reference='round'`, which moves it from round to round."
+            )
+        if self.precompute_ref_log_probs and self.reference != "base":
+            raise ValueError(
+                f"`precompute_ref_log_probs=True` needs a reference that is known before the run, but `reference` is "
+                f"{self.reference!r}. Set `reference='base'`, or leave it off."
+            )
+
+
+@dataclass
+class FederatedRewardConfig(FederationArguments, RewardConfig):
+    """
+    Configuration of a [`FederatedRewardTrainer`]: every field of [`~trl.RewardConfig`], plus what a federation adds.
+
+    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type`, `eval_on_start` and
+    `bf16` are those of [`FederatedConfig`].
     """
 
 

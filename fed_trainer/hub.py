@@ -129,7 +129,11 @@ def model_card(
     base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
     loader = LOADERS.get(task_type or "", "AutoPeftModel") if method else model_class
     # the config of the base model knows nothing of the head that was trained
-    labels = f", num_labels={num_labels}" if task_type in ("SEQ_CLS", "TOKEN_CLS") and num_labels is not None else ""
+    heads = {"classifier", "score"} & set(record["peft_config"].get("modules_to_save") or [])
+    has_head = task_type in ("SEQ_CLS", "TOKEN_CLS") or (
+        task_type is None and heads
+    )  # of images PEFT has no task type
+    labels = f", num_labels={num_labels}" if has_head and num_labels is not None else ""
     rounds = record["rounds"]
     methods = {
         "SCL": "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "

@@ -37,8 +37,10 @@ RECORD_NAME = "federation.json"
 
 # What `Trainer.evaluate` measures of itself rather than of the model.
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "compilation_time", "preparation_time")
-# what `SFTTrainer` logs beside the loss; a count of tokens is no figure of quality, and the others follow the loss
-_TRL_EXTRAS = ("entropy", "mean_token_accuracy", "num_tokens")
+# what TRL's trainers log beside the loss; a count of tokens is no figure of quality, and the others follow the loss
+_TRL_EXTRAS = (
+    "entropy", "mean_token_accuracy", "num_tokens", "/chosen", "/rejected", "min_reward", "mean_reward", "max_reward",
+)  # fmt: skip
 
 _LOCAL_SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
@@ -49,6 +51,9 @@ _LOCAL_SETTINGS = (
     # of `SFTConfig`
     "loss_type", "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "max_length", "truncation_mode",
     "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "shuffle_dataset", "eos_token", "dataset_kwargs",
+    # of `FederatedDPOConfig` and `FederatedRewardConfig`
+    "reference", "beta", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing",
+    "use_weighting", "discopop_tau", "disable_dropout", "center_rewards_coefficient", "chat_template_path",
 )  # fmt: skip
 
 

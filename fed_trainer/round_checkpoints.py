@@ -45,7 +45,10 @@ class RoundCheckpointsMixin(RunFilesMixin):
 
     def _save_round(self, round: int) -> None:
         write = functools.partial(
-            self._write_checkpoint_files, weights=self._weights_to_save(), state=self._saved_state()
+            self._write_checkpoint_files,
+            weights=self._weights_to_save(),
+            state=self._saved_state(),
+            reference=self._reference_state(),
         )
         if self.is_world_process_zero():
             folder = write_checkpoint(self._folder, round, write)
@@ -63,12 +66,20 @@ class RoundCheckpointsMixin(RunFilesMixin):
         with self._base_changes.taken_out() if self._base_changes is not None else nullcontext():
             return self._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
 
+    def _reference_state(self) -> AdapterState:
+        """The policy that a trainer compares with, if a resumed run needs it as it was at the start."""
+        return {}
+
+    def _load_reference(self, state: AdapterState) -> None:
+        """Take over what `_reference_state` gave."""
+
     def _write_checkpoint_files(
-        self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState
+        self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
     ) -> None:
         self._save(str(folder), weights)
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
+        entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
         entries |= {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
         if self._base_changes is not None:
             entries |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
@@ -94,7 +105,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
         Raises:
             ValueError: If it is not whole, as one that was fetched from the Hub, or does not fit.
         """
-        parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}}
+        parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}, "reference": {}}
         if (folder / SERVER_STATE).is_file():
             for entry, tensor in load_file(folder / SERVER_STATE).items():
                 part, _, key = entry.partition(".")
@@ -111,6 +122,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
         if self._base_changes is not None:
             self._base_changes.load_state_dict(parts["base"])
         self.server.load_state_dict(parts["server"])
+        self._load_reference(parts["reference"])
         if self.is_world_process_zero():
             self._store.restore(folder / CLIENTS_FOLDER)
         wait_for_first()

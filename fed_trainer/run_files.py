@@ -83,8 +83,12 @@ class RunFilesMixin(Trainer):
             assert weights is not None
             self._base_changes.to_lora(weights).save_pretrained(folder)
             return
+        # of several adapters, such as the reference of DPO, only the one that is trained
+        only: dict[str, Any] = (
+            {"selected_adapters": self.model.active_adapters} if isinstance(self.model, PeftModel) else {}
+        )
         with self._live_adapter.publishable():
-            self.model.save_pretrained(str(folder), state_dict=weights)
+            self.model.save_pretrained(str(folder), state_dict=weights, **only)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

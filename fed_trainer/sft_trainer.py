@@ -2,33 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
-import datasets
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from .clients import check_sft_columns
+from .clients import check_sft_columns, held_out_sets
 from .config import FederatedConfig
-from .record import peft_type_name
-from .trainer import FederatedMixin
+from .trl_mixin import TRLMixin, refuse_without_log_probs
 
 
 __all__ = ["FederatedTrainer"]
 
 
-_WITHOUT_LOG_PROBS = {
-    "ADAPTION_PROMPT": "it keeps the model's forward from before. Train it with `FederatedTaskTrainer`, on tokenised data",
-    "CPT": "it computes a loss of its own from the logits. Use PROMPT_TUNING",
-}
-
-
-class FederatedTrainer(FederatedMixin, SFTTrainer):
+class FederatedTrainer(TRLMixin, SFTTrainer):
     """
     Federated supervised fine-tuning: a [`~trl.SFTTrainer`] whose training data is spread over clients.
 
@@ -77,43 +68,17 @@ class FederatedTrainer(FederatedMixin, SFTTrainer):
     model: PeftModel | PreTrainedModel
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
-        config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
-        kind = None if config is None else peft_type_name(config)
-        if kind in _WITHOUT_LOG_PROBS:
-            raise ValueError(
-                f"TRL's SFTTrainer asks the model for log-probabilities (`fused_lm_head`), which {kind} does not give: "
-                f"{_WITHOUT_LOG_PROBS[kind]}."
-            )
-        return {"model": model, "peft_config": peft_config}  # `SFTTrainer` loads and wraps
+        refuse_without_log_probs("SFTTrainer", model, peft_config)
+        return super()._model_arguments(model, peft_config)
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         if kwargs.get("formatting_func") is not None:
             return
         check_sft_columns(clients, self.args.dataset_text_field)
-        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in held_out.items():
-            if dataset is not None:
-                check_sft_columns({name: dataset}, self.args.dataset_text_field, kind="Held-out set")
+        for name, dataset in held_out_sets(eval_dataset).items():
+            check_sft_columns({name: dataset}, self.args.dataset_text_field, kind="Held-out set")
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
-        with _without_dataset_bars():
-            return self._prepare_dataset(
-                dataset,
-                self.processing_class,  # type: ignore[arg-type]
-                self.args,
-                self.args.packing,
-                self._formatting_func,
-                f"client {client}",
-            )
-
-
-@contextmanager
-def _without_dataset_bars() -> Iterator[None]:
-    """Four bars per client would bury the bar over rounds."""
-    were_on = datasets.is_progress_bar_enabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if were_on:
-            datasets.enable_progress_bars()
+        if self._skip_prepare_dataset:  # images, or by `dataset_kwargs`
+            return dataset
+        return self._prepare_as_trl(dataset, client, self.args.packing, self._formatting_func)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import Trainer
 
-from .clients import check_model_columns
+from .clients import check_model_columns, held_out_sets
 from .config import FederatedTaskConfig
 from .trainer import FederatedMixin
 
@@ -77,7 +77,5 @@ class FederatedTaskTrainer(FederatedMixin, Trainer):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         inputs = set(inspect.signature(base.forward).parameters)
         check_model_columns(clients, inputs, type(base).__name__)
-        held_out = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in held_out.items():
-            if dataset is not None:
-                check_model_columns({name: dataset}, inputs, type(base).__name__, kind="Held-out set")
+        for name, dataset in held_out_sets(eval_dataset).items():
+            check_model_columns({name: dataset}, inputs, type(base).__name__, kind="Held-out set")

@@ -50,6 +50,7 @@ from .live_prompt import check_prompt_arguments
 from .live_state import live_state
 from .processes import wait_for_first
 from .progress import RoundProgress
+from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
 from .refusals import refuse_what_would_leak
 from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
@@ -144,6 +145,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._live_adapter = live_state(self.model)
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
+            keep_differentiable(self.model.get_base_model())
         refuse_what_would_leak(self.model, self._live_adapter)
         freeze_for_good(args, self.model, self._live_adapter)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None

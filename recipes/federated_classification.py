@@ -237,15 +237,15 @@ def main() -> None:
         print(partition_summary(clients, "label"))
         trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         print(f"{recipe.method}: {trained:,} parameters are trained")
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume(args.resume_from_checkpoint))
     if trainer.is_world_process_zero() and is_matplotlib_available():
         for path in write_report(args.output_dir):
             print(f"wrote {path}")
     trainer.accelerator.end_training()
 
 
-def _resume(value: str | None) -> str | bool | None:
-    # the command line gives a string
+def resume(value: str | None) -> str | bool | None:
+    """What `train` takes; the command line gives a string."""
     return {"true": True, "false": None}.get(str(value).lower(), value)
 
 

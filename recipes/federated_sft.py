@@ -30,6 +30,7 @@ from fed_trainer import (
     pathological_partition,
     quantity_skew_partition,
 )
+from fed_trainer.config import FederationArguments
 from fed_trainer.report import write_report
 
 
@@ -211,7 +212,7 @@ def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
 
 
 def prepare(
-    recipe: RecipeArguments, args: FederatedConfig, train: Dataset, test: Dataset
+    recipe: RecipeArguments, args: FederationArguments, train: Dataset, test: Dataset
 ) -> tuple[Mapping[str, Dataset], Dataset | dict[str, Dataset]]:
     """The clients and the rows to evaluate on; `args` is told of the split."""
     args.label_column = args.label_column or recipe.partition_column
@@ -234,15 +235,15 @@ def main() -> None:
     if trainer.is_world_process_zero():
         print(partition_summary(clients, recipe.partition_column))
         print(f"trainable parameters: {trainer.get_num_trainable_parameters():,}")
-    trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=resume(args.resume_from_checkpoint))
     if trainer.is_world_process_zero() and is_matplotlib_available():
         for path in write_report(args.output_dir):
             print(f"wrote {path}")
     trainer.accelerator.end_training()
 
 
-def _resume(value: str | None) -> str | bool | None:
-    # the command line gives a string
+def resume(value: str | None) -> str | bool | None:
+    """What `train` takes; the command line gives a string."""
     return {"true": True, "false": None}.get(str(value).lower(), value)
 
 

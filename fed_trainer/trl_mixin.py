@@ -1,0 +1,70 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the federated trainers over TRL's have in common: TRL loads and wraps the model, and tokenises."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+
+from .record import peft_type_name
+from .trainer import FederatedMixin
+
+
+__all__ = ["TRLMixin", "refuse_without_log_probs"]
+
+
+_WITHOUT_LOG_PROBS = {
+    "ADAPTION_PROMPT": "it keeps the model's forward from before. Train it with `FederatedTaskTrainer`, on tokenised data",
+    "CPT": "it computes a loss of its own from the logits. Use PROMPT_TUNING",
+}
+
+
+class TRLMixin(FederatedMixin):
+    """[`FederatedMixin`] for the trainers of TRL."""
+
+    _prepare_dataset: Callable[..., Dataset]
+
+    def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
+        # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it
+        return {"model": model, "peft_config": copy.deepcopy(peft_config)}
+
+    def _prepare_as_trl(self, dataset: Dataset, client: str, *options: Any) -> Dataset:
+        """One client's data as the trainer prepares its own; `options` are what it asks for between `args` and a name."""
+        with _without_dataset_bars():
+            return self._prepare_dataset(dataset, self.processing_class, self.args, *options, f"client {client}")
+
+
+def refuse_without_log_probs(trainer: str, model: str | nn.Module | None, peft_config: PeftConfig | None) -> None:
+    """
+    Refuse an adapter with which TRL cannot compute log-probabilities.
+
+    Raises:
+        ValueError: Naming its type.
+    """
+    config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+    kind = None if config is None else peft_type_name(config)
+    if kind in _WITHOUT_LOG_PROBS:
+        raise ValueError(
+            f"TRL's {trainer} asks the model for log-probabilities (`fused_lm_head`), which {kind} does not give: "
+            f"{_WITHOUT_LOG_PROBS[kind]}."
+        )
+
+
+@contextmanager
+def _without_dataset_bars() -> Iterator[None]:
+    """Four bars per client would bury the bar over rounds."""
+    were_on = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()

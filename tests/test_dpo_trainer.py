@@ -1,0 +1,390 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Federated DPO: the reference policy over rounds, against losses computed by hand, and the stock trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from trl import DPOConfig, DPOTrainer
+
+from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
+from fed_trainer.clients import client_seed
+from peft_scl import FederaConfig, SclConfig
+
+
+LOCAL = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "max_length": 48,
+    "beta": 0.5,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+REFERENCES = ["initial", "base", "round"]
+LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+ADAPTERS = {
+    "lora": LoraConfig(**LORA, lora_dropout=0.1, init_lora_weights=False),  # no start at zero, that of B
+    "scl": SclConfig(r=4, variant="compress", task_type="CAUSAL_LM"),
+    "federa": FederaConfig(**LORA, keep_base=True),
+    "federa, residual": FederaConfig(**LORA),
+    "pissa": LoraConfig(**LORA, init_lora_weights="pissa"),
+    "prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+}
+
+
+def preferences_of(clients, rows=8):
+    """The right answer is chosen, that of the next row rejected."""
+    pairs = {}
+    for name, dataset in clients.items():
+        answers = dataset["completion"]
+        columns = {"prompt": dataset["prompt"], "chosen": answers, "rejected": answers[1:] + answers[:1]}
+        pairs[name] = Dataset.from_dict(columns).select(range(rows))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def clients(make_clients):
+    return preferences_of(make_clients(num_clients=2))
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(make_clients, tiny_model_dir, tmp_path_factory):
+    """A LoRA that does something, to start from."""
+    folder = tmp_path_factory.mktemp("sft")
+    local = {key: value for key, value in LOCAL.items() if key != "beta"}
+    FederatedTrainer(
+        model=str(tiny_model_dir),
+        args=FederatedConfig(output_dir=str(folder), num_rounds=1, **local),
+        train_dataset=make_clients(num_clients=2),
+        peft_config=LoraConfig(**LORA),
+    ).train()
+    return folder
+
+
+@pytest.fixture
+def make_trainer(clients, tiny_model_dir, tmp_path):
+    def make(
+        output="out", peft_config=None, model=None, clients=clients, eval_dataset=None, callbacks=None, **settings
+    ):
+        ref_model = settings.pop("ref_model", None)
+        args = FederatedDPOConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
+        return FederatedDPOTrainer(
+            model=model if model is not None else str(tiny_model_dir),
+            args=args,
+            train_dataset=clients,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            ref_model=ref_model,
+        )
+
+    return make
+
+
+def adapter(folder):
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def log_probs(model, inputs):
+    """Of each completion, from plain logits: `(2 * batch,)`."""
+    tokens = inputs["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return (each * inputs["completion_mask"][:, 1:]).sum(-1)
+
+
+def dpo_loss(folder, inputs, policy, reference):
+    """By the formula, in float64; `None` is the model without an adapter."""
+    rewards = []
+    for state in (policy, reference):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if state is not None:
+            model = get_peft_model(model, LoraConfig(**LORA))
+            set_peft_model_state_dict(model, state)
+        rewards.append(log_probs(model.double().eval(), inputs))
+    chosen, rejected = (rewards[0] - rewards[1]).chunk(2)
+    return -logsigmoid(LOCAL["beta"] * (chosen - rejected)).mean().item()
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_the_loss_of_every_step_and_evaluation_compares_with_the_reference(
+    make_trainer, clients, sft_adapter, tiny_model_dir, tmp_path, reference
+):
+    seen = []
+    held_out = clients["client_0"].select(range(4))
+    trainer = make_trainer(
+        initial_adapter=str(sft_adapter), reference=reference, max_steps=1, eval_dataset=held_out, num_rounds=3
+    )
+    compute_loss = trainer.compute_loss
+
+    def spy(model, inputs, **kwargs):
+        policy = trainer._live_adapter.read(include_frozen=True)
+        inputs = {key: value.clone() for key, value in inputs.items()}
+        loss = compute_loss(model, inputs, **kwargs)
+        seen.append((trainer.model.training, inputs, policy, loss.item()))
+        return loss
+
+    trainer.compute_loss = spy
+    trainer.train()
+
+    starts = [
+        adapter(sft_adapter),
+        adapter(tmp_path / "out" / "checkpoint-1"),
+        adapter(tmp_path / "out" / "checkpoint-2"),
+    ]
+    # the evaluation at the start, then two clients and an evaluation per round
+    assert [training for training, *_ in seen] == [False] + 3 * [True, True, False]
+    for place, (_, inputs, policy, loss) in enumerate(seen):
+        round_start = starts[max(place - 1, 0) // 3]
+        expected = {"initial": starts[0], "base": None, "round": round_start}[reference]
+        assert loss == pytest.approx(dpo_loss(tiny_model_dir, inputs, policy, expected), rel=2e-5)
+    if reference == "base":
+        assert seen[0][3] != pytest.approx(0.6931, abs=1e-3)  # the adapter that it starts from is not the base
+    else:
+        assert seen[0][3] == pytest.approx(0.693147, abs=1e-5)
+    evaluation = trainer._record["rounds"][-1]["eval"]
+    assert evaluation["eval_loss"] == pytest.approx(seen[-1][3], rel=1e-6)
+    assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= evaluation.keys()
+
+
+@pytest.mark.parametrize("reference", ["initial", "base"])
+@pytest.mark.parametrize("kind", ["lora", "scl"])
+def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
+    make_trainer, clients, tiny_model_dir, tmp_path, kind, reference
+):
+    config = ADAPTERS[kind]
+    one = {"client_0": clients["client_0"]}
+    trainer = make_trainer(peft_config=config, clients=one, reference=reference, num_rounds=1)
+    seed = client_seed(42, 1, "client_0")
+    prepared = trainer._prepared_client("client_0")
+    start = trainer._live_adapter.read(include_frozen=True)
+    local, metrics = trainer.local_round(trainer._global_state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+
+    args = DPOConfig(
+        output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    if reference == "initial":
+        model, config = get_peft_model(model, config), None  # of a `PeftModel` the stock trainer makes a copy
+    stock = DPOTrainer(model=model, args=args, train_dataset=one["client_0"], peft_config=config)
+    set_peft_model_state_dict(stock.model, start)
+    if reference == "initial":
+        set_peft_model_state_dict(stock.model, start, adapter_name="ref")
+    set_seed(seed)
+    assert stock.train().training_loss == metrics["train_loss"]
+    after = get_peft_model_state_dict(stock.model)
+    assert all(torch.equal(local[key], after[key]) for key in local)
+    assert not same(local, trainer._global_state)
+
+    trainer.train()
+    for key, tensor in adapter(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, after[key], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reference"),
+    [
+        *(("lora", reference) for reference in REFERENCES),
+        *((kind, "initial") for kind in ("scl", "federa", "pissa", "prompt")),
+        *((kind, "base") for kind in ("scl", "federa, residual", "prompt")),
+    ],
+)
+def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer, tmp_path, kind, reference):
+    class Dies(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    settings = {"peft_config": ADAPTERS[kind], "reference": reference, "num_rounds": 3}
+    whole = make_trainer("whole", **settings)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer("died", callbacks=[Dies()], **settings).train()
+    again = make_trainer("died", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
+    assert [entry["train_loss"] for entry in whole._record["rounds"]] == [
+        entry["train_loss"] for entry in again._record["rounds"]
+    ]
+    if reference != "base":
+        assert same(whole._reference.read(include_frozen=True), again._reference.read(include_frozen=True))
+
+
+def test_resuming_takes_the_initial_reference_from_the_checkpoint(make_trainer, clients, tiny_model_dir, tmp_path):
+    def model(seed):
+        torch.manual_seed(seed)
+        config = LoraConfig(**LORA, init_lora_weights=False)
+        return get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
+
+    first = make_trainer(model=model(0), num_rounds=1)
+    start = first._live_adapter.read()
+    first.train()
+    assert same(first._reference.read(), start)
+    again = make_trainer(model=model(1), num_rounds=2)
+    assert not same(again._reference.read(), start)
+    again.train(resume_from_checkpoint=True)
+    assert same(again._reference.read(), start)
+    with pytest.raises(ValueError, match="reference: 'initial' there, 'base' here"):
+        make_trainer(model=model(0), reference="base", num_rounds=3).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_the_reference_is_neither_trained_nor_sent_nor_published(
+    make_trainer, sft_adapter, tiny_model_dir, tmp_path, reference
+):
+    trainer = make_trainer(initial_adapter=str(sft_adapter), reference=reference, num_rounds=1)
+    trainer.train()
+    sizes = [tensor.numel() for tensor in adapter(sft_adapter).values()]
+    assert trainer._record["num_trainable_parameters"] == sum(sizes)
+    assert trainer._record["rounds"][0]["bytes_up"] == 2 * 4 * sum(sizes)
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == len(sizes) and all(".default." in name for name in trained)
+    assert not any(path.is_dir() for path in (tmp_path / "out").iterdir() if path.name != "checkpoint-1")
+    published = adapter(tmp_path / "out")
+    assert published.keys() == adapter(sft_adapter).keys() and not same(published, adapter(sft_adapter))
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "out")
+    tokens = torch.arange(4, 20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_what_a_client_does_not_train_stays_as_it_is(make_trainer, reference):
+    """PEFT switches adapters by making them trainable, which must not thaw what is frozen in this round."""
+    trainer = make_trainer(peft_config=ADAPTERS["lora"], reference=reference)
+    start = trainer._global_state
+    trained = {key for key in start if ".lora_A." in key}
+    rows = trainer._prepared_client("client_0")
+    local, _ = trainer.local_round(start, rows, seed=0, data_seed=None, lr_factor=1.0, trained=trained)
+    assert {key for key in start if not torch.equal(local[key], start[key])} == trained
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_gradient_checkpointing_changes_nothing(make_trainer, tmp_path, reference):
+    for checkpointing in (False, True):
+        make_trainer(
+            f"{checkpointing}",
+            peft_config=LoraConfig(**LORA),
+            reference=reference,
+            aggregation="ffa_lora",
+            gradient_checkpointing=checkpointing,
+        ).train()
+    without, with_checkpointing = (adapter(tmp_path / name) for name in ("False", "True"))
+    for key in without:
+        torch.testing.assert_close(with_checkpointing[key], without[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reference", ["initial", "base"])
+def test_tensors_that_clients_keep_and_a_local_objective(make_trainer, clients, tmp_path, reference):
+    trainer = make_trainer(
+        peft_config=LoraConfig(**LORA),
+        reference=reference,
+        aggregation="fedsa_lora",
+        local_objective="fedprox",
+        local_objective_kwargs={"mu": 0.1},
+        eval_dataset={name: rows.select(range(4)) for name, rows in clients.items()},
+    )
+    trainer.train()
+    losses = [list(entry["client_eval"].values()) for entry in trainer._record["rounds"]]
+    assert losses[1][0]["eval_loss"] < 0.6931 and losses[1][0] != losses[1][1]
+
+
+def test_precomputed_references_of_the_base_model_are_those_of_every_step(make_trainer, clients):
+    held_out = clients["client_1"].select(range(4))
+    runs = []
+    for precompute in (False, True):
+        trainer = make_trainer(
+            f"{precompute}",
+            peft_config=LoraConfig(**LORA),
+            reference="base",
+            precompute_ref_log_probs=precompute,
+            eval_dataset=held_out,
+        )
+        trainer.train()
+        runs.append([value for r in trainer._record["rounds"] for value in (r["train_loss"], r["eval"]["eval_loss"])])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_a_whole_model_is_compared_with_the_one_that_was_loaded(make_trainer, tiny_model_dir, tmp_path):
+    trainer = make_trainer(learning_rate=1e-3)
+    trainer.train()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    assert same(trainer.ref_model.state_dict(), base.state_dict())
+    assert not same(trainer.model.state_dict(), base.state_dict())
+    again = make_trainer("given", ref_model=base, learning_rate=1e-3)
+    again.train()
+    assert same(again.model.state_dict(), trainer.model.state_dict())
+
+
+def test_messages_and_texts_without_a_prompt(make_trainer, clients):
+    def messages(row):
+        chosen, rejected = ([{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected"))
+        return {"prompt": [{"role": "user", "content": row["prompt"]}], "chosen": chosen, "rejected": rejected}
+
+    def whole(row):
+        return {key: row["prompt"] + row[key] for key in ("chosen", "rejected")}
+
+    for name, convert, removed in (("messages", messages, []), ("whole", whole, ["prompt"])):
+        data = {client: rows.map(convert, remove_columns=removed) for client, rows in clients.items()}
+        trainer = make_trainer(name, clients=data, peft_config=LoraConfig(**LORA), num_rounds=1)
+        trainer.train()
+        assert trainer._record["rounds"][0]["clients"].keys() == clients.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reference": "policy"}, "`reference` should be one of .* but the value passed is 'policy'"),
+        ({"sync_ref_model": True}, "Set `reference='round'`"),
+        ({"precompute_ref_log_probs": True}, "Set `reference='base'`"),
+        ({"precompute_ref_log_probs": True, "reference": "round"}, "but `reference` is 'round'"),
+        ({"aggregation": "fedex_lora"}, "'fedex_lora'` changes the base weights"),
+        ({"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1}}, "'slora'` changes the base weights"),
+        ({"aggregation": "fedsa_lora", "reference": "round"}, "tensors stay with the clients"),
+        ({"peft_config": ADAPTERS["pissa"], "reference": "base"}, "'initial'`, which is the same policy"),
+        ({"peft_config": ADAPTERS["federa, residual"]}, "Set `keep_base=True`"),
+        ({"peft_config": None, "reference": "round"}, "a model without one is trained"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(str(entry) for entry in value)[:40],
+)
+def test_what_has_no_reference_is_refused(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**{"peft_config": LoraConfig(**LORA), **settings})
+
+
+def test_models_that_trl_would_take_for_something_else_are_refused(make_trainer, tiny_model_dir):
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    with pytest.raises(ValueError, match="`ref_model` is the reference of a model that is trained without an adapter"):
+        make_trainer(peft_config=LoraConfig(**LORA), ref_model=base)
+    with pytest.raises(ValueError, match=r"the one that was given has \['sft'\]"):
+        make_trainer(model=get_peft_model(base, LoraConfig(**LORA), adapter_name="sft"))
+
+
+@pytest.mark.parametrize("columns", [["prompt", "chosen"], ["prompt", "completion", "label"]])
+def test_clients_without_pairs_are_refused(make_trainer, clients, columns):
+    other = Dataset.from_dict({column: ["a"] * 8 for column in columns})
+    with pytest.raises(ValueError, match="Client 'client_1' has the columns .* needs pairs of answers"):
+        make_trainer(clients={**clients, "client_1": other}, peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="Held-out set 'eval_dataset' has the columns"):
+        make_trainer(eval_dataset=other, peft_config=LoraConfig(**LORA))

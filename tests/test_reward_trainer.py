@@ -1,0 +1,201 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Federated reward models: the head travels with the adapter, and one client is the stock trainer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+from trl import RewardConfig, RewardTrainer
+
+from fed_trainer import FederatedRewardConfig, FederatedRewardTrainer
+from fed_trainer.clients import client_seed
+from peft_scl import SclConfig
+
+
+LOCAL = {
+    "max_steps": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "max_length": 48,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+ADAPTERS = {
+    "lora": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="SEQ_CLS"),
+    "scl": SclConfig(r=4, task_type="SEQ_CLS"),
+}
+each_adapter = pytest.mark.parametrize("peft_config", ADAPTERS.values(), ids=ADAPTERS)
+
+
+@pytest.fixture(scope="module")
+def clients(make_clients):
+    """The right answer is chosen, that of the next row rejected."""
+    pairs = {}
+    for name, dataset in make_clients(num_clients=3).items():
+        answers = dataset["completion"]
+        columns = {"prompt": dataset["prompt"], "chosen": answers, "rejected": answers[1:] + answers[:1]}
+        pairs[name] = Dataset.from_dict(columns).select(range(12 if name == "client_0" else 8))
+    return pairs
+
+
+@pytest.fixture
+def make_trainer(clients, tiny_model_dir, tmp_path):
+    def make(output="out", peft_config=None, clients=clients, eval_dataset=None, callbacks=None, **settings):
+        args = FederatedRewardConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
+        return FederatedRewardTrainer(
+            model=str(tiny_model_dir),
+            args=args,
+            train_dataset=clients,
+            eval_dataset=eval_dataset,
+            peft_config=peft_config,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def weights(folder):
+    (path,) = Path(folder).glob("*model.safetensors")
+    return load_file(path)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+@each_adapter
+def test_rounds_are_stock_trainers_averaged_in_float64(make_trainer, clients, tiny_model_dir, tmp_path, peft_config):
+    trainer = make_trainer(peft_config=peft_config)
+    state = trainer._live_adapter.read(include_frozen=True)
+    assert "base_model.model.score.weight" in trainer._global_state
+    trainer.train()
+    for entry in trainer._record["rounds"]:
+        mean = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in state.items()}
+        for name, rows in clients.items():
+            args = RewardConfig(
+                output_dir=str(tmp_path / "stock"),
+                bf16=False,
+                save_strategy="no",
+                lr_scheduler_type="constant",
+                **LOCAL,
+            )
+            base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+            stock = RewardTrainer(model=get_peft_model(base, peft_config), args=args, train_dataset=rows)
+            set_peft_model_state_dict(stock.model, {key: tensor.clone() for key, tensor in state.items()})
+            set_seed(client_seed(42, entry["round"], name))
+            assert (
+                stock.train().training_loss == entry["clients"][name]["train_loss"]
+            )  # from the same start the same bits
+            after = get_peft_model_state_dict(stock.model)
+            for key in mean:
+                mean[key] += len(rows) / 28 * after[key].double()
+        saved = weights(tmp_path / "out" / f"checkpoint-{entry['round']}")
+        for key in mean:
+            torch.testing.assert_close(saved[key], mean[key].float(), rtol=1e-5, atol=1e-7)
+        assert not torch.equal(saved["base_model.model.score.weight"], state["base_model.model.score.weight"])
+        state = saved
+
+
+@each_adapter
+def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
+    make_trainer, clients, tiny_model_dir, tmp_path, peft_config
+):
+    one = {"client_0": clients["client_0"]}
+    trainer = make_trainer(clients=one, peft_config=peft_config)
+    seed = client_seed(42, 1, "client_0")
+    prepared = trainer._prepared_client("client_0")
+    local, _ = trainer.local_round(trainer._global_state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+
+    args = RewardConfig(
+        output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL
+    )
+    stock = RewardTrainer(str(tiny_model_dir), args=args, train_dataset=one["client_0"], peft_config=peft_config)
+    set_seed(seed)
+    stock.train()
+    after = get_peft_model_state_dict(stock.model)
+    assert all(torch.equal(local[key], after[key]) for key in local)
+
+
+@pytest.mark.parametrize("peft_config", [*ADAPTERS.values(), None], ids=[*ADAPTERS, "full"])
+def test_a_run_that_died_resumes_to_the_same_model(make_trainer, clients, tmp_path, peft_config):
+    class Dies(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    settings = {"peft_config": peft_config, "num_rounds": 3, "learning_rate": 1e-3, "clients_per_round": 2}
+    settings["eval_dataset"] = clients["client_2"]
+    whole = make_trainer("whole", **settings)
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer("died", callbacks=[Dies()], **settings).train()
+    again = make_trainer("died", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "died"))
+    figures = [[entry["eval"]["eval_accuracy"] for entry in t._record["rounds"]] for t in (whole, again)]
+    assert figures[0] == figures[1]
+
+
+@each_adapter
+def test_the_published_folder_gives_the_rewards_of_the_live_model(make_trainer, tiny_model_dir, tmp_path, peft_config):
+    trainer = make_trainer(peft_config=peft_config, num_rounds=1)
+    trainer.train()
+    set_seed(1)  # another random head
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    tokens = torch.arange(4, 20).reshape(2, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
+def test_messages_whole_texts_and_margins(make_trainer, clients):
+    def messages(row):
+        chosen, rejected = ([{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected"))
+        return {"prompt": [{"role": "user", "content": row["prompt"]}], "chosen": chosen, "rejected": rejected}
+
+    def whole(row):
+        return {**{key: row["prompt"] + row[key] for key in ("chosen", "rejected")}, "margin": 0.5}
+
+    for name, convert, removed in (("messages", messages, []), ("whole", whole, ["prompt"])):
+        data = {client: rows.map(convert, remove_columns=removed) for client, rows in clients.items()}
+        trainer = make_trainer(name, clients=data, peft_config=ADAPTERS["lora"], num_rounds=1)
+        trainer.train()
+        assert trainer._record["rounds"][0]["clients"].keys() == clients.keys()
+
+
+def test_a_head_of_its_own_for_every_client(make_trainer, clients):
+    trainer = make_trainer(
+        peft_config=ADAPTERS["lora"],
+        tensor_roles={"local": ["score"]},
+        local_objective="fedprox",
+        local_objective_kwargs={"mu": 0.1},
+        eval_dataset=clients,
+    )
+    trainer.train()
+    figures = [entry["eval_loss"] for entry in trainer._record["rounds"][-1]["client_eval"].values()]
+    assert len(set(figures)) == 3
+    head = "base_model.model.score.weight"
+    assert len({tuple(trainer.client_state(client)[head].flatten().tolist()) for client in clients}) == 3
+
+
+def test_clients_without_pairs_are_refused(make_trainer, clients):
+    other = Dataset.from_dict({"text": ["a"] * 8, "label": [0, 1] * 4})
+    with pytest.raises(
+        ValueError, match="Client 'client_1' has the columns .* `RewardTrainer` needs pairs of answers"
+    ):
+        make_trainer(clients={**clients, "client_1": other}, peft_config=ADAPTERS["lora"])
+    with pytest.raises(ValueError, match="Held-out set 'eval_dataset' has the columns"):
+        make_trainer(eval_dataset=other, peft_config=ADAPTERS["lora"])
