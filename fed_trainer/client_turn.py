@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.utils import logging
 
@@ -21,12 +20,12 @@ from .client_settings import ClientSettings
 from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
-from .local_round import LocalRoundMixin, OtherProcessFailedError
+from .local_round import LocalRoundMixin
 from .server import Server
 from .timing import timed
 
 
-__all__ = ["ClientTurnMixin", "FailedAloneError"]
+__all__ = ["ClientTurnMixin"]
 
 logger = logging.get_logger(__name__)
 
@@ -34,10 +33,6 @@ KEPT_PREPARED = 256  # datasets; a round has more only if it has more clients
 # what a client keeps: parts of its file
 LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
-
-
-class FailedAloneError(RuntimeError):
-    """A process failed where the others wait for it, so that they cannot go on together."""
 
 
 class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
@@ -64,23 +59,25 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             `dict[str, float]` or `None`: its figures, if its update counts; `server.refused` says why it does not.
         """
         with timed(seconds, "prepare"):
-            dataset = self._prepared_client(client)
             kept = self._store.read(client)
             settings = self._settings_of(client, kept)
             asked, shared = self.server.asked_of(settings), self.server.start_of(settings)
             start = {**self._global_state, **shared, **kept.get(LOCAL, {})}
         trained = None
-        with timed(seconds, "local"):
-            for attempt in range(1 + self.args.client_retries):
-                try:
+        for attempt in range(1 + self.args.client_retries):
+            try:
+                with timed(seconds, "prepare"), self._failing_together("another process could not prepare the data"):
+                    dataset = self._prepared_client(client)
+                with timed(seconds, "local"):
                     trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
-                    break
-                except Exception as error:
-                    reason = f"its local round failed with {self._reason_of_all(error, client, round)}"
-                    logger.warning(
-                        f"Round {round}, client {client!r}, attempt {attempt + 1} of {1 + self.args.client_retries}: {reason}",
-                        exc_info=True,
-                    )
+                break
+            except Exception as error:
+                reason = f"its local round failed with {self._reason_of_all(error, client, round)}"
+                logger.warning(
+                    f"Round {round}, client {client!r}, attempt {attempt + 1} of {1 + self.args.client_retries}: {reason}",
+                    exc_info=True,
+                )
+            with timed(seconds, "local"):
                 self._recover()  # here the error no longer holds on to activations
         if trained is None:
             self.server.leave_out(client, reason)
@@ -155,27 +152,6 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
                 f"The training loss is {metrics['train_loss']}. Lower `learning_rate`, or set `max_grad_norm`."
             )
         return delta, keeps, metrics
-
-    def _reason_of_all(self, error: Exception, client: str, round: int) -> str:
-        """
-        Why the processes have broken off a local round.
-
-        Raises:
-            FailedAloneError: If this process alone has.
-        """
-        reason = f"{type(error).__name__}: {error}"
-        if self.accelerator.num_processes == 1:
-            return reason
-        process = self.accelerator.process_index
-        if not self._all_have_stopped:
-            raise FailedAloneError(
-                f"In round {round}, client {client!r}, process {process} failed with {reason}. This happened where the other processes "
-                "wait for it, so the run ends. `train(resume_from_checkpoint=True)` continues it from its last checkpoint."
-            ) from error
-        reasons = gather_object([None if isinstance(error, OtherProcessFailedError) else reason])
-        failed = [index for index, other in enumerate(reasons) if other is not None]
-        where = "" if len(failed) == len(reasons) else f" (process {failed[0]})"
-        return f"{reasons[failed[0]]}{where}"
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
         """What the local objective is told of the client."""

@@ -6,29 +6,29 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerControl, TrainingArguments, set_seed
+from transformers import TrainerControl, TrainingArguments, set_seed
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from .adapter_state import AdapterState, LiveState
+from .agreement import AgreementMixin
 from .engine_deepspeed import DeepSpeedOptimizer
 from .local_objectives import LocalObjective
+from .optimizer_state import read_optimizer, with_state
 
 
-__all__ = ["ClientTimeoutError", "LocalRoundMixin", "OtherProcessFailedError"]
+__all__ = ["ClientTimeoutError", "LocalRoundMixin"]
 
 
-class LocalRoundMixin(Trainer):
+class LocalRoundMixin(AgreementMixin):
     """
     Adds `local_round` to a [`~transformers.Trainer`]: its own `train()`, run for one client, on the one model it holds.
 
@@ -43,13 +43,11 @@ class LocalRoundMixin(Trainer):
     _initial_lrs: list[float] | None = None  # by parameter group, once there is an engine
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
-    _deepspeed_optimizer: DeepSpeedOptimizer | None = None
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
     _optimizer_start: AdapterState | None = None
     _objective: LocalObjective | None
     _checkpointing_is_on: bool = False
-    _all_have_stopped: bool = False  # whether all processes have broken off the last local round, at the same place
 
     def local_round(
         self,
@@ -133,75 +131,10 @@ class LocalRoundMixin(Trainer):
         return self._live_adapter.read(), metrics
 
     def optimizer_state(self) -> AdapterState:
-        """
-        What the optimiser remembers of the tensors that the last local round has trained: `<name>:<key>`, on CPU. Numbers are int64 and
-        float64.
-
-        Raises:
-            NotImplementedError: If it remembers something else, or something of all tensors together.
-        """
-        optimizer = self.optimizer.optimizer
+        """What the optimiser remembers of the tensors that the last local round has trained; see `read_optimizer`."""
         assert self._initial_optimizer_state is not None
-        for group, initial in zip(optimizer.param_groups, self._initial_optimizer_state["param_groups"], strict=True):
-            moved = [
-                name
-                for name in group
-                if name not in ("params", "lr", "initial_lr") and group[name] != initial.get(name)
-            ]
-            if moved:
-                raise NotImplementedError(
-                    f"`keep_optimizer_state=True`, but {type(optimizer).__name__} counts in its parameter groups too ({moved[0]!r}), which "
-                    "are not kept by client. Set `optim='adamw_torch'`."
-                )
-        state = {}
-        for key, parameter in self._live_adapter.parameters().items():
-            for name, value in optimizer.state.get(parameter, {}).items():
-                if not isinstance(value, (torch.Tensor, int, float)):
-                    raise NotImplementedError(
-                        f"`keep_optimizer_state=True`, but {type(optimizer).__name__} remembers {name!r} as a {type(value).__name__}, not "
-                        "as a tensor or a number. Set `optim='adamw_torch'`."
-                    )
-                dtype = {int: torch.int64, float: torch.float64}.get(type(value))
-                state[f"{name}:{key}"] = torch.as_tensor(value, dtype=dtype).detach().to("cpu", copy=True)
-        return state
-
-    # Where several processes learn that one of them has failed. They stop together there, and go on together with the next client.
-
-    def _any_stops(self, stops: bool) -> bool:
-        """Whether any process stops here; all have to ask."""
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(stops), device=self.accelerator.device)
-            stops = bool(self.accelerator.reduce(flag, reduction="sum").item())
-        self._all_have_stopped |= stops
-        return stops
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, torch.Tensor | int | None]:
-        """As [`~transformers.Trainer.get_batch_samples`]; a batch that cannot be made stops all processes."""
-        try:
-            batches = list(itertools.islice(epoch_iterator, num_batches))
-        except Exception:
-            self._any_stops(True)
-            raise
-        if self._any_stops(False):
-            raise OtherProcessFailedError("another process could not make a batch")
-        return super().get_batch_samples(iter(batches), num_batches, device)
-
-    def _agreeing_in_forward(self) -> AbstractContextManager[Any]:
-        """Within, a forward pass that fails stops all processes, if the pass has no communication of its own."""
-        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
-            return nullcontext()
-        assert self.model is not None
-        return self.model.register_forward_hook(self._agree_after_forward, always_call=True)
-
-    def _agree_after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        deepspeed = self._deepspeed_optimizer  # which the first local round makes
-        if deepspeed is not None and not deepspeed.can_discard_gradients:
-            return
-        failed = output is None  # torch then raises what has been raised
-        if self._any_stops(failed) and not failed:
-            raise OtherProcessFailedError("the forward pass of another process has failed")
+        parameters = self._live_adapter.parameters()
+        return read_optimizer(self.optimizer.optimizer, parameters, self._initial_optimizer_state)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -249,26 +182,13 @@ class LocalRoundMixin(Trainer):
             assert self._initial_optimizer_state is not None
             state = copy.deepcopy(self._initial_optimizer_state)
             if self._optimizer_start is not None:
-                state["state"] = self._by_index(self._optimizer_start)
+                optimizer, parameters = self.optimizer.optimizer, self._live_adapter.parameters()
+                state = with_state(state, self._optimizer_start, optimizer, parameters)
             self.optimizer.load_state_dict(state)
         if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
-
-    def _by_index(self, optimizer_state: AdapterState) -> dict[int, dict[str, Any]]:
-        """What `optimizer_state` gives, as `torch.optim.Optimizer.load_state_dict` takes it: by position in the parameter groups."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        position = {id(parameter): index for index, parameter in enumerate(parameters)}
-        index_of = {key: position[id(parameter)] for key, parameter in self._live_adapter.parameters().items()}
-        state: dict[int, dict[str, Any]] = {}
-        for entry, value in optimizer_state.items():
-            name, _, key = entry.partition(":")
-            if key not in index_of:  # not trained in this round
-                continue
-            is_number = value.dtype in (torch.int64, torch.float64) and value.dim() == 0
-            state.setdefault(index_of[key], {})[name] = value.item() if is_number else value
-        return state
 
     def _over_processes(self, loss: float) -> float:
         """`Trainer` returns the loss of each process on its own part of the batches; the mean is that of the client."""
@@ -328,10 +248,6 @@ class LocalRoundMixin(Trainer):
 
 class ClientTimeoutError(RuntimeError):
     """A local round that took longer than `client_timeout`."""
-
-
-class OtherProcessFailedError(RuntimeError):
-    """What ends a local round in a process that could have gone on."""
 
 
 class _LocalFlowCallback(DefaultFlowCallback):
