@@ -203,13 +203,13 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     def _keep_prepared(self, client: str, dataset: Dataset) -> None:
         if len(dataset) == 0:
             raise ValueError(
-                f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: every "
-                "label is masked. Raise `max_length` (prompts may fill it), or leave the client out."
+                f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: no "
+                "label of them is within `max_length`. Raise it (prompts may fill it), or leave the client out."
             )
         if len(dataset) < local_batch(self.args) and not joins_examples(self.args):
             raise ValueError(
                 f"Client {client!r} has {len(self._clients[client])} examples, but only {len(dataset)} are left after "
-                f"preparation (the others have no label), fewer than one local batch of {local_batch(self.args)}. Raise "
+                f"preparation (the others have no label within `max_length`), fewer than one local batch of {local_batch(self.args)}. Raise "
                 "`max_length` (prompts may fill it), lower the batch size, or leave the client out."
             )
         self._prepared_clients[client] = dataset

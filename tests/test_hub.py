@@ -284,6 +284,7 @@ def record(**kwargs: Any) -> dict[str, Any]:
     return {
         "base_model": "org/base",
         "peft_type": "SCL",
+        "peft_config": {},
         "num_trainable_parameters": 1234567,
         "aggregation": "fedavg",
         "federation": {"server_optimizer": "sgd", "local_objective": None},
