@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federated fine-tuning of adapters with the trainers of TRL and transformers."""
 
-from .aggregation import ClientUpdate
+from .aggregation import ClientUpdate, TooFewClientsError
+from .agreement import FailedAloneError
+from .client_datasets import ClientDatasets
 from .config import FederatedConfig, FederatedDPOConfig, FederatedRewardConfig, FederatedTaskConfig
 from .dpo_trainer import FederatedDPOTrainer
 from .joining import Invitation, invite, join
@@ -22,7 +24,9 @@ from .trainer import FederatedMixin
 
 
 __all__ = [
+    "ClientDatasets",
     "ClientUpdate",
+    "FailedAloneError",
     "FederatedConfig",
     "FederatedDPOConfig",
     "FederatedDPOTrainer",
@@ -33,6 +37,7 @@ __all__ = [
     "FederatedTaskTrainer",
     "FederatedTrainer",
     "Invitation",
+    "TooFewClientsError",
     "dirichlet_partition",
     "iid_partition",
     "invite",

@@ -21,6 +21,7 @@ from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
 from .local_round import LocalRoundMixin
+from .optimizer_state import UnkeptOptimizerError
 from .server import Server
 from .timing import timed
 
@@ -71,6 +72,8 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
                 with timed(seconds, "local"):
                     trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
                 break
+            except UnkeptOptimizerError:
+                raise  # no client's fault
             except Exception as error:
                 reason = f"its local round failed with {self._reason_of_all(error, client, round)}"
                 logger.warning(

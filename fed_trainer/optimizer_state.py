@@ -13,7 +13,11 @@ from torch import nn
 from .adapter_state import AdapterState
 
 
-__all__ = ["read_optimizer", "with_state"]
+__all__ = ["UnkeptOptimizerError", "read_optimizer", "with_state"]
+
+
+class UnkeptOptimizerError(NotImplementedError):
+    """The state of an optimiser cannot be kept by client."""
 
 
 def read_optimizer(
@@ -31,12 +35,12 @@ def read_optimizer(
             Its `state_dict()` when it was new.
 
     Raises:
-        NotImplementedError: If it remembers something else, or something of all tensors together.
+        UnkeptOptimizerError: If it remembers something else, or something of all tensors together.
     """
     for group, fresh in zip(optimizer.param_groups, initial["param_groups"], strict=True):
         for name, value in group.items():
             if name not in ("params", "lr", "initial_lr") and value != fresh.get(name):
-                raise NotImplementedError(
+                raise UnkeptOptimizerError(
                     f"`keep_optimizer_state=True`, but {type(optimizer).__name__} counts in its parameter groups too ({name!r}), which "
                     "are not kept by client. Set `optim='adamw_torch'`."
                 )
@@ -44,7 +48,7 @@ def read_optimizer(
     for key, parameter in parameters.items():
         for name, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, (torch.Tensor, int, float)):
-                raise NotImplementedError(
+                raise UnkeptOptimizerError(
                     f"`keep_optimizer_state=True`, but {type(optimizer).__name__} remembers {name!r} as a {type(value).__name__}, not "
                     "as a tensor or a number. Set `optim='adamw_torch'`."
                 )

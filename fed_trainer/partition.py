@@ -35,8 +35,6 @@ __all__ = [
 
 # How often a Dirichlet split is drawn before it is given up because a client has too few rows.
 MAX_DRAWS = 100
-# A summary of more clients than the first shows as many as the second.
-MAX_SUMMARY, SHORT_SUMMARY = 50, 20
 
 
 def natural_partition(dataset: Dataset, column: str) -> ClientDatasets:
@@ -266,10 +264,9 @@ def partition_counts(clients: Mapping[str, Dataset], column: str) -> dict[str, d
     return counts
 
 
-def partition_summary(clients: Mapping[str, Dataset], column: str | None = None) -> str:
+def partition_summary(clients: Mapping[str, Dataset], column: str | None = None, max_clients: int | None = 50) -> str:
     """
-    Describes a federation in a plain text table: one line per client, and a last line for all clients together. Of more than 50
-    clients the first 20 are shown.
+    Describes a federation in a plain text table: one line per client, and a last line for all clients together.
 
     Args:
         clients (`Mapping[str, Dataset]`):
@@ -277,6 +274,8 @@ def partition_summary(clients: Mapping[str, Dataset], column: str | None = None)
         column (`str`, *optional*):
             The column that holds the labels. With it, the table also has the number of labels of each client, and its
             largest label with that label's share of the client's rows.
+        max_clients (`int`, *optional*, defaults to `50`):
+            Of more clients only the first so many are shown; all of them if `None`.
 
     Returns:
         `str`: The table, without a line break at the end.
@@ -290,7 +289,6 @@ def partition_summary(clients: Mapping[str, Dataset], column: str | None = None)
     header = ["client", "examples", "share"]
     rows = [[name, str(size), _percent(size, total)] for name, size in sizes.items()]
     rows.append(["total", str(total), _percent(total, total)])
-    shown = len(sizes) if len(sizes) <= MAX_SUMMARY else SHORT_SUMMARY
     if column is not None:
         header += ["labels", "largest label", "its share"]
         counts = list(partition_counts(clients, column).values())
@@ -300,8 +298,9 @@ def partition_summary(clients: Mapping[str, Dataset], column: str | None = None)
             label = max(count, key=lambda label: count[label]) if any(count.values()) else "-"
             num_labels = sum(value > 0 for value in count.values())
             row += [str(num_labels), label, _percent(count.get(label, 0), sum(count.values()))]
-    if shown < len(sizes):
-        rows = [*rows[:shown], [f"... {len(sizes) - shown} more", *[""] * (len(header) - 1)], rows[-1]]
+    if max_clients is not None and len(sizes) > max_clients:
+        rest = [f"... {len(sizes) - max_clients} more", *[""] * (len(header) - 1)]
+        rows = [*rows[:max_clients], rest, rows[-1]]
     return format_table(header, rows, left_columns=("client", "largest label"))
 
 

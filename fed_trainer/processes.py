@@ -50,11 +50,11 @@ def from_first(compute: Callable[[], tuple[AdapterState, ...]]) -> tuple[Adapter
     if not _are_several():
         return compute()
     parts: tuple[AdapterState, ...] = ()
-    error = None
+    error: BaseException | None = None
     if is_first():
         try:
             parts = tuple({key: tensor.contiguous() for key, tensor in part.items()} for part in compute())
-        except Exception as raised:
+        except BaseException as raised:  # an interrupt too: the others would wait for good
             error = raised
     layout = [{key: (tensor.shape, tensor.dtype) for key, tensor in part.items()} for part in parts]
     told: list[Any] = [layout, None if error is None else f"{type(error).__name__}: {error}"]

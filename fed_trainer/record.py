@@ -8,6 +8,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,13 @@ def _comparable(record: dict[str, Any]) -> dict[str, Any]:
     """What has to agree for a run to be continued, one level deep, so that a difference can be named."""
     keys = ("base_digest", "peft_type", "num_trainable_parameters", "aggregation", "seed", "num_sampled", "clients")
     parts = ("peft_config", "settings", "federation")
-    fields = {k: v for part in parts for k, v in record.get(part, {}).items()}
-    fields.pop("min_clients", None)  # a run that ended for want of clients may go on with fewer
-    return {key: record.get(key) for key in keys} | fields
+    # a run of before there was a setting has its default
+    settings = {
+        field.name: field.default for field in fields(FederationArguments) if field.name in _FEDERATION_SETTINGS
+    }
+    settings |= {name: value for part in parts for name, value in record.get(part, {}).items()}
+    settings.pop("min_clients")  # a run that ended for want of clients may go on with fewer
+    return {key: record.get(key) for key in keys} | settings
 
 
 def _short(value: Any) -> str:

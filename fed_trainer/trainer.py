@@ -66,6 +66,8 @@ logger = logging.get_logger(__name__)
 _FRESH_OPTIMIZER = {
     "fednova": "its normalisation counts the steps of an optimiser that has started afresh",
     "slora": "its second stage trains other parameters",
+    "flora": "clients start from newly drawn factors in every round, which the moments are not of",
+    "flexlora": "clients start from newly decomposed factors in every round, which the moments are not of",
 }
 
 
@@ -104,7 +106,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         check_launch(args)
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
-        if isinstance(eval_dataset, ClientDatasets):
+        if isinstance(eval_dataset, Mapping):
             eval_dataset = dict(eval_dataset)  # `Trainer` takes nothing else for several sets
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
@@ -221,6 +223,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 clients: dict[str, dict[str, float]] = {}
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
+                if self._initial_lrs is None:
+                    self._build_engine()  # what fails here is no client's fault
                 self.server.begin(self._global_state, round)
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off

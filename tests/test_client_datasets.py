@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import datasets
@@ -28,8 +29,23 @@ def test_it_is_used_like_a_dictionary(clients):
     assert {"a": 0}.keys() <= clients.keys()
     assert isinstance(dict(clients)["b"], Dataset)
     assert repr(clients) == "ClientDatasets(2 clients, 3 rows of ['x'])"
+    assert clients == copy.copy(clients) == ClientDatasets(clients.dataset, {"a": [2], "b": [4, 0]})
+    assert clients != ClientDatasets(clients.dataset, {"a": [2], "b": [0, 4]})
     with pytest.raises(KeyError):
         clients["c"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"a": [0, 5]}, "Client 'a' has rows from 0 to 5, but those of the dataset are 0 to 4"),
+        ({"a": [-1]}, "Client 'a' has rows from -1 to -1"),
+        ({3: [0]}, "The client 3 is named by a int: use '3'"),
+    ],
+)
+def test_what_is_no_split_is_refused(rows, message, clients):
+    with pytest.raises(ValueError, match=message):
+        ClientDatasets(clients.dataset, rows)
 
 
 def test_sizes_and_columns_are_those_of_a_dictionary(clients):

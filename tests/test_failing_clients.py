@@ -163,3 +163,30 @@ def test_local_rounds_leave_nothing_in_accelerate(make_trainer):
 def test_settings_out_of_range_are_refused(make_trainer, setting, value):
     with pytest.raises(ValueError, match=f"`{setting}` should be"):
         make_trainer(**{setting: value})
+
+
+def test_an_optimiser_that_cannot_be_made_ends_the_run_at_once(make_trainer):
+    def no_optimizer(*args, **kwargs):
+        raise ImportError("You need to install it")
+
+    trainer = make_trainer()
+    trainer.optimizer_cls_and_kwargs = (no_optimizer, {})
+    with pytest.raises(ImportError, match="You need to install it"):
+        trainer.train()
+
+
+def test_a_client_whose_data_cannot_be_prepared_is_tried_again_and_left_out(make_trainer, monkeypatch, caplog):
+    trainer = make_trainer(client_retries=1, num_rounds=1)
+    prepare = trainer._prepare_client_dataset
+
+    def broken(dataset, client):
+        if client == "client_1":
+            raise TypeError("no text")
+        return prepare(dataset, client)
+
+    monkeypatch.setattr(trainer, "_prepare_client_dataset", broken)
+    trainer.train()
+    entry = trainer._record["rounds"][0]
+    assert entry["refused"] == {"client_1": "its local round failed with TypeError: no text"}
+    assert "client_1" not in entry["clients"] and len(entry["clients"]) == 2
+    assert caplog.text.count("TypeError: no text") >= 2

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -11,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.record import read_record, write_json
 
 
 STEPS = 2
@@ -124,7 +127,9 @@ def test_tensors_that_are_not_trained_in_a_round_keep_their_moments(make_trainer
 
 def test_a_number_goes_on_as_a_number(make_trainer, tmp_path):
     """Adafactor counts its steps in a Python integer."""
-    make_trainer(optim="adafactor", num_rounds=2).train()
+    trainer = make_trainer(optim="adafactor", num_rounds=2)
+    trainer.train()
+    assert {type(state["step"]) for state in trainer.optimizer.state.values()} == {int}
     kept = load_file(tmp_path / "out/clients/client_0.safetensors")
     steps = [value for key, value in kept.items() if "/step:" in key]
     assert {(value.dtype, int(value)) for value in steps} == {(torch.int64, 2 * STEPS)}
@@ -152,7 +157,7 @@ class RemembersText(torch.optim.SGD):
 def test_an_optimiser_that_remembers_something_else_is_refused(optimizer, message, make_trainer):
     trainer = make_trainer()
     trainer.optimizer_cls_and_kwargs = (optimizer, {"lr": 0.1})
-    with pytest.raises(TooFewClientsError, match=message):
+    with pytest.raises(NotImplementedError, match=message):
         trainer.train()
 
 
@@ -160,9 +165,31 @@ def test_an_optimiser_that_remembers_something_else_is_refused(optimizer, messag
     "settings",
     [
         {"aggregation": "fednova", "optim": "sgd"},
+        {"aggregation": "flora"},
+        {"aggregation": "flexlora"},
         {"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1, "density": 0.1}},
     ],
 )
 def test_methods_that_need_a_fresh_optimiser_refuse_it(settings, make_trainer):
     with pytest.raises(ValueError, match="`keep_optimizer_state=True` with"):
         make_trainer(**settings)
+
+
+def test_a_run_is_not_resumed_with_another_setting(make_trainer):
+    make_trainer(num_rounds=1).train()
+    with pytest.raises(ValueError, match="keep_optimizer_state: True there, False here"):
+        make_trainer(keep_optimizer_state=False).train(resume_from_checkpoint=True)
+
+
+def test_a_run_of_before_the_setting_goes_on_without_it(make_trainer, tmp_path):
+    make_trainer(num_rounds=1, keep_optimizer_state=False).train()
+    checkpoint = tmp_path / "out/checkpoint-1"
+    record = read_record(checkpoint)
+    del record["federation"]["keep_optimizer_state"]
+    write_json(checkpoint / "federation.json", record)
+    digests = json.loads((checkpoint / "digests.json").read_text())
+    digests["federation.json"] = hashlib.sha256((checkpoint / "federation.json").read_bytes()).hexdigest()
+    write_json(checkpoint / "digests.json", digests)
+    trainer = make_trainer(keep_optimizer_state=False)
+    trainer.train(resume_from_checkpoint=True)
+    assert len(trainer._record["rounds"]) == 3

@@ -297,9 +297,11 @@ class TestPartitionSummary:
     def test_of_many_clients_the_first_are_shown(self):
         clients = iid_partition(make_dataset([0] * 102), 51)
         lines = partition_summary(clients, "label").splitlines()
-        assert len(lines) == 2 + 20 + 2
-        assert lines[21].startswith("client_19") and lines[22] == "... 31 more"
+        assert len(lines) == 2 + 50 + 2
+        assert lines[51].startswith("client_49") and lines[52] == "... 1 more"
         assert lines[-1].startswith("total") and "102" in lines[-1]
+        assert len(partition_summary(clients, max_clients=3).splitlines()) == 2 + 3 + 2
+        assert len(partition_summary(clients, max_clients=None).splitlines()) == 2 + 51 + 1
 
     def test_table_without_rows(self):
         assert format_table(["name", "count"], [], left_columns=["name"]) == "name  count\n----  -----"

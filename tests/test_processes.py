@@ -35,13 +35,16 @@ def same(ours, theirs):
 
 
 def process(rank, address, folder):
-    # a time-out that what the first process does exceeds
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=2))
+    # They may start far apart. The time-out, which what the first process does exceeds, counts from here on.
+    (folder / f"{rank} is here").touch()
+    while not all((folder / f"{other} is here").exists() for other in (0, 1)):
+        time.sleep(0.01)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=3))
     calls = []
 
     def slow():
         calls.append(rank)
-        time.sleep(3)
+        time.sleep(4)
         return PARTS
 
     def broken():
@@ -53,7 +56,7 @@ def process(rank, address, folder):
     with pytest.raises(ValueError if rank == 0 else RuntimeError, match="no update"):
         from_first(broken)
     if rank == 0:
-        time.sleep(3)
+        time.sleep(4)
         (folder / "written").touch()
     wait_for_first()
     assert (folder / "written").exists()
