@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 
-__all__ = ["ClientDatasets", "column_by_client", "one_of_each_source", "rows_by_client"]
+__all__ = ["ClientDatasets", "column_by_client", "one_of_each_source", "recent", "rows_by_client"]
 
 
 class ClientDatasets(Mapping[str, Dataset]):
@@ -108,3 +108,23 @@ def one_of_each_source(clients: Mapping[str, Dataset]) -> dict[str, Dataset]:
         first = next(iter(clients))
         return {first: clients[first]}
     return dict(clients)
+
+
+def recent(kept: dict[str, Dataset], client: str, prepare: Callable[[], Dataset], size: int) -> Dataset:
+    """
+    The prepared dataset of a client, of which the `size` asked for last stay in memory.
+
+    Args:
+        kept (`dict[str, Dataset]`):
+            Those of before; changed.
+        client (`str`):
+            Name of the client.
+        prepare (`Callable`):
+            Makes it, if it is not among them.
+        size (`int`):
+            How many stay.
+    """
+    kept[client] = kept.pop(client) if client in kept else prepare()  # the last in order, so the last to be dropped
+    for oldest in list(kept)[: max(0, len(kept) - size)]:
+        del kept[oldest]
+    return kept[client]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -13,6 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import speed_metrics
 
 from .adapter_state import AdapterState, LiveState
+from .client_datasets import recent
 
 
 __all__ = ["ClientEvaluationMixin"]
@@ -27,12 +29,31 @@ class ClientEvaluationMixin(Trainer):
     _live_adapter: LiveState
     _global_state: AdapterState
     _clients: Mapping[str, Dataset]
+    _prepared_held_out: dict[str, Dataset]
     client_evaluation: dict[str, dict[str, float]] | None = None
     """Figures of the last evaluation by client; `None` if it was not one by client."""
 
     def client_state(self, client: str) -> AdapterState:
         """What the model of a client is made of."""
         raise NotImplementedError
+
+    @property
+    def _num_kept(self) -> int:
+        """How many prepared datasets stay in memory."""
+        raise NotImplementedError
+
+    def _prepare_held_out_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        """Tokenise one client's held-out data."""
+        raise NotImplementedError
+
+    def _prepare_held_out(self, held_out: Mapping[str, Dataset], client: str) -> Dataset:
+        prepared = self._prepare_held_out_dataset(held_out[client], client)
+        if len(prepared) == 0:
+            raise ValueError(
+                f"Of the held-out data of client {client!r} nothing is left after preparation: no label of it is within `max_length`. "
+                "Raise it, or leave the client out of `eval_dataset`."
+            )
+        return prepared
 
     @property
     def has_personal_models(self) -> bool:
@@ -43,7 +64,7 @@ class ClientEvaluationMixin(Trainer):
     def evaluates_clients(self) -> bool:
         """Whether every key of `eval_dataset` is a client."""
         held_out = self.eval_dataset
-        return isinstance(held_out, dict) and bool(held_out) and held_out.keys() <= self._clients.keys()
+        return isinstance(held_out, Mapping) and len(held_out) > 0 and held_out.keys() <= self._clients.keys()
 
     def evaluate(
         self,
@@ -66,10 +87,12 @@ class ClientEvaluationMixin(Trainer):
         start, counts = time.time(), {}
         self.client_evaluation = {}
         try:
-            for client, dataset in sorted(held_out.items()):
+            for client in sorted(held_out):
+                prepare = partial(self._prepare_held_out, held_out, client)
+                prepared = recent(self._prepared_held_out, client, prepare, self._num_kept)
                 self._live_adapter.write(self.client_state(client))
                 output = self.evaluation_loop(
-                    self.get_eval_dataloader(dataset),
+                    self.get_eval_dataloader(prepared),
                     description=f"Evaluation of {client}",
                     prediction_loss_only=True if self.compute_metrics is None else None,
                     ignore_keys=ignore_keys,

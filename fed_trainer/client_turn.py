@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .adapter_state import AdapterState, state_bytes, subtract
 from .aggregation import ClientUpdate
+from .client_datasets import recent
 from .client_evaluation import ClientEvaluationMixin
 from .client_settings import ClientSettings
 from .client_store import ClientStore
@@ -30,7 +31,7 @@ __all__ = ["ClientTurnMixin"]
 
 logger = logging.get_logger(__name__)
 
-KEPT_PREPARED = 256  # datasets; a round has more only if it has more clients
+KEPT_PREPARED = 256  # datasets
 # what a client keeps: parts of its file
 LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
@@ -191,32 +192,43 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
 
     def _num_examples(self, client: str) -> int:
         """Examples that are trained on; preparation drops those without a label, and packing joins them."""
-        return len(self._clients[client] if joins_examples(self.args) else self._prepared_client(client))
+        return (
+            self._record["clients"][client]["num_examples"]
+            if joins_examples(self.args)
+            else len(self._prepared_client(client))
+        )
 
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""
-        if client in self._prepared_clients:
-            self._prepared_clients[client] = self._prepared_clients.pop(client)  # the last to be dropped
-        else:
-            self._keep_prepared(client, self._prepare_client_dataset(self._clients[client], client))
-            while len(self._prepared_clients) > max(KEPT_PREPARED, self.sampler.num_sampled):
-                del self._prepared_clients[next(iter(self._prepared_clients))]
-        return self._prepared_clients[client]
+        return recent(self._prepared_clients, client, lambda: self._prepare_client(client), self._num_kept)
 
-    def _keep_prepared(self, client: str, dataset: Dataset) -> None:
-        if len(dataset) == 0:
+    def _prepare_client(self, client: str) -> Dataset:
+        raw = self._clients[client]
+        prepared = self._prepare_client_dataset(raw, client)
+        self._check_prepared(client, len(raw), len(prepared))
+        return prepared
+
+    @property
+    def _num_kept(self) -> int:
+        """How many prepared datasets stay in memory: all of a round."""
+        return max(KEPT_PREPARED, self.sampler.num_sampled)
+
+    def _check_prepared(self, client: str, num_raw: int, num_prepared: int) -> None:
+        if num_prepared == 0:
             raise ValueError(
-                f"Client {client!r} has {len(self._clients[client])} examples, but none is left after preparation: no "
-                "label of them is within `max_length`. Raise it (prompts may fill it), or leave the client out."
+                f"Client {client!r} has {num_raw} examples, but none is left after preparation: no label of them is within "
+                "`max_length`. Raise it (prompts may fill it), or leave the client out."
             )
-        if len(dataset) < local_batch(self.args) and not joins_examples(self.args):
+        if num_prepared < local_batch(self.args) and not joins_examples(self.args):
             raise ValueError(
-                f"Client {client!r} has {len(self._clients[client])} examples, but only {len(dataset)} are left after "
-                f"preparation (the others have no label within `max_length`), fewer than one local batch of {local_batch(self.args)}. Raise "
-                "`max_length` (prompts may fill it), lower the batch size, or leave the client out."
+                f"Client {client!r} has {num_raw} examples, but only {num_prepared} are left after preparation (the others have no "
+                f"label within `max_length`), fewer than one local batch of {local_batch(self.args)}. Raise `max_length` (prompts "
+                "may fill it), lower the batch size, or leave the client out."
             )
-        self._prepared_clients[client] = dataset
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         """Tokenise one client's data; the base trainer's own preparation, where it has one."""
         return dataset
+
+    def _prepare_held_out_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        return self._prepare_client_dataset(dataset, client)

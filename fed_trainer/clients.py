@@ -204,10 +204,10 @@ def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model:
 
 
 def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
-    """Held-out data by name, as `Trainer` takes it; empty if there is none."""
+    """Held-out sets by name whose columns have to be looked at; empty if there is none."""
     if eval_dataset is None:
         return {}
-    return eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    return one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
 
 
 def _refuse_different_columns(clients: Mapping[str, Dataset]) -> None:

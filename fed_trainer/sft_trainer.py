@@ -79,6 +79,13 @@ class FederatedTrainer(TRLMixin, SFTTrainer):
             check_sft_columns({name: dataset}, self.args.dataset_text_field, kind="Held-out set")
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        return self._prepare_sft(dataset, client, self.args.packing)
+
+    def _prepare_held_out_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        packing = self.args.packing if self.args.eval_packing is None else self.args.eval_packing
+        return self._prepare_sft(dataset, client, packing)
+
+    def _prepare_sft(self, dataset: Dataset, client: str, packing: bool) -> Dataset:
         if self._skip_prepare_dataset:  # images, or by `dataset_kwargs`
             return dataset
-        return self._prepare_as_trl(dataset, client, self.args.packing, self._formatting_func)
+        return self._prepare_as_trl(dataset, client, packing, self._formatting_func)

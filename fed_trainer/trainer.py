@@ -37,7 +37,7 @@ from .checkpoint import (
     refuse_another_run,
     refuse_later_rounds,
 )
-from .client_datasets import ClientDatasets
+from .client_datasets import ClientDatasets, rows_by_client
 from .client_settings import ClientSettings, parse_client_settings
 from .client_store import ClientStore
 from .client_turn import ClientTurnMixin
@@ -106,8 +106,6 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         check_launch(args)
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
-        if isinstance(eval_dataset, Mapping):
-            eval_dataset = dict(eval_dataset)  # `Trainer` takes nothing else for several sets
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
@@ -131,19 +129,29 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         is_sorted = isinstance(train_dataset, ClientDatasets)
         self._clients = train_dataset if is_sorted else dict(sorted(train_dataset.items()))
         first = next(iter(self._clients))
+        first_dataset = self._clients[first]
+        # held-out data by client is prepared when it is evaluated on, as there may be very many
+        by_client = None
+        if isinstance(eval_dataset, Mapping) and len(eval_dataset) > 0 and eval_dataset.keys() <= self._clients.keys():
+            by_client, eval_dataset = eval_dataset, None
         super().__init__(
             **self._model_arguments(model, peft_config),
             args=args,
-            train_dataset=self._clients[first],
-            eval_dataset=eval_dataset,
+            train_dataset=first_dataset,
+            eval_dataset=dict(eval_dataset) if isinstance(eval_dataset, Mapping) else eval_dataset,
             **kwargs,
         )
+        if by_client is not None:
+            self.eval_dataset = by_client
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         self.remove_callback(PrinterCallback)
 
         self._prepared_clients: dict[str, Dataset] = {}
-        self._keep_prepared(first, self.train_dataset)  # `super().__init__` has tokenised it
+        self._prepared_held_out: dict[str, Dataset] = {}
+        prepared: Any = self.train_dataset  # `super().__init__` has tokenised it
+        self._check_prepared(first, len(first_dataset), len(prepared))
+        self._prepared_clients[first] = prepared
         self._live_adapter = live_state(self.model)
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
@@ -488,9 +496,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     # Refusals
 
     def _refuse_what_the_method_cannot_have(self, has_optimizer: bool) -> None:
-        held_out: dict[str, Any] = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
-        for name, rows in held_out.items():
-            if len(rows) == 0:
+        held_out: Any = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
+        for name, num_rows in rows_by_client(held_out).items():
+            if num_rows == 0:
                 raise ValueError(f"The held-out data of {name!r} is empty. Leave it out of `eval_dataset`.")
         if self.server.sparse_rounds and (has_optimizer or self.args.initial_adapter is not None):
             what = (
@@ -512,7 +520,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 else (f"{len(self._local_keys)} tensors stay with the clients (the first: {min(self._local_keys)})")
             )
             names = (
-                list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else type(self.eval_dataset).__name__
+                list(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else type(self.eval_dataset).__name__
             )
             raise ValueError(
                 f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from clients to "

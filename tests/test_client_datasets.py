@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from types import MappingProxyType
 
 import datasets
 import numpy as np
@@ -132,5 +133,30 @@ def test_a_round_of_many_clients_keeps_them_all(rows, tiny_model_dir, tmp_path, 
 def test_clients_of_one_dataset_are_evaluated_by_client(rows, tiny_model_dir, tmp_path):
     clients = iid_partition(rows, 3)
     trainer = trainer_of(clients, tmp_path / "run", tiny_model_dir, aggregation="fedsa_lora", eval_dataset=clients)
+    assert trainer.eval_dataset is clients and not trainer._prepared_held_out  # nothing has been looked at yet
     trainer.evaluate()
     assert list(trainer.client_evaluation) == list(clients)
+    as_dictionary = trainer_of(
+        clients, tmp_path / "run", tiny_model_dir, aggregation="fedsa_lora", eval_dataset=dict(clients)
+    )
+    as_dictionary.evaluate()
+    assert list(trainer._prepared_held_out) == list(clients)
+    losses = [
+        [figures["eval_loss"] for figures in each.client_evaluation.values()] for each in (trainer, as_dictionary)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_held_out_data_that_is_no_clients_may_be_any_mapping(rows, tiny_model_dir, tmp_path):
+    sets = MappingProxyType({"first": rows.select(range(8)), "second": rows.select(range(8, 16))})
+    trainer = trainer_of(iid_partition(rows, 3), tmp_path / "run", tiny_model_dir, eval_dataset=sets)
+    assert {"eval_first_loss", "eval_second_loss"} <= trainer.evaluate().keys()
+
+
+def test_held_out_data_of_which_nothing_is_left_is_named(rows, tiny_model_dir, tmp_path):
+    clients = iid_partition(rows, 3)
+    long = rows.map(lambda row: {"prompt": row["prompt"] * 20})
+    held_out = dict(clients) | {"client_1": long.select(range(4))}
+    trainer = trainer_of(clients, tmp_path / "run", tiny_model_dir, aggregation="fedsa_lora", eval_dataset=held_out)
+    with pytest.raises(ValueError, match="Of the held-out data of client 'client_1' nothing is left"):
+        trainer.evaluate()
