@@ -31,9 +31,10 @@ from fed_trainer import (
     FederatedTaskConfig,
     FederatedTaskTrainer,
     FederatedTrainer,
-    FederationArguments,
 )
 from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.config import FederationArguments
+from peft_scl import FederaConfig
 
 
 KIND, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -74,12 +75,13 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
     held_out: Any = clients["client_0"].select(range(8))
     if settings.pop("evaluates_clients", False):
         held_out = {client: rows.select(range(4)) for client, rows in clients.items()}
+    peft_config = settings.pop("peft_config", LoraConfig(**LORA))
     trainer = FederatedTrainer(
         model=MODEL,
         args=make_args(FederatedConfig, name, max_length=32, **settings),
         train_dataset=clients,
         eval_dataset=held_out,
-        peft_config=LoraConfig(**LORA),
+        peft_config=peft_config,
         callbacks=callbacks,
     )
     if KIND == "fsdp2":  # then an evaluation leaves whole copies of the adapter behind
@@ -283,9 +285,13 @@ def main() -> None:
         report["kept_optimizers"] = federation(make_trainer("kept_optimizers", **kept))
         make_trainer("kept_and_resumed", callbacks=[StopAfterOneRound()], **kept).train()
         report["kept_and_resumed"] = federation(make_trainer("kept_and_resumed", **kept), resume=True)
+    if KIND in ("cpu", "zero3"):
+        federa = {"peft_config": FederaConfig(**LORA)}
+        make_trainer("federa", callbacks=[StopAfterOneRound()], **federa).train()
+        report["federa"] = federation(make_trainer("federa", **federa), resume=True)
     if KIND != "fsdp2":
         report["dpo"] = federation(make_dpo_trainer())
-    report["classifier"] = federation(make_classifier_trainer())
+        report["classifier"] = federation(make_classifier_trainer())
     report["failing"] = clients_that_fail()
     if KIND == "fsdp2":
         report["bfloat16"] = in_bfloat16()  # the last: it changes the environment
