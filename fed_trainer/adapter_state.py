@@ -246,11 +246,15 @@ class LiveAdapter(LiveState):
 
     def load(self, saved: AdapterState, source: str) -> None:
         """Write an adapter as PEFT saves it, whole, into the model."""
-        if self._is_federa:  # another start moves the base model with it
-            check_same_layout(unstack_start(saved), self.read(include_frozen=True), source)
-            set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
-        else:
+        if not self._is_federa:
             super().load(saved, source)
+            return
+        state, here = unstack_start(saved), self.read(include_frozen=True)
+        check_same_layout(state, here, source)
+        if not all(torch.equal(state[key].to(here[key].dtype), here[key]) for key in self._frozen):
+            # another start moves the base model with it, which cannot be split
+            set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
+        self.write(state)
 
 
 def _gathered(tensors: Iterable[torch.Tensor], modifier_rank: int | None) -> AbstractContextManager[None]:
