@@ -302,9 +302,7 @@ def work(args: argparse.Namespace) -> None:
     if kept.trainer.is_world_process_zero():
         args.exchange.write_text(json.dumps(figures))
     kept.trainer.accelerator.wait_for_everyone()
-    sys.stdout.flush()
-    # Not through the end of the interpreter, where ZeRO-3 on the CPU now and then aborts, after all has been done and written.
-    os._exit(0)
+    kept.trainer.accelerator.end_training()
 
 
 def launch(args: argparse.Namespace, engine: str) -> dict[str, Any]:

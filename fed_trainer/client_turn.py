@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     _local_keys: set[str]
     _base_digest: str | None
     _record: dict[str, Any]
+    _bytes_in_vain: Counter[str]  # traffic of the round's clients that were left out
 
     def _client_round(
         self, client: str, round: int, lr_factor: float, seconds: dict[str, float]
@@ -83,7 +85,9 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
                 )
             with timed(seconds, "local"):
                 self._recover()  # here the error no longer holds on to activations
+        traffic = {"bytes_down": self._download_bytes(client, settings)}
         if trained is None:
+            self._bytes_in_vain.update(traffic)
             self.server.leave_out(client, reason)
             return None
         delta, keeps, metrics = trained
@@ -97,13 +101,14 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             base_digest=self._base_digest,
         )
         with timed(seconds, "aggregate"):
+            traffic["bytes_up"] = state_bytes(update.delta)
             if self.server.receive(update, asked, keeps) is not None:
+                self._bytes_in_vain.update(traffic)
                 return None
             if self.server.objective is not None:
                 self.server.objective.accept(remembered, keeps[OBJECTIVE])
             if self.is_world_process_zero():
                 self._store.write(client, keeps)
-        traffic = {"bytes_up": state_bytes(update.delta), "bytes_down": self._download_bytes(client, settings)}
         return {"num_examples": update.num_examples, **metrics, **traffic}
 
     def _train_client(

@@ -128,11 +128,9 @@ def model_card(
     )
     base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
     loader = LOADERS.get(task_type or "", "AutoPeftModel") if method else model_class
-    # the config of the base model knows nothing of the head that was trained
-    heads = {"classifier", "score"} & set(record["peft_config"].get("modules_to_save") or [])
-    has_head = task_type in ("SEQ_CLS", "TOKEN_CLS") or (
-        task_type is None and heads
-    )  # of images PEFT has no task type
+    # The config of the base model knows nothing of the head that was trained. For images PEFT has no task type.
+    saves_head = not {"classifier", "score"}.isdisjoint(record["peft_config"].get("modules_to_save") or [])
+    has_head = task_type in ("SEQ_CLS", "TOKEN_CLS") or (task_type is None and saves_head)
     labels = f", num_labels={num_labels}" if has_head and num_labels is not None else ""
     rounds = record["rounds"]
     methods = {

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -228,6 +229,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         with RoundProgress(last, done, self._shows_progress) as progress, self._keeping_the_global_adapter():
             for round in range(done + 1, last + 1):
                 seconds: dict[str, float] = {}
+                self._bytes_in_vain = Counter()
                 clients: dict[str, dict[str, float]] = {}
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
@@ -365,8 +367,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             "refused": self.server.refused,
             "train_loss": sum(c["num_examples"] * c["train_loss"] for c in clients.values()) / total,
             "learning_rate": self.args.learning_rate * lr_factor,
-            "bytes_up": sum(client["bytes_up"] for client in clients.values()),
-            "bytes_down": sum(client["bytes_down"] for client in clients.values()),
+            "bytes_up": self._bytes_in_vain["bytes_up"] + sum(client["bytes_up"] for client in clients.values()),
+            "bytes_down": self._bytes_in_vain["bytes_down"] + sum(client["bytes_down"] for client in clients.values()),
             "base_change_bytes": self._base_change_bytes,
             "seconds": seconds,
             "eval": evaluation,
@@ -547,9 +549,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
         state = self._live_adapter.read()
         makes_masters = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
-        if (
-            self.is_deepspeed_enabled or makes_masters
-        ):  # as these, which are made later, whatever the dtype of the model
+        if self.is_deepspeed_enabled or makes_masters:
+            # as the masters, which are made later, whatever the dtype of the model
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state
 

@@ -122,7 +122,8 @@ def outcome(folder: Path) -> dict:
     """All that the run has left, but for the seconds."""
     record = json.loads((folder / "federation.json").read_text())
     for entry in record["rounds"]:
-        del entry["seconds"], entry["eval"]
+        del entry["seconds"]
+        entry["eval"] = {key: value for key, value in entry["eval"].items() if key.endswith("loss")}
         entry["client_eval"] = {
             client: {key: value for key, value in figures.items() if key.endswith("loss")}
             for client, figures in entry["client_eval"].items()
