@@ -344,6 +344,7 @@ def main() -> None:
     args = parse()
     if args.only is not None:
         work(args)
+        return
     if args.engines != ["plain"]:
         check_deepspeed(args.deepspeed_folder)
     result: dict[str, Any] = {}
