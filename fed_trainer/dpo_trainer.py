@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
@@ -177,6 +178,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         refuse_without_log_probs("DPOTrainer", model, peft_config)
+        self._refuse_to_precompute_in_several_processes()
         if isinstance(model, PeftModel):
             if list(model.peft_config) != ["default"]:
                 raise ValueError(
@@ -190,6 +192,15 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                     f"with {what}. Pass the base model, with `peft_config` or `initial_adapter`."
                 )
         return super()._model_arguments(model, peft_config)
+
+    def _refuse_to_precompute_in_several_processes(self) -> None:
+        state: Any = self.args.distributed_state
+        if self.args.precompute_ref_log_probs and state.distributed_type != DistributedType.NO:
+            raise NotImplementedError(
+                f"`precompute_ref_log_probs=True` under {state.distributed_type.value}: `DPOTrainer` writes what it computes into a file of its "
+                "first process, which the others do not find where a client's data is in memory. Leave it off, which gives the same loss, or "
+                "launch a single process."
+            )
 
     def _refuse_references_of_adapters(self) -> None:
         if self.args.reference != "initial":

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 
 __all__ = ["DeepSpeedOptimizer", "read_master", "write_master"]
@@ -63,9 +64,24 @@ def write_master(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """Copy `value`, whole, into the master of a parameter; nothing if it has none."""
     if not _has_master(tensor):
         return
-    from deepspeed.utils import safe_set_full_fp32_param
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    safe_set_full_fp32_param(tensor, value)
+    if hasattr(tensor, "_z3_optimizer"):
+        safe_set_local_fp32_param(tensor, _own_part(tensor, value))
+    else:
+        safe_set_full_fp32_param(tensor, value)
+
+
+def _own_part(tensor: Any, value: torch.Tensor) -> torch.Tensor:
+    """
+    What ZeRO-3 has this process hold of `value`: parts of the same size, the last ones filled up with zeros.
+
+    `safe_set_full_fp32_param` does not fill up, and fails if the number of elements is no multiple of that of the processes.
+    """
+    size = tensor.ds_tensor.numel()
+    start = size * torch.distributed.get_rank(tensor.ds_process_group)
+    part = value.flatten()[start : start + size]
+    return nn.functional.pad(part, (0, size - len(part)))
 
 
 def _has_master(tensor: torch.Tensor) -> bool:

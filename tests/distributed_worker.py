@@ -18,11 +18,21 @@ import psutil
 import torch
 from accelerate import PartialState
 from conftest import clients_of
+from datasets import Dataset
 from fsdp_on_cpu import pretend_that_accelerate_found_gpus
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, set_seed
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import (
+    FederatedConfig,
+    FederatedDPOConfig,
+    FederatedDPOTrainer,
+    FederatedMixin,
+    FederatedTaskConfig,
+    FederatedTaskTrainer,
+    FederatedTrainer,
+    FederationArguments,
+)
 from fed_trainer.aggregation import TooFewClientsError
 
 
@@ -32,7 +42,6 @@ SWAPS = 200
 LOCAL = {
     "max_steps": 2,
     "learning_rate": 1e-2,
-    "max_length": 32,
     "gradient_checkpointing": False,
     "report_to": "none",
     "disable_tqdm": True,
@@ -41,17 +50,10 @@ LOCAL = {
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
-def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **settings: Any) -> FederatedTrainer:
+def make_args(config_class: type[FederationArguments], name: str, **settings: Any) -> Any:
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    clients = clients_of(num_clients=3)
-    clients["client_1"] = clients["client_1"].select(range(8))
-    if settings.pop("leaves_out_client_1", False):
-        del clients["client_1"]
-    held_out: Any = clients["client_0"].select(range(8))
-    if settings.pop("evaluates_clients", False):
-        held_out = {client: rows.select(range(4)) for client, rows in clients.items()}
     on_cpu = KIND in ("cpu", "ddp")  # the others would be dropped
-    args = FederatedConfig(
+    args = config_class(
         output_dir=str(FOLDER / name),
         per_device_eval_batch_size=1,  # `Trainer` averages the losses of batches
         use_cpu=on_cpu,
@@ -61,9 +63,20 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
     if KIND.startswith("zero3"):  # or else ZeRO-3 would leave these small weights whole
         zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero["stage3_param_persistence_threshold"] = 0
+    return args
+
+
+def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **settings: Any) -> FederatedTrainer:
+    clients = clients_of(num_clients=3)
+    clients["client_1"] = clients["client_1"].select(range(8))
+    if settings.pop("leaves_out_client_1", False):
+        del clients["client_1"]
+    held_out: Any = clients["client_0"].select(range(8))
+    if settings.pop("evaluates_clients", False):
+        held_out = {client: rows.select(range(4)) for client, rows in clients.items()}
     trainer = FederatedTrainer(
         model=MODEL,
-        args=args,
+        args=make_args(FederatedConfig, name, max_length=32, **settings),
         train_dataset=clients,
         eval_dataset=held_out,
         peft_config=LoraConfig(**LORA),
@@ -72,6 +85,41 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
     if KIND == "fsdp2":  # then an evaluation leaves whole copies of the adapter behind
         trainer.accelerator.state.fsdp_plugin.reshard_after_forward = name != "fedsa_lora"
     return trainer
+
+
+def make_dpo_trainer() -> FederatedDPOTrainer:
+    """With a second adapter in the model, which is written in every round."""
+    pairs = {}
+    for client, rows in clients_of(num_clients=2).items():
+        answers = rows["completion"]
+        columns = {"prompt": rows["prompt"], "chosen": answers, "rejected": answers[1:] + answers[:1]}
+        pairs[client] = Dataset.from_dict(columns).select(range(8))
+    return FederatedDPOTrainer(
+        model=MODEL,
+        args=make_args(FederatedDPOConfig, "dpo", max_length=48, beta=0.5, reference="round"),
+        train_dataset=pairs,
+        eval_dataset=pairs["client_0"].select(range(4)),
+        peft_config=LoraConfig(**LORA, init_lora_weights=False),
+    )
+
+
+def make_classifier_trainer() -> FederatedTaskTrainer:
+    """Of a model that does not look at `num_items_in_batch`, with a bias that two processes cannot share evenly."""
+    rows = {
+        "input_ids": [[row % 3, 5 + row % 7, 12, 20 + row % 11] for row in range(16)],
+        "label": [row % 3 for row in range(16)],
+    }
+    set_seed(0)
+    widths = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 16}
+    depths = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return FederatedTaskTrainer(
+        model=BertForSequenceClassification(BertConfig(**widths, **depths, **dropouts)),
+        args=make_args(FederatedTaskConfig, "classifier", max_grad_norm=0.0),
+        train_dataset={"client_0": Dataset.from_dict(rows).select(range(8)), "client_1": Dataset.from_dict(rows)},
+        eval_dataset=Dataset.from_dict(rows).select(range(4)),
+        peft_config=LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
+    )
 
 
 def digest(state: dict[str, torch.Tensor]) -> str:
@@ -151,7 +199,7 @@ def in_bfloat16() -> dict[str, Any]:
     }
 
 
-def federation(trainer: FederatedTrainer, resume: bool = False) -> dict[str, Any]:
+def federation(trainer: FederatedMixin, resume: bool = False) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=resume)
     record = trainer._record
     # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there; FSDP2 holds parts
@@ -230,6 +278,14 @@ def main() -> None:
     report["resumed"] = federation(make_trainer("resumed"), resume=True)
     if KIND not in SPLIT:  # refused there
         report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
+    if KIND in ("cpu", "ddp"):
+        kept = {"keep_optimizer_state": True}
+        report["kept_optimizers"] = federation(make_trainer("kept_optimizers", **kept))
+        make_trainer("kept_and_resumed", callbacks=[StopAfterOneRound()], **kept).train()
+        report["kept_and_resumed"] = federation(make_trainer("kept_and_resumed", **kept), resume=True)
+    if KIND != "fsdp2":
+        report["dpo"] = federation(make_dpo_trainer())
+    report["classifier"] = federation(make_classifier_trainer())
     report["failing"] = clients_that_fail()
     if KIND == "fsdp2":
         report["bfloat16"] = in_bfloat16()  # the last: it changes the environment

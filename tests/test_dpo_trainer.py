@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import (
     LoraConfig,
@@ -324,6 +325,13 @@ def test_precomputed_references_of_the_base_model_are_those_of_every_step(make_t
         trainer.train()
         runs.append([value for r in trainer._record["rounds"] for value in (r["train_loss"], r["eval"]["eval_loss"])])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_references_are_not_precomputed_by_several_processes(clients, tiny_model_dir, tmp_path, monkeypatch):
+    args = FederatedDPOConfig(output_dir=str(tmp_path), reference="base", precompute_ref_log_probs=True, **LOCAL)
+    monkeypatch.setattr(args.distributed_state, "distributed_type", DistributedType.MULTI_CPU)
+    with pytest.raises(NotImplementedError, match="under MULTI_CPU: .* Leave it off"):
+        FederatedDPOTrainer(str(tiny_model_dir), args, clients, peft_config=LoraConfig(**LORA))
 
 
 def test_a_whole_model_is_compared_with_the_one_that_was_loaded(make_trainer, tiny_model_dir, tmp_path):

@@ -23,6 +23,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from trl.trainer.utils import disable_dropout_in_model
 
 import peft_scl
 from fed_trainer import FederatedConfig, FederatedMixin, FederatedTaskConfig, FederatedTaskTrainer
@@ -323,6 +324,40 @@ def test_a_collator_may_tokenise(make_trainer):
     )
     trainer.train()
     assert trainer._record["rounds"][0]["eval"]["eval_accuracy"] >= 0.5
+
+
+@pytest.mark.parametrize("looks_at_the_count", [False, True])
+def test_accumulated_batches_equal_one_whatever_the_loss_of_the_model_looks_at(
+    make_trainer, tmp_path, looks_at_the_count
+):
+    """BERT computes a mean over its rows, but takes any keyword, from which `Trainer` concludes that it divides by the count."""
+
+    class Counting(BertForSequenceClassification):
+        def forward(self, input_ids, labels, num_items_in_batch=None, **inputs):
+            output = super().forward(input_ids, labels=labels, **inputs)
+            if num_items_in_batch is not None:
+                output.loss = output.loss * len(labels) / num_items_in_batch
+            return output
+
+    for output, batch, batches in (("one", 4, 1), ("accumulated", 1, 4)):
+        model = bert()
+        if looks_at_the_count:
+            model.__class__ = Counting
+        disable_dropout_in_model(model)
+        make_trainer(
+            output,
+            model=model,
+            peft_config=LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=batches,
+            optim="sgd",  # a multiple of the gradients would not change the steps of Adam
+        ).train()
+    records = [json.loads((tmp_path / output / "federation.json").read_text()) for output in ("one", "accumulated")]
+    losses = [[entry["train_loss"] for entry in record["rounds"]] for record in records]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    one, accumulated = (weights(tmp_path / output) for output in ("one", "accumulated"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(accumulated[key], tensor, atol=1e-6, rtol=0)
 
 
 def test_a_plain_run_is_not_resumed_with_other_parameters_trained(make_trainer):
