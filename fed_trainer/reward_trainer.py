@@ -2,21 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from datasets import Dataset
 from trl import RewardTrainer
 
-from .clients import check_preference_columns, held_out_sets
 from .config import FederatedRewardConfig
 from .trl_mixin import TRLMixin
 
 
 __all__ = ["FederatedRewardTrainer"]
-
-
-_FORMATS = ({"chosen", "rejected"}, {"chosen_ids", "rejected_ids"})
 
 
 class FederatedRewardTrainer(TRLMixin, RewardTrainer):
@@ -60,12 +53,8 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
     """
 
     _config_class = FederatedRewardConfig
+    _preference_formats = ({"chosen", "rejected"}, {"chosen_ids", "rejected_ids"})
     args: FederatedRewardConfig
-
-    def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
-        check_preference_columns(clients, _FORMATS, "RewardTrainer")
-        for name, dataset in held_out_sets(eval_dataset).items():
-            check_preference_columns({name: dataset}, _FORMATS, "RewardTrainer", kind="Held-out set")
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         return self._prepare_as_trl(dataset, client)

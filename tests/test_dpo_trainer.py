@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federated DPO: the reference policy over rounds, against losses computed by hand, and the stock trainer."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
@@ -37,6 +38,9 @@ LOCAL = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+TINY = LlamaConfig(
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+)
 REFERENCES = ["initial", "base", "round"]
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 ADAPTERS = {
@@ -360,6 +364,30 @@ def test_messages_and_texts_without_a_prompt(make_trainer, clients):
         assert trainer._record["rounds"][0]["clients"].keys() == clients.keys()
 
 
+NO_REFERENCE = [
+    ({"aggregation": "fedex_lora"}, "'fedex_lora'` changes the base weights"),
+    ({"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1}}, "'slora'` changes the base weights"),
+    *(
+        ({"peft_config": LoraConfig(**LORA, bias=bias), "reference": reference}, f"`bias='{bias}'` trains biases")
+        for bias in ("all", "lora_only")
+        for reference in REFERENCES
+    ),
+    ({"peft_config": ADAPTERS["pissa"], "reference": "base"}, "'initial'`, which is the same policy"),
+    ({"peft_config": ADAPTERS["federa, residual"]}, "Set `keep_base=True`"),
+    ({"peft_config": None, "reference": "round"}, "a model without one is trained"),
+    (
+        {"ref_model": LlamaForCausalLM(TINY)},
+        "`ref_model` is the reference of a model that is trained without an adapter",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), NO_REFERENCE)
+def test_what_has_no_reference_is_refused_before_a_model_is_loaded(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**{"model": "there/is-none", "peft_config": LoraConfig(**LORA), **settings})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -367,26 +395,49 @@ def test_messages_and_texts_without_a_prompt(make_trainer, clients):
         ({"sync_ref_model": True}, "Set `reference='round'`"),
         ({"precompute_ref_log_probs": True}, "Set `reference='base'`"),
         ({"precompute_ref_log_probs": True, "reference": "round"}, "but `reference` is 'round'"),
-        ({"aggregation": "fedex_lora"}, "'fedex_lora'` changes the base weights"),
-        ({"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1}}, "'slora'` changes the base weights"),
         ({"aggregation": "fedsa_lora", "reference": "round"}, "tensors stay with the clients"),
-        ({"peft_config": ADAPTERS["pissa"], "reference": "base"}, "'initial'`, which is the same policy"),
-        ({"peft_config": ADAPTERS["federa, residual"]}, "Set `keep_base=True`"),
-        ({"peft_config": None, "reference": "round"}, "a model without one is trained"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(str(entry) for entry in value)[:40],
 )
-def test_what_has_no_reference_is_refused(make_trainer, settings, message):
+def test_settings_without_one_reference_are_refused(make_trainer, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(**{"peft_config": LoraConfig(**LORA), **settings})
+        make_trainer(peft_config=LoraConfig(**LORA), **settings)
 
 
-def test_models_that_trl_would_take_for_something_else_are_refused(make_trainer, tiny_model_dir):
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (ADAPTERS["prompt"], {}, "does not go with PROMPT_TUNING"),
+        (ADAPTERS["federa"], {}, "does not go with FeDeRA"),
+        (
+            ADAPTERS["lora"],
+            {"reference": "base", "precompute_ref_log_probs": True},
+            "with `precompute_ref_log_probs=True`",
+        ),
+        (LoraConfig(**LORA, bias="all"), {}, "`bias='all'` trains biases"),
+    ],
+)
+def test_adapters_that_trl_would_not_copy_are_refused(make_trainer, tiny_model_dir, config, settings, message):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), copy.deepcopy(config))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model=model, **settings)
+
+
+def test_adapters_of_other_names_are_refused(make_trainer, tiny_model_dir):
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with pytest.raises(ValueError, match="`ref_model` is the reference of a model that is trained without an adapter"):
-        make_trainer(peft_config=LoraConfig(**LORA), ref_model=base)
     with pytest.raises(ValueError, match=r"the one that was given has \['sft'\]"):
         make_trainer(model=get_peft_model(base, LoraConfig(**LORA), adapter_name="sft"))
+
+
+def test_a_model_with_the_reference_of_an_earlier_run_is_refused_until_it_is_deleted(make_trainer):
+    first = make_trainer(peft_config=ADAPTERS["lora"], num_rounds=1)
+    first.train()
+    with pytest.raises(ValueError, match=r"Call `model.delete_adapter\('ref'\)` first"):
+        make_trainer("again", model=first.model)
+    first.model.delete_adapter("ref")
+    again = make_trainer("again", model=first.model, num_rounds=1)
+    assert same(again._reference.read(), first._global_state)
+    again.train()
 
 
 @pytest.mark.parametrize("columns", [["prompt", "chosen"], ["prompt", "completion", "label"]])
