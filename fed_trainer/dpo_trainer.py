@@ -171,6 +171,12 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         batch = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         return self._precompute_ref_logps(prepared, f"client {client}", batch)
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        with _evaluating(
+            self.model
+        ):  # a client that is prepared in its turn finds the model as the last one has trained it
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
     # Refusals
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
@@ -263,6 +269,17 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 f"`reference='round'` is the global adapter at the start of the round, but {len(self._local_keys)} tensors stay with the "
                 f"clients (the first: {min(self._local_keys)}), so there is none. Set 'initial' or 'base'."
             )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

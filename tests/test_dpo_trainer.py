@@ -331,6 +331,31 @@ def test_precomputed_references_of_the_base_model_are_those_of_every_step(make_t
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
+def test_precomputed_references_are_without_dropout(make_trainer, clients, tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attention_dropout=0.5)
+    modes = []
+    settings = {"reference": "base", "precompute_ref_log_probs": True, "disable_dropout": False, "num_rounds": 1}
+    trainer = make_trainer(model=model, peft_config=LoraConfig(**LORA), **settings)
+    prepare = trainer._prepare_client_dataset
+
+    def spy(*args):
+        modes.append([module.training for module in trainer.model.modules()])
+        prepared = prepare(*args)
+        modes.append([module.training for module in trainer.model.modules()])
+        return prepared
+
+    trainer._prepare_client_dataset = spy
+    trainer.train()
+    assert len(modes) == 2 and modes[0] == modes[1] and all(modes[0])  # the second client, after the first has trained
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    for client in clients:
+        rows = list(trainer._prepared_client(client))
+        found = [torch.tensor([row[f"ref_{answer}_logps"] for row in rows]) for answer in ("chosen", "rejected")]
+        torch.testing.assert_close(
+            torch.cat(found), log_probs(base, trainer.data_collator(rows)), rtol=1e-5, atol=1e-4
+        )
+
+
 def test_references_are_not_precomputed_by_several_processes(clients, tiny_model_dir, tmp_path, monkeypatch):
     args = FederatedDPOConfig(output_dir=str(tmp_path), reference="base", precompute_ref_log_probs=True, **LOCAL)
     monkeypatch.setattr(args.distributed_state, "distributed_type", DistributedType.MULTI_CPU)
