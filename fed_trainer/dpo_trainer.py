@@ -44,8 +44,8 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     | `"base"` | the model without the adapter | fixed |
     | `"round"` | the global adapter at the start of the round | moves |
 
-    For `"initial"` and `"round"` a frozen copy of the adapter (`"ref"`) is in the model; it is neither sent nor published. That
-    of `"initial"` is in the checkpoints, so that a resumed run has the same one.
+    For `"initial"` and `"round"` a frozen copy of the adapter (`"ref"`) is in the model; it is neither sent nor published. The
+    checkpoints hold it, so that a resumed run has the same one.
 
     Without an adapter (full fine-tuning) the reference is `ref_model`, or the model that `DPOTrainer` loads for it, once more from
     where `model` came from; `reference` is then to be `"initial"`.
@@ -124,6 +124,12 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
             self._reference.write(self._global_state)  # that of the last round until this one ends
         return super().local_round(*args, **kwargs)
 
+    def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
+        if self.args.reference == "round":
+            assert self._reference is not None
+            self._reference.write(self._global_state)  # a second run of this trainer starts where the first ended
+        return super()._start(ignore_keys_for_eval)
+
     # The reference policy
 
     def _add_reference(self, model: PeftModel) -> LiveState:
@@ -144,12 +150,10 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return reference
 
     def _reference_state(self) -> AdapterState:
-        if self._reference is None or self.args.reference == "round":
-            return {}
-        return self._reference.saved()
+        return {} if self._reference is None else self._reference.saved()
 
     def _load_reference(self, state: AdapterState) -> None:
-        if self._reference is not None and self.args.reference == "initial":
+        if self._reference is not None:
             self._reference.load(state, "The reference policy in the checkpoint")
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:

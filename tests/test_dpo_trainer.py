@@ -3,6 +3,7 @@
 """Federated DPO: the reference policy over rounds, against losses computed by hand, and the stock trainer."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -234,6 +235,27 @@ def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer,
     ]
     if reference != "base":
         assert same(whole._reference.read(include_frozen=True), again._reference.read(include_frozen=True))
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_finished_run_is_evaluated_as_it_was_after_it_is_resumed(make_trainer, clients, reference):
+    settings = {"peft_config": ADAPTERS["lora"], "reference": reference, "eval_dataset": clients["client_0"]}
+    make_trainer(**settings).train()
+    again = make_trainer(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.evaluate()["eval_loss"] == again._record["rounds"][-1]["eval"]["eval_loss"]
+
+
+def test_a_second_run_of_a_trainer_starts_with_the_adapter_it_starts_from_as_reference(
+    make_trainer, clients, tmp_path
+):
+    trainer = make_trainer(
+        peft_config=ADAPTERS["lora"], reference="round", eval_dataset=clients["client_0"], num_rounds=1
+    )
+    trainer.train()
+    shutil.rmtree(tmp_path / "out")
+    trainer.train()
+    assert trainer._record["start"]["eval"]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_resuming_takes_the_initial_reference_from_the_checkpoint(make_trainer, clients, tiny_model_dir, tmp_path):
