@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from trl import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from peft_scl import FederaConfig
+from peft_scl.federa.layer import evenly_spaced
 
 from .adapter_state import AdapterState, LiveState
 from .aggregation import METHODS
 from .base_changes import NEUTRAL_STARTS
 from .config import FederatedDPOConfig, FederationArguments
+from .engine_fsdp import whole
 from .live_state import live_state
 from .record import peft_type_name
 from .trl_mixin import TRLMixin, refuse_without_log_probs
@@ -30,6 +34,7 @@ __all__ = ["FederatedDPOTrainer"]
 
 
 _REFERENCE = "ref"  # the adapter that TRL takes for the reference, if there is one of this name
+_DIGEST = "digest"
 
 
 class FederatedDPOTrainer(TRLMixin, DPOTrainer):
@@ -48,7 +53,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     checkpoints hold it, so that a resumed run has the same one.
 
     Without an adapter (full fine-tuning) the reference is `ref_model`, or the model that `DPOTrainer` loads for it, once more from
-    where `model` came from; `reference` is then to be `"initial"`.
+    where `model` came from; `reference` is then to be `"initial"`. A run is resumed with the same one only.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -150,11 +155,19 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return reference
 
     def _reference_state(self) -> AdapterState:
-        return {} if self._reference is None else self._reference.saved()
+        """The adapter `"ref"`; of a `ref_model`, which is as large as the model, a digest; nothing of the base model."""
+        if self._reference is not None:
+            return self._reference.saved()
+        return {} if self.ref_model is None else {_DIGEST: _weights_digest(self.ref_model)}
 
     def _load_reference(self, state: AdapterState) -> None:
         if self._reference is not None:
             self._reference.load(state, "The reference policy in the checkpoint")
+        elif self.ref_model is not None and not torch.equal(state[_DIGEST], _weights_digest(self.ref_model)):
+            raise ValueError(
+                "The checkpoint belongs to a run with another reference: the weights of `ref_model` (without it, of the model as `DPOTrainer` "
+                "loads it) were others. Resume with the `ref_model` that the run was started with."
+            )
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         with _keeping_what_is_trained(self.model):
@@ -273,6 +286,16 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 f"`reference='round'` is the global adapter at the start of the round, but {len(self._local_keys)} tensors stay with the "
                 f"clients (the first: {min(self._local_keys)}), so there is none. Set 'initial' or 'base'."
             )
+
+
+def _weights_digest(model: nn.Module) -> torch.Tensor:
+    """SHA-256 over a sample of each parameter, `(32,)`, as [`base_digest`]; all processes have to call it."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        with gather_params_ctx(parameter, modifier_rank=None):
+            sample = evenly_spaced(whole(parameter.detach()))
+        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
             )
         return super()._model_arguments(model, peft_config)
 
-    def _refuse_to_lose_a_head(self, base: nn.Module, was_loaded_here: bool) -> None:
+    def _refuse_to_lose_a_head(self, base: Any, was_loaded_here: bool) -> None:
         """A head at random, which is neither in the adapter nor in the checkpoint of the base model, could not be had again."""
         if type(base).__name__ in (base.config.architectures or []):  # of the checkpoint: it has the head
             return

@@ -396,6 +396,18 @@ def test_a_whole_model_is_compared_with_the_one_that_was_loaded(make_trainer, ti
     assert same(again.model.state_dict(), trainer.model.state_dict())
 
 
+def test_a_whole_model_is_resumed_with_the_same_reference_only(make_trainer, tiny_model_dir):
+    make_trainer(num_rounds=1, learning_rate=1e-3).train()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    other.lm_head.weight.data *= 1.1
+    with pytest.raises(ValueError, match="Resume with the `ref_model` that the run was started with"):
+        make_trainer(ref_model=other, learning_rate=1e-3).train(resume_from_checkpoint=True)
+    same_again = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    again = make_trainer(ref_model=same_again, learning_rate=1e-3)
+    again.train(resume_from_checkpoint=True)
+    assert len(again._record["rounds"]) == 2
+
+
 def test_messages_and_texts_without_a_prompt(make_trainer, clients):
     def messages(row):
         chosen, rejected = ([{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected"))
