@@ -12,7 +12,6 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from trl import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
@@ -24,7 +23,6 @@ from .adapter_state import AdapterState, LiveState
 from .aggregation import METHODS
 from .base_changes import NEUTRAL_STARTS
 from .config import FederatedDPOConfig, FederationArguments
-from .engine_fsdp import whole
 from .live_state import live_state
 from .record import peft_type_name
 from .trl_mixin import TRLMixin, refuse_without_log_probs
@@ -289,12 +287,11 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
 
 
 def _weights_digest(model: nn.Module) -> torch.Tensor:
-    """SHA-256 over a sample of each parameter, `(32,)`, as [`base_digest`]; all processes have to call it."""
+    """SHA-256 over a sample of each parameter, `(32,)`, as [`base_digest`]. A whole model is trained by what does not split it only."""
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        with gather_params_ctx(parameter, modifier_rank=None):
-            sample = evenly_spaced(whole(parameter.detach()))
-        digest.update(sample.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        sample = evenly_spaced(parameter).to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
