@@ -187,9 +187,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return self._precompute_ref_logps(prepared, f"client {client}", batch)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        with _evaluating(
-            self.model
-        ):  # a client that is prepared in its turn finds the model as the last one has trained it
+        with _evaluating(self.model):  # a client that is prepared in its turn finds it in train mode
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     # Refusals
