@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,20 +17,22 @@ from trl import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from peft_scl import FederaConfig
+from peft_scl.federa.layer import evenly_spaced
 
 from .adapter_state import AdapterState, LiveState
+from .aggregation import METHODS
 from .base_changes import NEUTRAL_STARTS
-from .clients import check_preference_columns, held_out_sets
 from .config import FederatedDPOConfig, FederationArguments
 from .live_state import live_state
+from .record import peft_type_name
 from .trl_mixin import TRLMixin, refuse_without_log_probs
 
 
 __all__ = ["FederatedDPOTrainer"]
 
 
-_FORMATS = ({"chosen", "rejected"},)
 _REFERENCE = "ref"  # the adapter that TRL takes for the reference, if there is one of this name
+_DIGEST = "digest"
 
 
 class FederatedDPOTrainer(TRLMixin, DPOTrainer):
@@ -44,11 +47,11 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     | `"base"` | the model without the adapter | fixed |
     | `"round"` | the global adapter at the start of the round | moves |
 
-    For `"initial"` and `"round"` a frozen copy of the adapter (`"ref"`) is in the model; it is neither sent nor published. That
-    of `"initial"` is in the checkpoints, so that a resumed run has the same one.
+    For `"initial"` and `"round"` a frozen copy of the adapter (`"ref"`) is in the model; it is neither sent nor published. The
+    checkpoints hold it, so that a resumed run has the same one.
 
     Without an adapter (full fine-tuning) the reference is `ref_model`, or the model that `DPOTrainer` loads for it, once more from
-    where `model` came from; `reference` is then to be `"initial"`.
+    where `model` came from; `reference` is then to be `"initial"`. A run is resumed with the same one only.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -69,7 +72,8 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
 
     Raises:
         ValueError: As [`FederatedTrainer`]; for columns without pairs of answers, and for what would move the reference: rules that add
-            to the base weights, or with `"round"` tensors that stay with the clients. The message says what to do.
+            to the base weights, biases that PEFT trains in place (`bias="all"`), or with `"round"` tensors that stay with the clients.
+            The message says what to do.
 
     Example:
 
@@ -89,6 +93,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     """
 
     _config_class = FederatedDPOConfig
+    _preference_formats = ({"chosen", "rejected"},)
     args: FederatedDPOConfig
     _reference: LiveState | None = None
 
@@ -101,11 +106,11 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        self._has_ref_model = kwargs.get("ref_model") is not None
         super().__init__(model, args, train_dataset, eval_dataset, peft_config, **kwargs)
         if not isinstance(self.model, PeftModel):
-            self._refuse_references_of_adapters()
             return
-        self._refuse_what_moves_the_reference(self.model, kwargs.get("ref_model") is not None)
+        self._refuse_to_follow_what_stays_with_the_clients()
         if _REFERENCE in self.model.peft_config:  # TRL adds it to a `PeftModel`, whatever `reference` is
             self.model.delete_adapter(_REFERENCE)
         if self.args.reference != "base":
@@ -121,6 +126,12 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
             assert self._reference is not None
             self._reference.write(self._global_state)  # that of the last round until this one ends
         return super().local_round(*args, **kwargs)
+
+    def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
+        if self.args.reference == "round":
+            assert self._reference is not None
+            self._reference.write(self._global_state)  # a second run of this trainer starts where the first ended
+        return super()._start(ignore_keys_for_eval)
 
     # The reference policy
 
@@ -142,13 +153,19 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return reference
 
     def _reference_state(self) -> AdapterState:
-        if self._reference is None or self.args.reference == "round":
-            return {}
-        return self._reference.saved()
+        """The adapter `"ref"`; of a `ref_model`, which is as large as the model, a digest; nothing of the base model."""
+        if self._reference is not None:
+            return self._reference.saved()
+        return {} if self.ref_model is None else {_DIGEST: _weights_digest(self.ref_model)}
 
     def _load_reference(self, state: AdapterState) -> None:
-        if self._reference is not None and self.args.reference == "initial":
+        if self._reference is not None:
             self._reference.load(state, "The reference policy in the checkpoint")
+        elif self.ref_model is not None and not torch.equal(state[_DIGEST], _weights_digest(self.ref_model)):
+            raise ValueError(
+                "The checkpoint belongs to a run with another reference: the weights of `ref_model` (without it, of the model as `DPOTrainer` "
+                "loads it) were others. Resume with the `ref_model` that the run was started with."
+            )
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         with _keeping_what_is_trained(self.model):
@@ -160,11 +177,6 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
 
     # Data
 
-    def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
-        check_preference_columns(clients, _FORMATS, "DPOTrainer")
-        for name, dataset in held_out_sets(eval_dataset).items():
-            check_preference_columns({name: dataset}, _FORMATS, "DPOTrainer", kind="Held-out set")
-
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         if self._is_vision_dataset:  # the collator does it
             return dataset
@@ -174,24 +186,49 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         batch = self.args.precompute_ref_batch_size or self.args.per_device_train_batch_size
         return self._precompute_ref_logps(prepared, f"client {client}", batch)
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        with _evaluating(self.model):  # a client that is prepared in its turn finds it in train mode
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
     # Refusals
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         refuse_without_log_probs("DPOTrainer", model, peft_config)
         self._refuse_to_precompute_in_several_processes()
         if isinstance(model, PeftModel):
-            if list(model.peft_config) != ["default"]:
-                raise ValueError(
-                    f"`DPOTrainer` trains the adapter 'default' of a `PeftModel` and adds one, but the one that was given has "
-                    f"{list(model.peft_config)}. Save the adapter, and pass its folder as `initial_adapter`."
-                )
-            if self.args.precompute_ref_log_probs or isinstance(model.active_peft_config, FederaConfig):
-                what = "`precompute_ref_log_probs=True`" if self.args.precompute_ref_log_probs else "FeDeRA"
-                raise ValueError(
-                    f"`DPOTrainer` adds a copy of the adapter to a `PeftModel` before it does anything else, which does not go "
-                    f"with {what}. Pass the base model, with `peft_config` or `initial_adapter`."
-                )
+            self._refuse_adapters_that_trl_does_not_copy(model)
+        config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+        if config is None:
+            self._refuse_references_of_adapters()
+        else:
+            self._refuse_what_moves_the_reference(config)
         return super()._model_arguments(model, peft_config)
+
+    def _refuse_adapters_that_trl_does_not_copy(self, model: PeftModel) -> None:
+        names = list(model.peft_config)
+        if _REFERENCE in names:
+            raise ValueError(
+                f"The `PeftModel` has the adapters {names}, but {_REFERENCE!r} is what `DPOTrainer` calls its reference, such as one that an "
+                f"earlier run has left in the model. Call `model.delete_adapter({_REFERENCE!r})` first."
+            )
+        if names != ["default"]:
+            raise ValueError(
+                f"`DPOTrainer` trains the adapter 'default' of a `PeftModel` and adds one, but the one that was given has "
+                f"{names}. Save the adapter, and pass its folder as `initial_adapter`."
+            )
+        config = model.active_peft_config
+        if config.is_prompt_learning:
+            obstacle = f"{peft_type_name(config)}, whose parameters it looks for under other names"
+        elif isinstance(config, FederaConfig):
+            obstacle = "FeDeRA"
+        elif self.args.precompute_ref_log_probs:
+            obstacle = "`precompute_ref_log_probs=True`"
+        else:
+            return
+        raise ValueError(
+            f"`DPOTrainer` adds a copy of the adapter to a `PeftModel` before it does anything else, which does not go with {obstacle}. "
+            "Pass the base model, with `peft_config` or `initial_adapter`."
+        )
 
     def _refuse_to_precompute_in_several_processes(self) -> None:
         state: Any = self.args.distributed_state
@@ -209,18 +246,24 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 "`reference` at 'initial': it is `ref_model`, or the model as it was loaded. Or give a `peft_config`."
             )
 
-    def _refuse_what_moves_the_reference(self, model: PeftModel, has_ref_model: bool) -> None:
-        if has_ref_model:
+    def _refuse_what_moves_the_reference(self, config: Any) -> None:
+        """All that is known of the adapter before a model is loaded."""
+        if self._has_ref_model:
             raise ValueError(
                 "`ref_model` is the reference of a model that is trained without an adapter. With an adapter set `reference`, and "
                 "leave it out."
             )
-        if self.server.method.adds_to_base or self.server.sparse_rounds:
+        if METHODS[self.args.aggregation].adds_to_base or self.args.aggregation == "slora":
             raise ValueError(
                 f"`aggregation={self.args.aggregation!r}` changes the base weights, on which the reference stands as well, so it would "
                 "change with them. Use an aggregation that leaves them alone, such as 'fedavg'."
             )
-        config: Any = model.active_peft_config
+        bias = getattr(config, "bias", "none")
+        if bias not in ("none", False):
+            raise ValueError(
+                f"`bias={bias!r}` trains biases of the base model in place, and PEFT leaves them so where it switches to another adapter or to "
+                "none, so the reference would change with them. Set `bias='none'`."
+            )
         if self.args.reference != "base" and isinstance(config, FederaConfig) and not config.keep_base:
             raise ValueError(
                 f"`reference={self.args.reference!r}` is a second adapter in the model, but with `keep_base=False` the base weights hold "
@@ -232,11 +275,33 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 f"`reference='base'` is the model without its adapter, but `init_lora_weights={start!r}` has taken the start of the "
                 "LoRA out of the base weights. Set `reference='initial'`, which is the same policy."
             )
+
+    def _refuse_to_follow_what_stays_with_the_clients(self) -> None:
         if self.args.reference == "round" and self._local_keys:
             raise ValueError(
                 f"`reference='round'` is the global adapter at the start of the round, but {len(self._local_keys)} tensors stay with the "
                 f"clients (the first: {min(self._local_keys)}), so there is none. Set 'initial' or 'base'."
             )
+
+
+def _weights_digest(model: nn.Module) -> torch.Tensor:
+    """SHA-256 over a sample of each parameter, `(32,)`, as [`base_digest`]. A whole model is trained by what does not split it only."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        sample = evenly_spaced(parameter).to("cpu", torch.bfloat16)
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -6,17 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
+from peft import PeftConfig, PeftModel, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from transformers.utils import logging
 from trl import RewardTrainer
 
-from .clients import check_preference_columns, held_out_sets
-from .config import FederatedRewardConfig
+from .config import FederatedRewardConfig, FederationArguments
 from .trl_mixin import TRLMixin
 
 
 __all__ = ["FederatedRewardTrainer"]
 
-
-_FORMATS = ({"chosen", "rejected"}, {"chosen_ids", "rejected_ids"})
+logger = logging.get_logger(__name__)
 
 
 class FederatedRewardTrainer(TRLMixin, RewardTrainer):
@@ -35,12 +38,14 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
             Held-out preferences on which the global model is evaluated.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter to train, if `model` is no `PeftModel` and there is no `args.initial_adapter`. With `task_type="SEQ_CLS"`
-            PEFT trains the head (`score`) along; it is averaged and saved with the adapter. A new head needs that.
+            PEFT trains the head (`score`) along; it is averaged and saved with the adapter. A new head needs that: it is refused
+            without, or warned of if `model` was passed loaded.
         kwargs (`dict[str, Any]`, *optional*):
             Further arguments of `RewardTrainer`: `processing_class`, `data_collator`, `callbacks`, ...
 
     Raises:
-        ValueError: As [`FederatedTrainer`], and for columns without pairs of answers; the message says what to do.
+        ValueError: As [`FederatedTrainer`], for columns without pairs of answers, and for an adapter of another task or that would
+            lose a new head; the message says what to do.
 
     Example:
 
@@ -60,12 +65,52 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
     """
 
     _config_class = FederatedRewardConfig
+    _preference_formats = ({"chosen", "rejected"}, {"chosen_ids", "rejected_ids"})
     args: FederatedRewardConfig
 
-    def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
-        check_preference_columns(clients, _FORMATS, "RewardTrainer")
-        for name, dataset in held_out_sets(eval_dataset).items():
-            check_preference_columns({name: dataset}, _FORMATS, "RewardTrainer", kind="Held-out set")
+    def __init__(
+        self,
+        model: str | nn.Module | None,
+        args: FederationArguments,
+        train_dataset: Mapping[str, Dataset],
+        eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(model, args, train_dataset, eval_dataset, peft_config, **kwargs)
+        if isinstance(self.model, PeftModel):
+            self._refuse_to_lose_a_head(self.model.get_base_model(), was_loaded_here=isinstance(model, str))
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         return self._prepare_as_trl(dataset, client)
+
+    # Refusals
+
+    def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
+        config: Any = model.active_peft_config if isinstance(model, PeftModel) else peft_config
+        if config is not None and config.task_type not in (None, TaskType.SEQ_CLS):
+            raise ValueError(
+                f"The adapter has `task_type={str(TaskType(config.task_type).value)!r}`, but a reward model is a sequence classifier with one "
+                "output. Set `task_type='SEQ_CLS'`, with which PEFT trains its head along; an adapter of a language model has to be "
+                "merged into that first (`merge_and_unload`)."
+            )
+        return super()._model_arguments(model, peft_config)
+
+    def _refuse_to_lose_a_head(self, base: Any, was_loaded_here: bool) -> None:
+        """A head at random, which is neither in the adapter nor in the checkpoint of the base model, could not be had again."""
+        if type(base).__name__ in (base.config.architectures or []):  # of the checkpoint: it has the head
+            return
+        heads = [name for name, module in base.named_children() if name in SEQ_CLS_HEAD_NAMES]
+        lost = [name for name in heads if not isinstance(base.get_submodule(name), ModulesToSaveWrapper)]
+        if not lost:
+            return
+        what = f"The head `{lost[0]}` was not loaded from a trained classifier, and the adapter neither trains nor saves it"
+        line = f"`task_type='SEQ_CLS'`, or `modules_to_save=[{lost[0]!r}]`,"
+        if was_loaded_here:
+            raise ValueError(
+                f"{what}: it is random, and nobody who loads the adapter would have it. Write {line} in the `peft_config`."
+            )
+        logger.warning(
+            f"{what}. Keep the `{type(base).__name__}` that was passed, without which the adapter gives other rewards, or write {line} in the "
+            "`peft_config`."
+        )

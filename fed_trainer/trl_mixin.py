@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from .clients import check_preference_columns, held_out_sets
 from .record import peft_type_name
 from .trainer import FederatedMixin
 
@@ -30,7 +31,17 @@ _WITHOUT_LOG_PROBS = {
 class TRLMixin(FederatedMixin):
     """[`FederatedMixin`] for the trainers of TRL."""
 
+    _name: str  # TRL's, as in "DPO"
+    _preference_formats: Sequence[
+        set[str]
+    ] = ()  # of a trainer on pairs of answers: the columns that it needs, by format
     _prepare_dataset: Callable[..., Dataset]
+
+    def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
+        trainer = f"{self._name}Trainer"
+        check_preference_columns(clients, self._preference_formats, trainer)
+        for name, dataset in held_out_sets(eval_dataset).items():
+            check_preference_columns({name: dataset}, self._preference_formats, trainer, kind="Held-out set")
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it

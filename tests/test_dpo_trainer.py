@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federated DPO: the reference policy over rounds, against losses computed by hand, and the stock trainer."""
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from peft import (
 )
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
@@ -37,6 +39,9 @@ LOCAL = {
     "report_to": "none",
     "disable_tqdm": True,
 }
+TINY = LlamaConfig(
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
+)
 REFERENCES = ["initial", "base", "round"]
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 ADAPTERS = {
@@ -232,6 +237,27 @@ def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer,
         assert same(whole._reference.read(include_frozen=True), again._reference.read(include_frozen=True))
 
 
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_finished_run_is_evaluated_as_it_was_after_it_is_resumed(make_trainer, clients, reference):
+    settings = {"peft_config": ADAPTERS["lora"], "reference": reference, "eval_dataset": clients["client_0"]}
+    make_trainer(**settings).train()
+    again = make_trainer(**settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.evaluate()["eval_loss"] == again._record["rounds"][-1]["eval"]["eval_loss"]
+
+
+def test_a_second_run_of_a_trainer_starts_with_the_adapter_it_starts_from_as_reference(
+    make_trainer, clients, tmp_path
+):
+    trainer = make_trainer(
+        peft_config=ADAPTERS["lora"], reference="round", eval_dataset=clients["client_0"], num_rounds=1
+    )
+    trainer.train()
+    shutil.rmtree(tmp_path / "out")
+    trainer.train()
+    assert trainer._record["start"]["eval"]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
 def test_resuming_takes_the_initial_reference_from_the_checkpoint(make_trainer, clients, tiny_model_dir, tmp_path):
     def model(seed):
         torch.manual_seed(seed)
@@ -327,6 +353,31 @@ def test_precomputed_references_of_the_base_model_are_those_of_every_step(make_t
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
+def test_precomputed_references_are_without_dropout(make_trainer, clients, tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attention_dropout=0.5)
+    modes = []
+    settings = {"reference": "base", "precompute_ref_log_probs": True, "disable_dropout": False, "num_rounds": 1}
+    trainer = make_trainer(model=model, peft_config=LoraConfig(**LORA), **settings)
+    prepare = trainer._prepare_client_dataset
+
+    def spy(*args):
+        modes.append([module.training for module in trainer.model.modules()])
+        prepared = prepare(*args)
+        modes.append([module.training for module in trainer.model.modules()])
+        return prepared
+
+    trainer._prepare_client_dataset = spy
+    trainer.train()
+    assert len(modes) == 2 and modes[0] == modes[1] and all(modes[0])  # the second client, after the first has trained
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+    for client in clients:
+        rows = list(trainer._prepared_client(client))
+        found = [torch.tensor([row[f"ref_{answer}_logps"] for row in rows]) for answer in ("chosen", "rejected")]
+        torch.testing.assert_close(
+            torch.cat(found), log_probs(base, trainer.data_collator(rows)), rtol=1e-5, atol=1e-4
+        )
+
+
 def test_references_are_not_precomputed_by_several_processes(clients, tiny_model_dir, tmp_path, monkeypatch):
     args = FederatedDPOConfig(output_dir=str(tmp_path), reference="base", precompute_ref_log_probs=True, **LOCAL)
     monkeypatch.setattr(args.distributed_state, "distributed_type", DistributedType.MULTI_CPU)
@@ -345,6 +396,18 @@ def test_a_whole_model_is_compared_with_the_one_that_was_loaded(make_trainer, ti
     assert same(again.model.state_dict(), trainer.model.state_dict())
 
 
+def test_a_whole_model_is_resumed_with_the_same_reference_only(make_trainer, tiny_model_dir):
+    make_trainer(num_rounds=1, learning_rate=1e-3).train()
+    other = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    other.lm_head.weight.data *= 1.1
+    with pytest.raises(ValueError, match="Resume with the `ref_model` that the run was started with"):
+        make_trainer(ref_model=other, learning_rate=1e-3).train(resume_from_checkpoint=True)
+    same_again = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    again = make_trainer(ref_model=same_again, learning_rate=1e-3)
+    again.train(resume_from_checkpoint=True)
+    assert len(again._record["rounds"]) == 2
+
+
 def test_messages_and_texts_without_a_prompt(make_trainer, clients):
     def messages(row):
         chosen, rejected = ([{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected"))
@@ -360,6 +423,30 @@ def test_messages_and_texts_without_a_prompt(make_trainer, clients):
         assert trainer._record["rounds"][0]["clients"].keys() == clients.keys()
 
 
+NO_REFERENCE = [
+    ({"aggregation": "fedex_lora"}, "'fedex_lora'` changes the base weights"),
+    ({"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1}}, "'slora'` changes the base weights"),
+    *(
+        ({"peft_config": LoraConfig(**LORA, bias=bias), "reference": reference}, f"`bias='{bias}'` trains biases")
+        for bias in ("all", "lora_only")
+        for reference in REFERENCES
+    ),
+    ({"peft_config": ADAPTERS["pissa"], "reference": "base"}, "'initial'`, which is the same policy"),
+    ({"peft_config": ADAPTERS["federa, residual"]}, "Set `keep_base=True`"),
+    ({"peft_config": None, "reference": "round"}, "a model without one is trained"),
+    (
+        {"ref_model": LlamaForCausalLM(TINY)},
+        "`ref_model` is the reference of a model that is trained without an adapter",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), NO_REFERENCE)
+def test_what_has_no_reference_is_refused_before_a_model_is_loaded(make_trainer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**{"model": "there/is-none", "peft_config": LoraConfig(**LORA), **settings})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -367,26 +454,49 @@ def test_messages_and_texts_without_a_prompt(make_trainer, clients):
         ({"sync_ref_model": True}, "Set `reference='round'`"),
         ({"precompute_ref_log_probs": True}, "Set `reference='base'`"),
         ({"precompute_ref_log_probs": True, "reference": "round"}, "but `reference` is 'round'"),
-        ({"aggregation": "fedex_lora"}, "'fedex_lora'` changes the base weights"),
-        ({"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1}}, "'slora'` changes the base weights"),
         ({"aggregation": "fedsa_lora", "reference": "round"}, "tensors stay with the clients"),
-        ({"peft_config": ADAPTERS["pissa"], "reference": "base"}, "'initial'`, which is the same policy"),
-        ({"peft_config": ADAPTERS["federa, residual"]}, "Set `keep_base=True`"),
-        ({"peft_config": None, "reference": "round"}, "a model without one is trained"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(str(entry) for entry in value)[:40],
 )
-def test_what_has_no_reference_is_refused(make_trainer, settings, message):
+def test_settings_without_one_reference_are_refused(make_trainer, settings, message):
     with pytest.raises(ValueError, match=message):
-        make_trainer(**{"peft_config": LoraConfig(**LORA), **settings})
+        make_trainer(peft_config=LoraConfig(**LORA), **settings)
 
 
-def test_models_that_trl_would_take_for_something_else_are_refused(make_trainer, tiny_model_dir):
+@pytest.mark.parametrize(
+    ("config", "settings", "message"),
+    [
+        (ADAPTERS["prompt"], {}, "does not go with PROMPT_TUNING"),
+        (ADAPTERS["federa"], {}, "does not go with FeDeRA"),
+        (
+            ADAPTERS["lora"],
+            {"reference": "base", "precompute_ref_log_probs": True},
+            "with `precompute_ref_log_probs=True`",
+        ),
+        (LoraConfig(**LORA, bias="all"), {}, "`bias='all'` trains biases"),
+    ],
+)
+def test_adapters_that_trl_would_not_copy_are_refused(make_trainer, tiny_model_dir, config, settings, message):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), copy.deepcopy(config))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(model=model, **settings)
+
+
+def test_adapters_of_other_names_are_refused(make_trainer, tiny_model_dir):
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    with pytest.raises(ValueError, match="`ref_model` is the reference of a model that is trained without an adapter"):
-        make_trainer(peft_config=LoraConfig(**LORA), ref_model=base)
     with pytest.raises(ValueError, match=r"the one that was given has \['sft'\]"):
         make_trainer(model=get_peft_model(base, LoraConfig(**LORA), adapter_name="sft"))
+
+
+def test_a_model_with_the_reference_of_an_earlier_run_is_refused_until_it_is_deleted(make_trainer):
+    first = make_trainer(peft_config=ADAPTERS["lora"], num_rounds=1)
+    first.train()
+    with pytest.raises(ValueError, match=r"Call `model.delete_adapter\('ref'\)` first"):
+        make_trainer("again", model=first.model)
+    first.model.delete_adapter("ref")
+    again = make_trainer("again", model=first.model, num_rounds=1)
+    assert same(again._reference.read(), first._global_state)
+    again.train()
 
 
 @pytest.mark.parametrize("columns", [["prompt", "chosen"], ["prompt", "completion", "label"]])

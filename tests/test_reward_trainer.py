@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federated reward models: the head travels with the adapter, and one client is the stock trainer."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, TrainerCallback, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, set_seed
 from trl import RewardConfig, RewardTrainer
 
 from fed_trainer import FederatedRewardConfig, FederatedRewardTrainer
@@ -53,10 +54,12 @@ def clients(make_clients):
 
 @pytest.fixture
 def make_trainer(clients, tiny_model_dir, tmp_path):
-    def make(output="out", peft_config=None, clients=clients, eval_dataset=None, callbacks=None, **settings):
+    def make(
+        output="out", peft_config=None, model=None, clients=clients, eval_dataset=None, callbacks=None, **settings
+    ):
         args = FederatedRewardConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
         return FederatedRewardTrainer(
-            model=str(tiny_model_dir),
+            model=model if model is not None else str(tiny_model_dir),
             args=args,
             train_dataset=clients,
             eval_dataset=eval_dataset,
@@ -189,6 +192,46 @@ def test_a_head_of_its_own_for_every_client(make_trainer, clients):
     assert len(set(figures)) == 3
     head = "base_model.model.score.weight"
     assert len({tuple(trainer.client_state(client)[head].flatten().tolist()) for client in clients}) == 3
+
+
+LORA = {"r": 4, "target_modules": ["q_proj"]}
+SAVES_NO_HEAD = {
+    "no task": LoraConfig(**LORA),
+    "LoRA on the head": LoraConfig(r=4, target_modules=["q_proj", "score"]),
+}
+
+
+@pytest.mark.parametrize("config", SAVES_NO_HEAD.values(), ids=SAVES_NO_HEAD)
+def test_a_new_head_that_the_adapter_would_not_save_is_refused(make_trainer, tiny_model_dir, caplog, config):
+    with pytest.raises(
+        ValueError, match=r"`score` was not loaded .* Write `task_type='SEQ_CLS'`, or `modules_to_save"
+    ):
+        make_trainer(peft_config=config)
+
+    # who passes the model has its head
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    with caplog.at_level(logging.WARNING, "fed_trainer"):
+        make_trainer("passed", model=base, peft_config=config)
+    assert "Keep the `LlamaForSequenceClassification` that was passed" in caplog.text
+
+
+@pytest.mark.parametrize("config", [LoraConfig(**LORA, modules_to_save=["score"]), *ADAPTERS.values()])
+def test_a_head_that_the_adapter_saves_is_taken(make_trainer, config):
+    assert "base_model.model.score.weight" in make_trainer(peft_config=config)._global_state
+
+
+def test_the_head_of_a_trained_reward_model_need_not_be_saved(make_trainer, tiny_model_dir, tmp_path):
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
+    base.save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(tmp_path / "reward")
+    trainer = make_trainer(model=str(tmp_path / "reward"), peft_config=LoraConfig(**LORA), num_rounds=1)
+    trainer.train()
+    assert torch.equal(trainer.model.get_base_model().score.weight, base.score.weight)
+
+
+def test_adapters_of_other_tasks_are_refused_before_a_model_is_loaded(make_trainer):
+    with pytest.raises(ValueError, match="`task_type='CAUSAL_LM'`, but a reward model is a sequence classifier"):
+        make_trainer(model="there/is-none", peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"))
 
 
 def test_clients_without_pairs_are_refused(make_trainer, clients):
