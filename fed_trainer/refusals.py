@@ -1,17 +1,41 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a model must not have: parts that would leak from one client to the next."""
+"""What a trainer refuses before its first round: parts of a model that would leak, and settings that do not go together."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .adapter_state import LiveState
+from .adapter_state import AdapterState, LiveState
+from .aggregation import FactorPair
+from .client_datasets import rows_by_client
+from .client_settings import ClientSettings
+from .config import FederationArguments
+from .server import Server
+from .sparse_change import check_sparse_change
 
 
-__all__ = ["refuse_what_would_leak"]
+__all__ = [
+    "refuse_empty_held_out",
+    "refuse_kept_optimizers",
+    "refuse_one_evaluation",
+    "refuse_sparse_start",
+    "refuse_turns_that_differ",
+    "refuse_what_would_leak",
+]
+
+
+_FRESH_OPTIMIZER = {
+    "fednova": "its normalisation counts the steps of an optimiser that has started afresh",
+    "slora": "its second stage trains other parameters",
+    "flora": "clients start from newly drawn factors in every round, which the moments are not of",
+    "flexlora": "clients start from newly decomposed factors in every round, which the moments are not of",
+}
 
 
 def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
@@ -61,4 +85,86 @@ def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
             f"The running statistics of {cumulative[0]} are a cumulative average, since it has `momentum=None`: its weights "
             "follow from the number of batches seen, which a mean over clients has no meaning for. Set a momentum, such "
             "as 0.1."
+        )
+
+
+def refuse_empty_held_out(eval_dataset: Any) -> None:
+    """
+    Refuse held-out sets without rows.
+
+    Raises:
+        ValueError: Naming the set.
+    """
+    for name, num_rows in rows_by_client(eval_dataset if isinstance(eval_dataset, Mapping) else {}).items():
+        if num_rows == 0:
+            raise ValueError(f"The held-out data of {name!r} is empty. Leave it out of `eval_dataset`.")
+
+
+def refuse_kept_optimizers(args: FederationArguments) -> None:
+    """
+    Refuse `keep_optimizer_state` with a rule for which the optimiser has to start afresh.
+
+    Raises:
+        ValueError: Saying why.
+    """
+    if args.keep_optimizer_state and args.aggregation in _FRESH_OPTIMIZER:
+        raise ValueError(
+            f"`keep_optimizer_state=True` with `aggregation={args.aggregation!r}`: {_FRESH_OPTIMIZER[args.aggregation]}. Leave one of "
+            "the two out."
+        )
+
+
+def refuse_sparse_start(
+    args: FederationArguments, model: PeftModel, pairs: Sequence[FactorPair], has_optimizer: bool
+) -> None:
+    """
+    Refuse what the first stage of SLoRA, a sparse change of the base weights, cannot begin with.
+
+    Raises:
+        ValueError: For an optimiser or an adapter that was given, or weights that cannot be changed.
+    """
+    if has_optimizer or args.initial_adapter is not None:
+        what = "`optimizers`, which hold the LoRA" if has_optimizer else f"`initial_adapter={args.initial_adapter!r}`"
+        raise ValueError(
+            f"'slora' trains a sparse change of the base weights first and starts the LoRA from it, but was given {what}. Leave "
+            "it out, or use 'fedavg'."
+        )
+    check_sparse_change(model, pairs)
+
+
+def refuse_one_evaluation(eval_dataset: Any, local_keys: Collection[str]) -> None:
+    """
+    Refuse held-out data for one model, where every client has its own.
+
+    Args:
+        eval_dataset (`Any`):
+            What was given.
+        local_keys (`Collection[str]`):
+            Tensors that stay with the clients; none if it is Ditto that makes the models personal.
+
+    Raises:
+        ValueError: Always.
+    """
+    what = "every client has a model of its own (Ditto)"
+    if local_keys:
+        what = f"{len(local_keys)} tensors stay with the clients (the first: {min(local_keys)})"
+    names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else type(eval_dataset).__name__
+    raise ValueError(
+        f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from clients to "
+        "their held-out data."
+    )
+
+
+def refuse_turns_that_differ(args: FederationArguments, server: Server, state: AdapterState) -> None:
+    """
+    Refuse what trains other tensors from turn to turn, under an engine that is told once which are trained.
+
+    Raises:
+        NotImplementedError: Naming the rule.
+    """
+    rounds = [server.trained_keys(state, round, ClientSettings()) for round in (1, 2)]
+    if rounds[0] != rounds[1] or server.partial:
+        raise NotImplementedError(
+            f"`aggregation={args.aggregation!r}` trains other tensors from turn to turn, which DDP, DeepSpeed and FSDP2 are told "
+            "once and for all. Launch a single process without them."
         )

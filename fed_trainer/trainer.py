@@ -38,8 +38,8 @@ from .checkpoint import (
     refuse_another_run,
     refuse_later_rounds,
 )
-from .client_datasets import ClientDatasets, rows_by_client
-from .client_settings import ClientSettings, parse_client_settings
+from .client_datasets import ClientDatasets
+from .client_settings import parse_client_settings
 from .client_store import ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
@@ -53,23 +53,23 @@ from .processes import wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
-from .refusals import refuse_what_would_leak
+from .refusals import (
+    refuse_empty_held_out,
+    refuse_kept_optimizers,
+    refuse_one_evaluation,
+    refuse_sparse_start,
+    refuse_turns_that_differ,
+    refuse_what_would_leak,
+)
 from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
 from .server import Server, freeze_for_good
-from .sparse_change import LiveSparseChange, check_sparse_change
+from .sparse_change import LiveSparseChange
 from .timing import timed
 
 
 __all__ = ["FederatedMixin"]
 
 logger = logging.get_logger(__name__)
-
-_FRESH_OPTIMIZER = {
-    "fednova": "its normalisation counts the steps of an optimiser that has started afresh",
-    "slora": "its second stage trains other parameters",
-    "flora": "clients start from newly drawn factors in every round, which the moments are not of",
-    "flexlora": "clients start from newly decomposed factors in every round, which the moments are not of",
-}
 
 
 class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
@@ -183,7 +183,14 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._store = ClientStore(self._folder / CLIENTS_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
         has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
-        self._refuse_what_the_method_cannot_have(has_optimizer)
+        refuse_empty_held_out(self.eval_dataset)
+        refuse_kept_optimizers(args)
+        if self.server.sparse_rounds and isinstance(self.model, PeftModel):
+            refuse_sparse_start(args, self.model, self.server.pairs, has_optimizer)
+        if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
+            refuse_one_evaluation(self.eval_dataset, self._local_keys)
+        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            refuse_turns_that_differ(args, self.server, self._global_state)
         if self.is_deepspeed_enabled:
             plugin = self.accelerator.state.deepspeed_plugin
             check_deepspeed(args, plugin, self.model, self._live_adapter, self.server, has_optimizer)
@@ -494,52 +501,6 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _is_due(self, round: int, every: int) -> bool:
         return round % every == 0 or round == self.args.num_rounds
-
-    # Refusals
-
-    def _refuse_what_the_method_cannot_have(self, has_optimizer: bool) -> None:
-        held_out: Any = self.eval_dataset if isinstance(self.eval_dataset, Mapping) else {}
-        for name, num_rows in rows_by_client(held_out).items():
-            if num_rows == 0:
-                raise ValueError(f"The held-out data of {name!r} is empty. Leave it out of `eval_dataset`.")
-        if self.server.sparse_rounds and (has_optimizer or self.args.initial_adapter is not None):
-            what = (
-                "`optimizers`, which hold the LoRA"
-                if has_optimizer
-                else f"`initial_adapter={self.args.initial_adapter!r}`"
-            )
-            raise ValueError(
-                f"'slora' trains a sparse change of the base weights first and starts the LoRA from it, but was given {what}. Leave "
-                "it out, or use 'fedavg'."
-            )
-        if self.server.sparse_rounds and isinstance(self.model, PeftModel):
-            check_sparse_change(self.model, self.server.pairs)
-        is_personal = self.server.objective is not None and self.server.objective.is_personal
-        if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
-            what = (
-                "every client has a model of its own (Ditto)"
-                if is_personal
-                else (f"{len(self._local_keys)} tensors stay with the clients (the first: {min(self._local_keys)})")
-            )
-            names = (
-                list(self.eval_dataset) if isinstance(self.eval_dataset, Mapping) else type(self.eval_dataset).__name__
-            )
-            raise ValueError(
-                f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from clients to "
-                "their held-out data."
-            )
-        if self.args.keep_optimizer_state and self.args.aggregation in _FRESH_OPTIMIZER:
-            raise ValueError(
-                f"`keep_optimizer_state=True` with `aggregation={self.args.aggregation!r}`: {_FRESH_OPTIMIZER[self.args.aggregation]}. Leave "
-                "one of the two out."
-            )
-        rounds = [self.server.trained_keys(self._global_state, round, ClientSettings()) for round in (1, 2)]
-        is_told_once = self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if is_told_once and (rounds[0] != rounds[1] or self.server.partial):
-            raise NotImplementedError(
-                f"`aggregation={self.args.aggregation!r}` trains other tensors from turn to turn, which DDP, DeepSpeed and FSDP2 are told "
-                "once and for all. Launch a single process without them."
-            )
 
     def _shared_start(self) -> AdapterState:
         """The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs."""
