@@ -197,11 +197,9 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
 
     def _num_examples(self, client: str) -> int:
         """Examples that are trained on; preparation drops those without a label, and packing joins them."""
-        return (
-            self._record["clients"][client]["num_examples"]
-            if joins_examples(self.args)
-            else len(self._prepared_client(client))
-        )
+        if joins_examples(self.args):
+            return self._record["clients"][client]["num_examples"]
+        return len(self._prepared_client(client))
 
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""

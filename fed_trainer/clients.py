@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,16 +132,11 @@ def check_sft_columns(clients: Mapping[str, Dataset], text_field: str, kind: str
         ValueError: Naming the client and its columns.
     """
     formats = ({"prompt", "completion"}, {"messages"}, {"conversations"}, {"input_ids"}, {text_field})
-    clients = one_of_each_source(clients)
-    for name, dataset in clients.items():
-        columns = set(dataset.column_names)
-        if not any(needed <= columns for needed in formats):
-            raise ValueError(
-                f"{kind} {name!r} has the columns {sorted(columns)}, none of the formats of `SFTTrainer`: 'prompt' and "
-                f"'completion', 'messages', or the text column {text_field!r}. Rename its columns, or set "
-                "`dataset_text_field`."
-            )
-    _refuse_different_columns(clients)
+    complaint = (
+        "none of the formats of `SFTTrainer`: 'prompt' and 'completion', 'messages', or the text column "
+        f"{text_field!r}. Rename its columns, or set `dataset_text_field`."
+    )
+    _check_columns(clients, lambda columns: any(needed <= columns for needed in formats), complaint, kind)
 
 
 def check_preference_columns(
@@ -163,16 +158,11 @@ def check_preference_columns(
     Raises:
         ValueError: Naming the client and its columns.
     """
-    clients = one_of_each_source(clients)
-    for name, dataset in clients.items():
-        columns = set(dataset.column_names)
-        if not any(needed <= columns for needed in formats):
-            raise ValueError(
-                f"{kind} {name!r} has the columns {sorted(columns)}, but `{trainer}` needs pairs of answers: 'chosen' and 'rejected', "
-                "and a 'prompt' unless both begin with it. Rename its columns; of ratings ('completion' and 'label') pairs have to be "
-                "made first."
-            )
-    _refuse_different_columns(clients)
+    complaint = (
+        f"but `{trainer}` needs pairs of answers: 'chosen' and 'rejected', and a 'prompt' unless both begin with it. Rename its "
+        "columns; of ratings ('completion' and 'label') pairs have to be made first."
+    )
+    _check_columns(clients, lambda columns: any(needed <= columns for needed in formats), complaint, kind)
 
 
 def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model: str, kind: str = "Client") -> None:
@@ -192,15 +182,11 @@ def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model:
     Raises:
         ValueError: Naming the client and its columns.
     """
-    clients = one_of_each_source(clients)
-    for name, dataset in clients.items():
-        if not (inputs - {"labels"}) & set(dataset.column_names):
-            raise ValueError(
-                f"{kind} {name!r} has the columns {sorted(dataset.column_names)}, none of which is an input of {model}. Tokenise (or process) "
-                "first, as for `Trainer`: `dataset.map(lambda rows: tokenizer(rows['text'], truncation=True), batched=True)`. "
-                "If your collator does it, set `remove_unused_columns=False`."
-            )
-    _refuse_different_columns(clients)
+    complaint = (
+        f"none of which is an input of {model}. Tokenise (or process) first, as for `Trainer`: `dataset.map(lambda rows: "
+        "tokenizer(rows['text'], truncation=True), batched=True)`. If your collator does it, set `remove_unused_columns=False`."
+    )
+    _check_columns(clients, lambda columns: bool((inputs - {"labels"}) & columns), complaint, kind)
 
 
 def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
@@ -210,7 +196,14 @@ def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
     return one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
 
 
-def _refuse_different_columns(clients: Mapping[str, Dataset]) -> None:
+def _check_columns(
+    clients: Mapping[str, Dataset], are_usable: Callable[[set[str]], bool], complaint: str, kind: str
+) -> None:
+    clients = one_of_each_source(clients)
+    for name, dataset in clients.items():
+        columns = set(dataset.column_names)
+        if not are_usable(columns):
+            raise ValueError(f"{kind} {name!r} has the columns {sorted(columns)}, {complaint}")
     first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
     for name, dataset in clients.items():
         columns = set(dataset.column_names)

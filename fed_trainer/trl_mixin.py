@@ -32,9 +32,8 @@ class TRLMixin(FederatedMixin):
     """[`FederatedMixin`] for the trainers of TRL."""
 
     _name: str  # TRL's, as in "DPO"
-    _preference_formats: Sequence[
-        set[str]
-    ] = ()  # of a trainer on pairs of answers: the columns that it needs, by format
+    # of a trainer on pairs of answers: the columns that it needs, by format
+    _preference_formats: Sequence[set[str]] = ()
     _prepare_dataset: Callable[..., Dataset]
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
