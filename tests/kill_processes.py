@@ -17,42 +17,15 @@ import socket
 import sys
 from pathlib import Path
 
-import conftest
-from kill_run import Bomb, outcome
-from peft import LoraConfig
-
-from fed_trainer import FederatedConfig, FederatedTrainer
+from kill_run import events_of, outcome, run
 
 
-def run(model: str, folder: Path, resume: bool, kill_at: int | None) -> None:
-    clients = conftest.clients_of(num_clients=3, rows=8)
-    bomb = Bomb(folder, kill_at)
-    trainer = FederatedTrainer(
-        model=model,
-        args=FederatedConfig(
-            output_dir=str(folder),
-            num_rounds=3,
-            clients_per_round=2,
-            max_steps=1,
-            per_device_train_batch_size=2,
-            learning_rate=1e-2,
-            max_length=32,
-            gradient_checkpointing=False,
-            use_cpu="ACCELERATE_USE_DEEPSPEED" not in os.environ,
-            ddp_backend="gloo",
-            report_to="none",
-            disable_tqdm=True,
-            eval_on_start=False,
-            aggregation="fedsa_lora",
-            server_optimizer="fedadam",
-        ),
-        train_dataset=clients,
-        eval_dataset={name: rows.select(range(4)) for name, rows in clients.items()},
-        peft_config=LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"),
-        callbacks=[bomb],
-    )
-    trainer.train(resume_from_checkpoint=resume)
-    (folder.parent / f"{folder.name}.events-{os.environ['RANK']}").write_text(json.dumps(bomb.seen))
+SETTINGS = {
+    "aggregation": "fedsa_lora",
+    "server_optimizer": "fedadam",
+    "per_device_train_batch_size": 2,
+    "ddp_backend": "gloo",
+}
 
 
 def in_children(model: str, folder: Path, killed: int | None = None, kill_at: int | None = None) -> list[int]:
@@ -70,7 +43,8 @@ def in_children(model: str, folder: Path, killed: int | None = None, kill_at: in
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                run(model, folder, resume, kill_at if rank == killed else None)
+                settings = {**SETTINGS, "use_cpu": "ACCELERATE_USE_DEEPSPEED" not in os.environ}
+                run(model, folder, settings, resume, kill_at if rank == killed else None)
                 code = 0
             finally:
                 os._exit(code)
@@ -90,7 +64,7 @@ def main() -> None:
     whole = root / "whole"
     assert in_children(model, whole) == [0, 0]
     expected = outcome(whole)
-    events = [json.loads((root / f"whole.events-{rank}").read_text()) for rank in range(2)]
+    events = [json.loads(events_of(whole, rank).read_text()) for rank in range(2)]
     for kill in range(kills):
         killed = kill % 2  # the first process writes, the second does not
         part = len(events[killed]) / kills  # early, later, ..., late

@@ -77,32 +77,35 @@ def run(model: str, folder: Path, settings: dict, resume: bool, kill_at: int | N
     clients = conftest.clients_of(num_clients=3, rows=8)
     bomb = Bomb(folder, kill_at)
     bomb.watch_requests()
+    defaults = {
+        "num_rounds": 3,
+        "clients_per_round": 2,
+        "max_steps": 1,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_length": 32,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "eval_on_start": False,
+        "hub_model_id": f"test/{folder.name}" if "push_to_hub" in settings else None,
+    }
     trainer = FederatedTrainer(
         model=model,
-        args=FederatedConfig(
-            output_dir=str(folder),
-            num_rounds=3,
-            clients_per_round=2,
-            max_steps=1,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            max_length=32,
-            gradient_checkpointing=False,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            eval_on_start=False,
-            hub_model_id=f"test/{folder.name}" if "push_to_hub" in settings else None,
-            **settings,
-        ),
+        args=FederatedConfig(output_dir=str(folder), **{**defaults, **settings}),
         train_dataset=clients,
         eval_dataset={name: rows.select(range(4)) for name, rows in clients.items()},
         peft_config=LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"),
         callbacks=[bomb],
     )
-    # there may be nothing to resume yet
-    trainer.train(resume_from_checkpoint=resume and any(folder.glob("*")))
-    (folder.parent / f"{folder.name}.events").write_text(json.dumps(bomb.seen))
+    trainer.train(resume_from_checkpoint=resume)
+    events_of(folder, int(os.environ.get("RANK", 0))).write_text(json.dumps(bomb.seen))
+
+
+def events_of(folder: Path, rank: int = 0) -> Path:
+    """Where a process of a run that has ended has written what it counted."""
+    return folder.parent / f"{folder.name}.events-{rank}"
 
 
 def in_child(*arguments) -> int:
@@ -152,13 +155,14 @@ def kill_many(model: str, root: Path, kills: int, hub: HubServer) -> None:
     for index, settings in enumerate(SETTINGS):
         whole = root / f"whole-{index}"
         assert in_child(model, whole, settings, False, None) == 0
-        expected, events = outcome(whole), json.loads((root / f"{whole.name}.events").read_text())
+        expected, events = outcome(whole), json.loads(events_of(whole).read_text())
         for kill_at in sorted(generator.sample(range(1, len(events) + 1), kills // len(SETTINGS))):
             folder = root / f"killed-{index}-{kill_at}"
             status = in_child(model, folder, settings, False, kill_at)
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
             places.append(events[kill_at - 1])
-            ended = in_child(model, folder, settings, True, None) == 0 and outcome(folder) == expected
+            resume = any(folder.glob("*"))  # there may be nothing to resume yet
+            ended = in_child(model, folder, settings, resume, None) == 0 and outcome(folder) == expected
             if not ended or ("push_to_hub" in settings and not is_published(folder, hub)):
                 wrong.append(folder.name)
     print(json.dumps({"wrong": wrong, "places": places}))
