@@ -9,7 +9,9 @@ which a long aggregation or an upload may exceed.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -20,9 +22,10 @@ import torch.distributed as dist
 from .adapter_state import AdapterState
 
 
-__all__ = ["from_first", "is_first", "wait_for_first"]
+__all__ = ["from_first", "is_first", "rest_at_exit", "wait_for_first"]
 
 PATIENCE = timedelta(days=365)
+SECONDS_OF_REST = 1.0
 
 
 def is_first() -> bool:
@@ -70,6 +73,24 @@ def from_first(compute: Callable[[], tuple[AdapterState, ...]]) -> tuple[Adapter
         if tensor.numel() > 0:
             dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=_patient_group())  # gloo lacks some dtypes
     return parts
+
+
+def rest_at_exit() -> None:
+    """
+    Make this process, if it is one of several, rest before its interpreter ends.
+
+    A thread of gloo lets go of the tensors of a collective a little after the collective is done, for which it needs the interpreter.
+    If that is ending, Python stops the thread and thereby aborts the process, although all was done
+    ([pytorch/pytorch#190489](https://github.com/pytorch/pytorch/issues/190489)). Closing the process group ends these threads only if
+    nothing refers to the group any more, as the model does under DDP and DeepSpeed.
+    """
+    if _are_several():
+        atexit.unregister(_rest)  # once, however many trainers there are
+        atexit.register(_rest)
+
+
+def _rest() -> None:
+    time.sleep(SECONDS_OF_REST)  # other threads have the interpreter meanwhile
 
 
 def _are_several() -> bool:

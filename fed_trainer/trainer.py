@@ -49,7 +49,7 @@ from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
-from .processes import wait_for_first
+from .processes import rest_at_exit, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
@@ -105,6 +105,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             )
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
         check_launch(args)
+        rest_at_exit()
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
@@ -466,9 +467,6 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self.args.push_to_hub:
             self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")
         wait_for_first()  # when any process goes on, all is written
-        # Gives gloo's threads the time to let go of the tensors of the last collectives: one that still does when the interpreter ends
-        # aborts the process.
-        self.accelerator.wait_for_everyone()
         train_loss = sum(entry["train_loss"] for entry in rounds) / len(rounds)
         metrics = {
             "train_loss": train_loss,

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
@@ -12,8 +14,34 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fed_trainer.processes import from_first, is_first, wait_for_first
+from fed_trainer.processes import from_first, is_first, rest_at_exit, wait_for_first
 
+
+# Ends while a thread still has something to do.
+ENDS_AT_ONCE = """
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from fed_trainer.processes import SECONDS_OF_REST, rest_at_exit
+
+folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+for _ in range(2):
+    rest_at_exit()
+
+
+def let_go():
+    time.sleep(SECONDS_OF_REST / 2)
+    (folder / f"{rank} has let go").touch()
+
+
+dist.destroy_process_group()
+threading.Thread(target=let_go, daemon=True).start()
+"""
 
 PARTS = (
     {
@@ -68,6 +96,20 @@ def process(rank, address, folder):
 def test_the_others_get_what_the_first_computes_however_long_it_takes(tmp_path):
     mp.spawn(process, args=(f"file://{tmp_path}/rendezvous", tmp_path), nprocs=2)
     assert all((tmp_path / f"{rank} is done").exists() for rank in (0, 1))
+
+
+@pytest.mark.distributed
+def test_threads_have_the_time_to_let_go_before_a_process_ends(tmp_path):
+    processes = [subprocess.Popen([sys.executable, "-c", ENDS_AT_ONCE, str(tmp_path), str(rank)]) for rank in (0, 1)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert all((tmp_path / f"{rank} has let go").exists() for rank in (0, 1))
+
+
+def test_a_single_process_does_not_rest(monkeypatch):
+    registered = []
+    monkeypatch.setattr("atexit.register", registered.append)
+    rest_at_exit()
+    assert registered == []
 
 
 def test_a_single_process_is_the_first(tmp_path):
