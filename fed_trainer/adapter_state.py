@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
@@ -20,7 +20,7 @@ from peft_scl import FederaConfig, FederaLayer, federa_state_dict
 from peft_scl.federa.layer import evenly_spaced
 from peft_scl.federa.state import unstack_start
 
-from .engine_deepspeed import read_master, write_master
+from .engine_deepspeed import gather, is_split, write_master, write_split
 from .engine_fsdp import FSDPModule, discard_whole_copies, named_tensors, sharded_modules, whole, write_whole
 
 
@@ -104,14 +104,13 @@ class LiveState:
     def read(self, include_frozen: bool = False) -> AdapterState:
         """A copy on CPU: what is trained, or all that is saved."""
         tensors = {key: tensor for key, tensor in self._tensors.items() if include_frozen or key not in self._frozen}
-        masters = {key: read_master(tensor) for key, tensor in tensors.items()}
-        with _gathered((tensors[key] for key in tensors if masters[key] is None), modifier_rank=None):
-            return {
-                key: (whole(tensor.detach()) if (master := masters[key]) is None else master).to(
-                    "cpu", copy=True, memory_format=torch.contiguous_format
-                )
-                for key, tensor in tensors.items()
-            }
+        gathered = gather(tensors.values())
+        return {
+            key: gathered.get(id(tensor), whole(tensor.detach())).to(
+                "cpu", copy=True, memory_format=torch.contiguous_format
+            )
+            for key, tensor in tensors.items()
+        }
 
     def model_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """`model.state_dict()` with what is saved whole, for `save_pretrained` of a model whose weights are split."""
@@ -132,11 +131,13 @@ class LiveState:
     def write(self, state: AdapterState) -> None:
         """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
         discard_whole_copies(self._sharded_modules)
-        with _gathered((self._tensors[key] for key in state), modifier_rank=0):
-            for key, tensor in state.items():
-                write_whole(self._tensors[key], tensor)
-        for key, tensor in state.items():
-            write_master(self._tensors[key], tensor)
+        for key, value in state.items():
+            tensor = self._tensors[key]
+            if is_split(tensor):
+                write_split(tensor, value)
+            else:
+                write_whole(tensor, value)
+            write_master(tensor, value)
 
     def load(self, saved: AdapterState, source: str) -> None:
         """
@@ -255,11 +256,6 @@ class LiveAdapter(LiveState):
             # another start moves the base model with it, which cannot be split
             set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
         self.write(state)
-
-
-def _gathered(tensors: Iterable[torch.Tensor], modifier_rank: int | None) -> AbstractContextManager[None]:
-    """Within, the parameters among `tensors` are whole that ZeRO-3 has split, and what `modifier_rank` writes stays."""
-    return gather_params_ctx(list(tensors), modifier_rank)  # type: ignore[arg-type]
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:

@@ -6,17 +6,20 @@ What DeepSpeed (ZeRO-1, 2, 3) holds of the trained parameters beside the model.
 The parameters of the model are copies for the forward pass. The optimiser trains float32 masters, which are split over the
 processes, and overwrites the copies at the end of a step. So a state is written into both: with the copies alone the first step of a
 client would start from the masters of the client before it, with the masters alone its first loss would be that client's.
+
+ZeRO-3 splits the copies too. What is split is gathered in one message, and written without any, as every process has the whole state.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 
-__all__ = ["DeepSpeedOptimizer", "read_master", "write_master"]
+__all__ = ["DeepSpeedOptimizer", "gather", "is_split", "write_master", "write_split"]
 
 
 class DeepSpeedOptimizer:
@@ -47,17 +50,62 @@ class DeepSpeedOptimizer:
         self._zero.all_grad_tensors.clear()
 
 
-def read_master(tensor: torch.Tensor) -> torch.Tensor | None:
+def gather(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """
-    The float32 master of a parameter, whole, or `None` if there is nothing more in it than in the parameter; all processes have
-    to call it.
+    Whole copies of the masters that have more in them than the parameters, and of those parameters that ZeRO-3 has split, by `id`;
+    all processes have to call it.
     """
-    # A float32 copy equals its master after every step and every write, and the master takes a message per parameter.
-    if not _has_master(tensor) or tensor.dtype == torch.float32:
-        return None
-    from deepspeed.utils import safe_get_full_fp32_param
+    # in one message per kind: `deepspeed.utils` and `deepspeed.zero.GatheredParameters` send one or two per parameter
+    parameters = list(tensors)
+    split = [tensor for tensor in parameters if is_split(tensor)]
+    fine = [tensor for tensor in parameters if not is_split(tensor) and _has_finer_master(tensor)]
+    return _gather_split(split) | _gather_masters(fine)
 
-    return safe_get_full_fp32_param(tensor)
+
+def _gather_split(tensors: list[Any]) -> dict[int, torch.Tensor]:
+    batches: dict[tuple[Any, torch.dtype], list[tuple[Any, torch.Tensor]]] = {}
+    for tensor in tensors:
+        part = _part(tensor)
+        batches.setdefault((tensor.ds_process_group, part.dtype), []).append((tensor, part))
+    gathered = {}
+    for (group, _), batch in batches.items():
+        parts = torch.cat([part.to(tensor.device) for tensor, part in batch])
+        flat = parts.new_empty(torch.distributed.get_world_size(group) * len(parts))
+        torch.distributed.all_gather_into_tensor(flat, parts, group=group)
+        sizes = [len(part) for _, part in batch]
+        for (tensor, _), columns in zip(batch, flat.view(-1, len(parts)).split(sizes, dim=1), strict=True):
+            gathered[id(tensor)] = columns.flatten()[: tensor.ds_numel].view(tensor.ds_shape)
+    return gathered
+
+
+def _gather_masters(tensors: list[Any]) -> dict[int, torch.Tensor]:
+    """Of ZeRO-1 and 2, which split the joined masters anywhere: each process adds what it has of every one to zeros."""
+    batches: dict[Any, list[Any]] = {}
+    for tensor in tensors:
+        batches.setdefault(tensor._dp_group, []).append(tensor)
+    gathered = {}
+    for group, batch in batches.items():
+        sizes = [tensor.numel() for tensor in batch]
+        flat = torch.zeros(sum(sizes), dtype=torch.float32, device=batch[0].device)
+        for tensor, master in zip(batch, flat.split(sizes), strict=True):
+            if tensor._hp_mapping is not None:  # of which this process has a part
+                place = tensor._hp_mapping.lp_fragment_address
+                master[place.start : place.start + place.numel] = tensor._hp_mapping.get_hp_fragment()
+            gathered[id(tensor)] = master.view_as(tensor)
+        torch.distributed.all_reduce(flat, group=group)
+    return gathered
+
+
+def write_split(tensor: Any, value: torch.Tensor) -> None:
+    """Copy `value`, which every process has whole, into the part of a parameter that ZeRO-3 lets this process hold."""
+    tensor.ds_tensor.copy_(_own_part(tensor, value))
+    if tensor.numel() == tensor.ds_numel:  # it keeps whole copies of small ones
+        tensor.copy_(value)
+
+
+def is_split(tensor: torch.Tensor) -> bool:
+    """Whether it is a parameter that ZeRO-3 has split."""
+    return hasattr(tensor, "ds_tensor")
 
 
 def write_master(tensor: torch.Tensor, value: torch.Tensor) -> None:
@@ -70,6 +118,15 @@ def write_master(tensor: torch.Tensor, value: torch.Tensor) -> None:
         safe_set_local_fp32_param(tensor, _own_part(tensor, value))
     else:
         safe_set_full_fp32_param(tensor, value)
+
+
+def _part(tensor: Any) -> torch.Tensor:
+    """What this process holds of a parameter that ZeRO-3 has split, or of its master."""
+    if not _has_finer_master(tensor):
+        return tensor.ds_tensor
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    return safe_get_local_fp32_param(tensor)
 
 
 def _own_part(tensor: Any, value: torch.Tensor) -> torch.Tensor:
@@ -87,3 +144,8 @@ def _own_part(tensor: Any, value: torch.Tensor) -> torch.Tensor:
 def _has_master(tensor: torch.Tensor) -> bool:
     # set by ZeRO-1 and 2, and by ZeRO-3, once the engine has been built; ZeRO-3 also marks what is not trained
     return tensor.requires_grad and (hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer"))
+
+
+def _has_finer_master(tensor: torch.Tensor) -> bool:
+    # a float32 copy equals its master after every step and every write, and the masters take a message
+    return _has_master(tensor) and tensor.dtype != torch.float32

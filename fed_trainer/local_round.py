@@ -43,6 +43,7 @@ class LocalRoundMixin(AgreementMixin):
     _initial_lrs: list[float] | None = None  # by parameter group, once there is an engine
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
+    _start_state: AdapterState
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
     _optimizer_start: AdapterState | None = None
@@ -100,6 +101,7 @@ class LocalRoundMixin(AgreementMixin):
         set_seed(seed)
         self.accelerator.dataloader_config.data_seed = data_seed
         self.train_dataset = dataset
+        self._start_state = state
         self._lr_factor = lr_factor
         self._trained = trained
         self._objective = objective
@@ -148,6 +150,7 @@ class LocalRoundMixin(AgreementMixin):
     ) -> tuple[torch.nn.Module, Any]:
         if self._initial_lrs is None:
             self._build_engine()
+            self._live_adapter.write(self._start_state)  # the masters of `bf16` may be made of copies that are rounded
         self._live_adapter.train_only(self._trained)
         self._reset_optimizer()
         if self._objective is not None:

@@ -199,12 +199,14 @@ def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
 
 
 @pytest.mark.timeout(900)
-def test_fsdp2_computes_in_bfloat16_from_masters_in_float32(run_of):
-    for report in run_of("fsdp2").reports:
+@pytest.mark.parametrize("kind", SEVERAL[1:])
+def test_what_computes_in_bfloat16_is_trained_in_float32(kind, run_of):
+    for report in run_of(kind).reports:
         assert report["bfloat16"]["computed"] == "torch.bfloat16"
-        assert report["bfloat16"]["masters"] == ["torch.float32"]
+        assert report["bfloat16"]["is_kept"]
         first, other, again = report["bfloat16"]["adapters"]
         assert again == first != other
+        assert report["bfloat16"]["resumed"] == report["bfloat16"]["whole"]
 
 
 # Launches that do something else than they say
