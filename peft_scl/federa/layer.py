@@ -279,8 +279,9 @@ class FederaLayer(lora.LoraLayer):
 
     def _contribution(self, name: str, x: torch.Tensor, is_active: bool) -> torch.Tensor:
         """`t B A dropout(x) + u B0 A0 x`."""
-        start_A, start_B = self.lora_start_A[name], self.lora_start_B[name]
-        x = self._cast_input_dtype(x, start_A.dtype)
+        dtype = self.trained_factors(name)[0].dtype  # DeepSpeed casts parameters, but not buffers
+        start_A, start_B = self.lora_start_A[name].to(dtype), self.lora_start_B[name].to(dtype)
+        x = self._cast_input_dtype(x, dtype)
         if not is_active:
             return self.start_coefficient(name, False) * self._expand(self._reduce(x, start_A), start_B)
         if self.keep_base[name] and self._is_plain(name):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the layers compute after training, in either mode, against dense weights in float64."""
 
+import contextlib
 import copy
 import pickle
 
@@ -106,6 +107,24 @@ def test_a_batch_may_mix_adapter_and_base(keep_base):
     output = model.eval()(IDS, adapter_names=["default", "__base__"])
     _close(output[0], net_output(_changed(model, weights), net)[0])
     _close(output[1], net_output(weights, net)[1])
+
+
+@modes
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_parameters_may_be_cast_without_the_buffers_as_deepspeed_does(keep_base, dropout):
+    model, _, _ = _net(keep_base, lora_dropout=dropout)
+    whole = copy.deepcopy(model).to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    for cast in (model, whole):
+        cast.train()
+    for is_active in (True, False):
+        outputs = []
+        for cast in (model, whole):
+            torch.manual_seed(9)
+            with contextlib.nullcontext() if is_active else cast.disable_adapter():
+                outputs.append(cast(IDS))
+        assert outputs[0].dtype == torch.bfloat16 and torch.equal(*outputs)
 
 
 def test_dropout_acts_on_the_input_of_the_trained_factors_alone():
