@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -133,7 +134,8 @@ def digest(state: dict[str, torch.Tensor]) -> str:
 
 def footprint(trainer: FederatedTrainer) -> dict[str, int]:
     """What must not grow: hooks, processes, threads, open files, tensors."""
-    PartialState().wait_for_everyone()  # the threads of gloo let go of what they have sent a little later
+    PartialState().wait_for_everyone()
+    time.sleep(0.5)  # the threads of gloo let go of what they have sent a little later
     gc.collect()
     process = psutil.Process()
     hooks = sum(

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -86,3 +87,4 @@ if __name__ == "__main__":
     if distributed.get_rank() == 0:
         print(json.dumps({"world_size": distributed.get_world_size(), **trained}))
     distributed.destroy_process_group()
+    time.sleep(1)  # a thread that lets go of tensors while the interpreter ends would abort the process
