@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from peft import PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -253,9 +253,15 @@ class LiveAdapter(LiveState):
         state, here = unstack_start(saved), self.read(include_frozen=True)
         check_same_layout(state, here, source)
         if not all(torch.equal(state[key].to(here[key].dtype), here[key]) for key in self._frozen):
-            # another start moves the base model with it, which cannot be split
-            set_peft_model_state_dict(self._model, saved, adapter_name=self._name)
+            self._load_start(state)
         self.write(state)
+
+    def _load_start(self, state: AdapterState) -> None:
+        """Of FeDeRA: another start moves the base model with it."""
+        for name, layer in self._model.named_modules():
+            if isinstance(layer, FederaLayer) and self._name in layer.keep_base:
+                start_A, start_B = (state[f"{name}.lora_start_{letter}"] for letter in "AB")
+                layer.load_start(self._name, start_A, start_B)
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:

@@ -35,7 +35,7 @@ from fed_trainer import (
 )
 from fed_trainer.aggregation import TooFewClientsError
 from fed_trainer.config import FederationArguments
-from peft_scl import FederaConfig
+from peft_scl import FederaConfig, FederaLayer
 
 
 KIND, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -227,6 +227,13 @@ class StopAfterOneRound(TrainerCallback):
         control.should_training_stop = state.global_step >= 1
 
 
+def move_start(trainer: FederatedTrainer) -> None:
+    """As on a machine that computes other singular vectors."""
+    for layer in trainer.model.modules():
+        if isinstance(layer, FederaLayer):
+            layer.load_start("default", 0.5 * layer.lora_start_A["default"], layer.lora_start_B["default"])
+
+
 def fail_in_last_process(trainer: FederatedTrainer, forward: bool) -> None:
     """There `client_1` cannot do a forward pass with gradients accumulated; or the collator fails, once, for some client."""
     if int(os.environ.get("RANK", 0)) + 1 != trainer.accelerator.num_processes:
@@ -296,7 +303,10 @@ def main() -> None:
     if KIND in ("cpu", "zero3"):
         federa = {"peft_config": FederaConfig(**LORA)}
         make_trainer("federa", callbacks=[StopAfterOneRound()], **federa).train()
-        report["federa"] = federation(make_trainer("federa", **federa), resume=True)
+        resumed = make_trainer("federa", **federa)
+        if KIND != "cpu":
+            move_start(resumed)
+        report["federa"] = federation(resumed, resume=True)
     if KIND != "fsdp2":
         report["dpo"] = federation(make_dpo_trainer())
         report["classifier"] = federation(make_classifier_trainer())
