@@ -189,18 +189,22 @@ def in_bfloat16() -> dict[str, Any]:
         trainer = make_trainer("bfloat16", bf16=True)
         start, client = trainer._global_state, trainer._prepared_client("client_0")
         start = {key: tensor + 1e-5 for key, tensor in start.items()}  # which bfloat16 would round away
+        layer = next(module for name, module in trainer.model.named_modules() if name.endswith("lora_A.default"))
+        computed = []
+        hook = layer.register_forward_hook(lambda module, args, output: computed.append(output.dtype))
+        trainer._live_adapter.write(start)
+        before = digest(trainer._live_adapter.read())
+        trainer.evaluate()  # builds the engine
+        after = digest(trainer._live_adapter.read())
+        hook.remove()
         adapters = [
             trainer.local_round(state, client, seed=seed, data_seed=None, lr_factor=1.0)[0]
             for state, seed in ((start, 1), ({key: 2 * tensor for key, tensor in start.items()}, 2), (start, 1))
         ]
-        layer = next(module for name, module in trainer.model.named_modules() if name.endswith("lora_A.default"))
-        computed = []
-        layer.register_forward_hook(lambda module, args, output: computed.append(output.dtype))
-        trainer.evaluate()
         trainer._live_adapter.write(start)
         report = {
             "computed": str(computed[0]),
-            "is_kept": digest(trainer._live_adapter.read()) == digest(start),
+            "are_kept": [after == before, digest(trainer._live_adapter.read()) == digest(start)],
             "adapters": [digest(adapter) for adapter in adapters],
             "whole": federation(make_trainer("bfloat16_whole", bf16=True)),
         }

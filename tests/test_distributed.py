@@ -203,7 +203,7 @@ def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
 def test_what_computes_in_bfloat16_is_trained_in_float32(kind, run_of):
     for report in run_of(kind).reports:
         assert report["bfloat16"]["computed"] == "torch.bfloat16"
-        assert report["bfloat16"]["is_kept"]
+        assert report["bfloat16"]["are_kept"] == [True, True]
         first, other, again = report["bfloat16"]["adapters"]
         assert again == first != other
         assert report["bfloat16"]["resumed"] == report["bfloat16"]["whole"]
