@@ -22,6 +22,7 @@ from conftest import clients_of
 from datasets import Dataset
 from fsdp_on_cpu import pretend_that_accelerate_found_gpus
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, set_seed
 
 from fed_trainer import (
@@ -208,6 +209,11 @@ def in_bfloat16() -> dict[str, Any]:
             "adapters": [digest(adapter) for adapter in adapters],
             "whole": federation(make_trainer("bfloat16_whole", bf16=True)),
         }
+        published = FOLDER / "bfloat16_whole"
+        follower = make_trainer("bfloat16_follower", initial_adapter=str(published), peft_config=None, bf16=True)
+        report["follows"] = digest(follower._global_state) == digest(
+            load_file(published / "adapter_model.safetensors")
+        )
         make_trainer("bfloat16_resumed", callbacks=[StopAfterOneRound()], bf16=True).train()
         report["resumed"] = federation(make_trainer("bfloat16_resumed", bf16=True), resume=True)
     return report

@@ -206,6 +206,7 @@ def test_what_computes_in_bfloat16_is_trained_in_float32(kind, run_of):
         assert report["bfloat16"]["are_kept"] == [True, True]
         first, other, again = report["bfloat16"]["adapters"]
         assert again == first != other
+        assert report["bfloat16"]["follows"]
         assert report["bfloat16"]["resumed"] == report["bfloat16"]["whole"]
 
 
