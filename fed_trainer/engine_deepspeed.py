@@ -99,6 +99,7 @@ def _gather_masters(tensors: list[Any]) -> dict[int, torch.Tensor]:
 def write_split(tensor: Any, value: torch.Tensor) -> None:
     """Copy `value`, which every process has whole, into the part of a parameter that ZeRO-3 lets this process hold."""
     tensor.ds_tensor.copy_(_own_part(tensor, value))
+    tensor.ds_secondary_tensor = None  # of hpZ, which would gather it instead; made anew, as after a step
     if tensor.numel() == tensor.ds_numel:  # it keeps whole copies of small ones
         tensor.copy_(value)
 
