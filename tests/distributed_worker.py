@@ -185,8 +185,9 @@ def one_engine() -> dict[str, Any]:
 
 
 def in_bfloat16() -> dict[str, Any]:
-    """As `one_engine`, with `bf16`, which the arguments refuse without a GPU."""
-    with patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True):
+    """As `one_engine`, with `bf16`, which the arguments refuse without a GPU; what is gathered takes several messages."""
+    pretended = patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True)
+    with pretended, patch("fed_trainer.engine_deepspeed.ELEMENTS_PER_MESSAGE", 500):
         trainer = make_trainer("bfloat16", bf16=True)
         start, client = trainer._global_state, trainer._prepared_client("client_0")
         start = {key: tensor + 1e-5 for key, tensor in start.items()}  # which bfloat16 would round away

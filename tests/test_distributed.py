@@ -62,6 +62,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reports = [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9].json"))]
+        assert self.reports, "the launch has failed: see the first test that asked for it"
 
     def adapter(self, method):
         return load_file(self.folder / method / "adapter_model.safetensors")
