@@ -7,12 +7,14 @@ The parameters of the model are copies for the forward pass. The optimiser train
 processes, and overwrites the copies at the end of a step. So a state is written into both: with the copies alone the first step of a
 client would start from the masters of the client before it, with the masters alone its first loss would be that client's.
 
-ZeRO-3 splits the copies too. What is split is gathered in one message, and written without any, as every process has the whole state.
+ZeRO-3 splits the copies too. What is split is gathered in few messages, and written without any, as every process has the whole state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from torch import nn
 
 
 __all__ = ["DeepSpeedOptimizer", "gather", "is_split", "write_master", "write_split"]
+
+ELEMENTS_PER_MESSAGE = 2**26  # 256 MiB of float32, whole on every GPU
 
 
 class DeepSpeedOptimizer:
@@ -52,10 +56,10 @@ class DeepSpeedOptimizer:
 
 def gather(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
     """
-    Whole copies of the masters that have more in them than the parameters, and of those parameters that ZeRO-3 has split, by `id`;
-    all processes have to call it.
+    Whole copies, on the CPU and by `id`, of the masters that have more in them than the parameters, and of those parameters that
+    ZeRO-3 has split; all processes have to call it.
     """
-    # in one message per kind: `deepspeed.utils` and `deepspeed.zero.GatheredParameters` send one or two per parameter
+    # in few messages: `deepspeed.utils` and `deepspeed.zero.GatheredParameters` send one or two per parameter
     parameters = list(tensors)
     split = [tensor for tensor in parameters if is_split(tensor)]
     fine = [tensor for tensor in parameters if not is_split(tensor) and _has_finer_master(tensor)]
@@ -63,42 +67,52 @@ def gather(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
 
 
 def _gather_split(tensors: list[Any]) -> dict[int, torch.Tensor]:
-    batches: dict[tuple[Any, torch.dtype], list[tuple[Any, torch.Tensor]]] = {}
-    for tensor in tensors:
-        part = _part(tensor)
-        batches.setdefault((tensor.ds_process_group, part.dtype), []).append((tensor, part))
     gathered = {}
-    for (group, _), batch in batches.items():
-        parts = torch.cat([part.to(tensor.device) for tensor, part in batch])
+    parts_of = {id(tensor): _part(tensor) for tensor in tensors}
+    for batch in _messages(tensors, lambda tensor: (tensor.ds_process_group, parts_of[id(tensor)].dtype)):
+        parts = torch.cat([parts_of[id(tensor)].to(tensor.device) for tensor in batch])
+        group = batch[0].ds_process_group
         flat = parts.new_empty(torch.distributed.get_world_size(group) * len(parts))
         torch.distributed.all_gather_into_tensor(flat, parts, group=group)
-        sizes = [len(part) for _, part in batch]
-        for (tensor, _), columns in zip(batch, flat.view(-1, len(parts)).split(sizes, dim=1), strict=True):
-            gathered[id(tensor)] = columns.flatten()[: tensor.ds_numel].view(tensor.ds_shape)
+        sizes = [tensor.ds_tensor.numel() for tensor in batch]
+        for tensor, columns in zip(batch, flat.view(-1, len(parts)).split(sizes, dim=1), strict=True):
+            gathered[id(tensor)] = columns.flatten()[: tensor.ds_numel].view(tensor.ds_shape).cpu()
     return gathered
 
 
 def _gather_masters(tensors: list[Any]) -> dict[int, torch.Tensor]:
     """Of ZeRO-1 and 2, which split the joined masters anywhere: each process adds what it has of every one to zeros."""
-    batches: dict[Any, list[Any]] = {}
-    for tensor in tensors:
-        batches.setdefault(tensor._dp_group, []).append(tensor)
-    gathered = {}
-    for group, batch in batches.items():
+    gathered: dict[int, torch.Tensor] = {}
+    for batch in _messages(tensors, lambda tensor: tensor._dp_group):
         sizes = [tensor.numel() for tensor in batch]
         flat = torch.zeros(sum(sizes), dtype=torch.float32, device=batch[0].device)
         for tensor, master in zip(batch, flat.split(sizes), strict=True):
             if tensor._hp_mapping is not None:  # of which this process has a part
                 place = tensor._hp_mapping.lp_fragment_address
                 master[place.start : place.start + place.numel] = tensor._hp_mapping.get_hp_fragment()
-            gathered[id(tensor)] = master.view_as(tensor)
-        torch.distributed.all_reduce(flat, group=group)
+        torch.distributed.all_reduce(flat, group=batch[0]._dp_group)
+        flat = flat.cpu()
+        gathered |= {
+            id(tensor): master.view_as(tensor) for tensor, master in zip(batch, flat.split(sizes), strict=True)
+        }
     return gathered
+
+
+def _messages(tensors: Iterable[Any], kind: Callable[[Any], Any]) -> list[list[Any]]:
+    """`tensors` in groups of the same kind, of `ELEMENTS_PER_MESSAGE` or a little more."""
+    messages: dict[Any, list[Any]] = {}
+    totals: Counter[Any] = Counter()
+    for tensor in tensors:
+        of_kind = kind(tensor)
+        messages.setdefault((of_kind, totals[of_kind] // ELEMENTS_PER_MESSAGE), []).append(tensor)
+        totals[of_kind] += math.prod(tensor.ds_shape if is_split(tensor) else tensor.shape)
+    return list(messages.values())
 
 
 def write_split(tensor: Any, value: torch.Tensor) -> None:
     """Copy `value`, which every process has whole, into the part of a parameter that ZeRO-3 lets this process hold."""
     tensor.ds_tensor.copy_(_own_part(tensor, value))
+    tensor.ds_secondary_tensor = None  # of hpZ, which would gather it instead; made anew, as after a step
     if tensor.numel() == tensor.ds_numel:  # it keeps whole copies of small ones
         tensor.copy_(value)
 

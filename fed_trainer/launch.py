@@ -123,6 +123,11 @@ def check_deepspeed(
             f"The DeepSpeed config has {'a' if part == 'scheduler' else 'an'} `{part}` of its own, which would go on from client to client. Leave it out: `optim`, "
             "`learning_rate` and `lr_scheduler_type` of the configuration are used."
         )
+    elif stage == 1 and args.bf16 and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        reason = (
+            "ZeRO-1 with `bf16` and `grad_accum_dtype: fp32` takes another optimiser of DeepSpeed, which clients cannot be swapped in. "
+            "Use ZeRO-2."
+        )
     elif args.fp16:
         reason = "The loss scale of `fp16` would go on from client to client. Set `bf16=True`, or neither."
     elif has_optimizer:

@@ -43,7 +43,6 @@ class LocalRoundMixin(AgreementMixin):
     _initial_lrs: list[float] | None = None  # by parameter group, once there is an engine
     _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
-    _start_state: AdapterState
     _lr_factor: float = 1.0
     _trained: Collection[str] | None = None
     _optimizer_start: AdapterState | None = None
@@ -97,11 +96,12 @@ class LocalRoundMixin(AgreementMixin):
             OtherProcessFailedError: If a batch or a forward pass has failed in another process.
         """
         start = time.perf_counter()
+        if self._initial_lrs is None:
+            self._build_engine()  # first, as what it makes of `bf16` takes a state that the model would round
         self._live_adapter.write(state)
         set_seed(seed)
         self.accelerator.dataloader_config.data_seed = data_seed
         self.train_dataset = dataset
-        self._start_state = state
         self._lr_factor = lr_factor
         self._trained = trained
         self._objective = objective
@@ -148,9 +148,6 @@ class LocalRoundMixin(AgreementMixin):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, Any]:
-        if self._initial_lrs is None:
-            self._build_engine()
-            self._live_adapter.write(self._start_state)  # the masters of `bf16` may be made of copies that are rounded
         self._live_adapter.train_only(self._trained)
         self._reset_optimizer()
         if self._objective is not None:
@@ -166,10 +163,12 @@ class LocalRoundMixin(AgreementMixin):
         """What `Trainer` builds at the beginning of a training: wrapped model and optimiser."""
         self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
         model: Any = self.model
+        state = self._live_adapter.read() if self.is_deepspeed_enabled else {}
         with self._live_adapter.following(model) if self.is_fsdp_enabled else nullcontext():
             super()._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
         if self.is_deepspeed_enabled:
             self._deepspeed_optimizer = DeepSpeedOptimizer(self.model_wrapped)
+            self._live_adapter.write(state)  # with `bf16` its masters are made of copies that were rounded
         else:
             self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
         self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
@@ -212,7 +211,8 @@ class LocalRoundMixin(AgreementMixin):
         self._initial_lrs = self._initial_optimizer_state = self._initial_scaler_state = None
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model  # type: ignore[assignment]
-        del self.accelerator.free_memory  # `train()` then lets go of the old one
+        del self.accelerator.free_memory
+        self.accelerator.free_memory()
 
     def _recover(self) -> None:
         """Put the engine in order after a local round that broke off in the middle of a step."""

@@ -161,9 +161,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         refuse_what_would_leak(self.model, self._live_adapter)
         freeze_for_good(args, self.model, self._live_adapter)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
-        if adapter_folder is not None:
-            self._start_from(adapter_folder)
-        self._global_state = self._shared_start()
+        published = {} if adapter_folder is None else self._start_from(adapter_folder)
+        self._global_state = self._shared_start(published)
         self._client_settings = parse_client_settings(
             given(args, "client_settings"), self._clients, self._global_state
         )
@@ -500,8 +499,11 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     def _is_due(self, round: int, every: int) -> bool:
         return round % every == 0 or round == self.args.num_rounds
 
-    def _shared_start(self) -> AdapterState:
-        """The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs."""
+    def _shared_start(self, published: AdapterState) -> AdapterState:
+        """
+        The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs. What is
+        `published` is the same everywhere, and has been written.
+        """
         if self.accelerator.num_processes > 1:
             device = self.accelerator.device
             whole = self._live_adapter.read(include_frozen=True)
@@ -509,11 +511,12 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         state = self._live_adapter.read()
         makes_masters = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
         if self.is_deepspeed_enabled or makes_masters:
-            # as the masters, which are made later, whatever the dtype of the model
+            # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3 with `bf16`
+            state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state
 
-    def _start_from(self, folder: Path) -> None:
+    def _start_from(self, folder: Path) -> AdapterState:
         source = f"The adapter {self.args.initial_adapter!r}"
         state = self._live_adapter.from_saved(load_adapter(folder), source)
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
@@ -526,3 +529,4 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 "start without `initial_adapter`."
             )
         self._live_adapter.write(state)
+        return state

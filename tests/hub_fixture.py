@@ -27,6 +27,9 @@ def hub_environment(endpoint: str, cache_dir: str | Path) -> dict[str, str]:
         # set although they follow from HF_HOME: the developer's own environment may have them, and they win over it
         "HF_HUB_CACHE": str(Path(cache_dir, "hub")),
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        # seconds, in place of 10: the server is as slow as the machine
+        "HF_HUB_DOWNLOAD_TIMEOUT": "120",
+        "HF_HUB_ETAG_TIMEOUT": "120",
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_OFFLINE": "0",
         "HF_TOKEN": "hf_loopback",

@@ -62,6 +62,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.reports = [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9].json"))]
+        assert self.reports, "the launch has failed: see the first test that asked for it"
 
     def adapter(self, method):
         return load_file(self.folder / method / "adapter_model.safetensors")
@@ -203,9 +204,10 @@ def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
 def test_what_computes_in_bfloat16_is_trained_in_float32(kind, run_of):
     for report in run_of(kind).reports:
         assert report["bfloat16"]["computed"] == "torch.bfloat16"
-        assert report["bfloat16"]["is_kept"]
+        assert report["bfloat16"]["are_kept"] == [True, True]
         first, other, again = report["bfloat16"]["adapters"]
         assert again == first != other
+        assert report["bfloat16"]["follows"]
         assert report["bfloat16"]["resumed"] == report["bfloat16"]["whole"]
 
 
@@ -253,6 +255,7 @@ def test_a_launch_that_does_what_it_says_is_not_refused(environment, args, monke
     [
         (0, {}, {}, {}, {}, "ZeRO stage 0"),
         (2, {"offload_optimizer": {"device": "nvme"}}, {}, {}, {}, "NVMe"),
+        (1, {}, {"data_types": {"grad_accum_dtype": "fp32"}}, {"bf16": True}, {}, "another optimiser of DeepSpeed"),
         (2, {}, {"scheduler": {"type": "WarmupLR"}}, {}, {}, "a `scheduler` of its own"),
         (2, {}, {"optimizer": {"type": "AdamW"}}, {}, {}, "an `optimizer` of its own"),
         (2, {}, {}, {"local_objective": "fedprox", "local_objective_kwargs": {"mu": 0.1}}, {}, "'fedprox'"),

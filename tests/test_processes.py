@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fed_trainer.processes import from_first, is_first, rest_at_exit, wait_for_first
+from fed_trainer.processes import SECONDS_OF_REST, from_first, is_first, rest_at_exit, wait_for_first
 
 
-# Ends while a thread still has something to do.
+# Ends while there is a thread that acts in the rest only, and rests until it is done.
 ENDS_AT_ONCE = """
 import sys
 import threading
@@ -26,21 +26,31 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fed_trainer.processes import SECONDS_OF_REST, rest_at_exit
+from fed_trainer.processes import rest_at_exit
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 for _ in range(2):
     rest_at_exit()
+dist.destroy_process_group()
+rests = threading.Event()
 
 
 def let_go():
-    time.sleep(SECONDS_OF_REST / 2)
+    rests.wait()
     (folder / f"{rank} has let go").touch()
 
 
-dist.destroy_process_group()
-threading.Thread(target=let_go, daemon=True).start()
+def rest(seconds):
+    rests.set()
+    thread.join()
+    with open(folder / f"{rank} rests", "a") as file:
+        print(seconds, file=file)
+
+
+thread = threading.Thread(target=let_go, daemon=True)
+thread.start()
+time.sleep = rest
 """
 
 PARTS = (
@@ -103,7 +113,9 @@ def test_the_others_get_what_the_first_computes_however_long_it_takes(tmp_path):
 def test_threads_have_the_time_to_let_go_before_a_process_ends(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", ENDS_AT_ONCE, str(tmp_path), str(rank)]) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    assert all((tmp_path / f"{rank} has let go").exists() for rank in (0, 1))
+    for rank in (0, 1):
+        assert (tmp_path / f"{rank} has let go").exists()
+        assert (tmp_path / f"{rank} rests").read_text() == f"{SECONDS_OF_REST}\n"  # once
 
 
 def test_a_single_process_does_not_rest(monkeypatch):
