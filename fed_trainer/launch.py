@@ -128,6 +128,11 @@ def check_deepspeed(
             "ZeRO-1 with `bf16` and `grad_accum_dtype: fp32` takes another optimiser of DeepSpeed, which clients cannot be swapped in. "
             "Use ZeRO-2."
         )
+    elif config["zero_optimization"].get("zero_quantized_nontrainable_weights"):
+        reason = (
+            "`zero_quantized_nontrainable_weights` stores what is frozen as integers, in an adapter too (`ffa_lora`), where it is read and "
+            "written as it is. Leave it out."
+        )
     elif args.fp16:
         reason = "The loss scale of `fp16` would go on from client to client. Set `bf16=True`, or neither."
     elif has_optimizer:

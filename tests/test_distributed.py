@@ -256,6 +256,7 @@ def test_a_launch_that_does_what_it_says_is_not_refused(environment, args, monke
         (0, {}, {}, {}, {}, "ZeRO stage 0"),
         (2, {"offload_optimizer": {"device": "nvme"}}, {}, {}, {}, "NVMe"),
         (1, {}, {"data_types": {"grad_accum_dtype": "fp32"}}, {"bf16": True}, {}, "another optimiser of DeepSpeed"),
+        (3, {"zero_quantized_nontrainable_weights": True}, {}, {}, {}, "stores what is frozen as integers"),
         (2, {}, {"scheduler": {"type": "WarmupLR"}}, {}, {}, "a `scheduler` of its own"),
         (2, {}, {"optimizer": {"type": "AdamW"}}, {}, {}, "an `optimizer` of its own"),
         (2, {}, {}, {"local_objective": "fedprox", "local_objective_kwargs": {"mu": 0.1}}, {}, "'fedprox'"),

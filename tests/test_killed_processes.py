@@ -30,6 +30,7 @@ def test_processes_that_are_killed_go_on_to_the_same_bits(launched, kills, tiny_
         capture_output=True,
         text=True,
         env=environment,
+        timeout=800,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     report = json.loads(result.stdout.splitlines()[-1])

@@ -77,13 +77,13 @@ def process(rank, address, folder):
     (folder / f"{rank} is here").touch()
     while not all((folder / f"{other} is here").exists() for other in (0, 1)):
         time.sleep(0.01)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=3))
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=6))
     rest_at_exit()
     calls = []
 
     def slow():
         calls.append(rank)
-        time.sleep(4)
+        time.sleep(7)
         return PARTS
 
     def broken():
@@ -95,7 +95,7 @@ def process(rank, address, folder):
     with pytest.raises(ValueError if rank == 0 else RuntimeError, match="no update"):
         from_first(broken)
     if rank == 0:
-        time.sleep(4)
+        time.sleep(7)
         (folder / "written").touch()
     wait_for_first()
     assert (folder / "written").exists()

@@ -72,6 +72,7 @@ def reported():
     return report
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_give_the_losses_of_one(kind, reported):
     for config, losses in zip(CONFIGS, reported[kind], strict=True):
