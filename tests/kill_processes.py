@@ -67,8 +67,7 @@ def main() -> None:
     events = [json.loads(events_of(whole, rank).read_text()) for rank in range(2)]
     for kill in range(kills):
         killed = kill % 2  # the first process writes, the second does not
-        # early, later, ..., late; but not the very last ones, as who makes a folder first has more of them
-        part = (len(events[killed]) - 8) / kills
+        part = len(events[killed]) / kills  # early, later, ..., late
         kill_at = 1 + int(part * (kill + generator.random()))
         folder = root / f"killed-{killed}-{kill_at}"
         statuses = in_children(model, folder, killed, kill_at)

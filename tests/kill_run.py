@@ -27,8 +27,8 @@ from transformers import TrainerCallback
 from fed_trainer import FederatedConfig, FederatedTrainer
 
 
-# what a run does to the disk; `open` counts when it is for writing
-EVENTS = {"os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir"}
+# What a run does to the disk; `open` counts when it is for writing. Not `os.mkdir`: which process makes a folder is up to chance.
+EVENTS = {"os.rename", "os.link", "os.remove", "os.rmdir"}
 SETTINGS = (
     {"aggregation": "fedex_lora", "save_total_limit": 1},
     {"aggregation": "fedsa_lora", "server_optimizer": "fedadam"},
