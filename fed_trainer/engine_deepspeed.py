@@ -73,7 +73,7 @@ def _gather_split(tensors: list[Any]) -> dict[int, torch.Tensor]:
         parts = torch.cat([parts_of[id(tensor)].to(tensor.device) for tensor in batch])
         group = batch[0].ds_process_group
         flat = parts.new_empty(torch.distributed.get_world_size(group) * len(parts))
-        torch.distributed.all_gather_into_tensor(flat, parts, group=group)
+        torch.distributed.all_gather_single(flat, parts, group=group)
         sizes = [tensor.ds_tensor.numel() for tensor in batch]
         for tensor, columns in zip(batch, flat.view(-1, len(parts)).split(sizes, dim=1), strict=True):
             gathered[id(tensor)] = columns.flatten()[: tensor.ds_numel].view(tensor.ds_shape).cpu()
