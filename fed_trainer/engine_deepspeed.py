@@ -128,7 +128,7 @@ def write_master(tensor: torch.Tensor, value: torch.Tensor) -> None:
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    if hasattr(tensor, "_z3_optimizer"):
+    if is_split(tensor):
         safe_set_local_fp32_param(tensor, _own_part(tensor, value))
     else:
         safe_set_full_fp32_param(tensor, value)

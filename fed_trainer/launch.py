@@ -109,7 +109,8 @@ def check_deepspeed(
         NotImplementedError: Naming the setting and what to use instead.
     """
     config, stage = plugin.deepspeed_config, plugin.zero_stage
-    offload = [config["zero_optimization"].get(f"offload_{part}") or {} for part in ("optimizer", "param")]
+    zero = config["zero_optimization"]
+    offload = [zero.get(f"offload_{part}") or {} for part in ("optimizer", "param")]
     ddp = "Launch DDP with `--config_file recipes/accelerate/ddp.yaml`"
     zero2 = "Use ZeRO-2 (`recipes/accelerate/zero2.yaml`) or DDP"
     reason = None
@@ -128,7 +129,7 @@ def check_deepspeed(
             "ZeRO-1 with `bf16` and `grad_accum_dtype: fp32` takes another optimiser of DeepSpeed, which clients cannot be swapped in. "
             "Use ZeRO-2."
         )
-    elif config["zero_optimization"].get("zero_quantized_nontrainable_weights"):
+    elif zero.get("zero_quantized_nontrainable_weights"):
         reason = (
             "`zero_quantized_nontrainable_weights` stores what is frozen as integers, in an adapter too (`ffa_lora`), where it is read and "
             "written as it is. Leave it out."

@@ -96,8 +96,7 @@ class LocalRoundMixin(AgreementMixin):
             OtherProcessFailedError: If a batch or a forward pass has failed in another process.
         """
         start = time.perf_counter()
-        if self._initial_lrs is None:
-            self._build_engine()  # first, as what it makes of `bf16` takes a state that the model would round
+        self._ensure_engine()  # first, as what it makes of `bf16` takes a state that the model would round
         self._live_adapter.write(state)
         set_seed(seed)
         self.accelerator.dataloader_config.data_seed = data_seed
@@ -158,6 +157,11 @@ class LocalRoundMixin(AgreementMixin):
             setattr(self.callback_handler, attribute, getattr(self, attribute))
         self.callback_handler.train_dataloader = train_dataloader
         return self.model_wrapped, train_dataloader
+
+    def _ensure_engine(self) -> None:
+        """Build the engine, unless there is one already."""
+        if self._initial_lrs is None:
+            self._build_engine()
 
     def _build_engine(self) -> None:
         """What `Trainer` builds at the beginning of a training: wrapped model and optimiser."""
@@ -231,8 +235,7 @@ class LocalRoundMixin(AgreementMixin):
         """As [`~transformers.Trainer.evaluation_loop`], with the engine of the local rounds."""
         # `Trainer` would prepare the model for evaluation alone, and then not wrap it any more: each process of DDP would train
         # for itself. For DeepSpeed it would build an engine without an optimiser.
-        if self._initial_lrs is None:
-            self._build_engine()
+        self._ensure_engine()
         return super().evaluation_loop(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

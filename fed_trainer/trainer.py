@@ -227,8 +227,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             )
         if resume_from_checkpoint is True and self._starts_again():
             resume_from_checkpoint = None
-        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and self._initial_lrs is None:
-            self._build_engine()  # a checkpoint is loaded into its float32 masters
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            self._ensure_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
         lr_factors = self._lr_factors
         last = self.args.num_rounds
@@ -240,8 +240,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 clients: dict[str, dict[str, float]] = {}
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
-                if self._initial_lrs is None:
-                    self._build_engine()  # what fails here is no client's fault
+                self._ensure_engine()  # what fails here is no client's fault
                 self.server.begin(self._global_state, round)
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off
