@@ -14,13 +14,14 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 
+from .client_errors import ClientError, public_reason
 from .engine_deepspeed import DeepSpeedOptimizer
 
 
 __all__ = ["AgreementMixin", "FailedAloneError", "OtherProcessFailedError"]
 
 
-class OtherProcessFailedError(RuntimeError):
+class OtherProcessFailedError(ClientError):
     """What ends a local round in a process that could have gone on."""
 
 
@@ -86,7 +87,7 @@ class AgreementMixin(Trainer):
         Raises:
             FailedAloneError: If this process alone has.
         """
-        reason = f"{type(error).__name__}: {error}"
+        reason = public_reason(error)
         if self.accelerator.num_processes == 1:
             return reason
         process = self.accelerator.process_index

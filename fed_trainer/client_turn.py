@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .adapter_state import AdapterState, state_bytes, subtract
 from .aggregation import ClientUpdate
 from .client_datasets import recent
+from .client_errors import ClientError
 from .client_evaluation import ClientEvaluationMixin
 from .client_settings import ClientSettings
 from .client_store import ClientStore
@@ -157,7 +158,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
         if not math.isfinite(metrics["train_loss"]):
             self._all_have_stopped = True  # it is the mean over the processes
-            raise ValueError(
+            raise ClientError(
                 f"The training loss is {metrics['train_loss']}. Lower `learning_rate`, or set `max_grad_norm`."
             )
         return delta, keeps, metrics
@@ -218,12 +219,12 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
 
     def _check_prepared(self, client: str, num_raw: int, num_prepared: int) -> None:
         if num_prepared == 0:
-            raise ValueError(
+            raise ClientError(
                 f"Client {client!r} has {num_raw} examples, but none is left after preparation: no label of them is within "
                 "`max_length`. Raise it (prompts may fill it), or leave the client out."
             )
         if num_prepared < local_batch(self.args) and not joins_examples(self.args):
-            raise ValueError(
+            raise ClientError(
                 f"Client {client!r} has {num_raw} examples, but only {num_prepared} are left after preparation (the others have no "
                 f"label within `max_length`), fewer than one local batch of {local_batch(self.args)}. Raise `max_length` (prompts "
                 "may fill it), lower the batch size, or leave the client out."

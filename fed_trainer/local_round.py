@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from .adapter_state import AdapterState, LiveState
 from .agreement import AgreementMixin
+from .client_errors import ClientError
 from .engine_deepspeed import DeepSpeedOptimizer
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
@@ -252,7 +253,7 @@ class LocalRoundMixin(AgreementMixin):
         return objects
 
 
-class ClientTimeoutError(RuntimeError):
+class ClientTimeoutError(ClientError):
     """A local round that took longer than `client_timeout`."""
 
 

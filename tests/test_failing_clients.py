@@ -76,7 +76,7 @@ def test_a_round_goes_on_without_the_client_that_fails(make_trainer, make_client
     trainer.train()
     for entry in trainer._record["rounds"]:
         assert list(entry["clients"]) == ["client_0", "client_2"]
-        assert entry["refused"] == {"client_1": "its local round failed with OutOfMemoryError: CUDA out of memory"}
+        assert entry["refused"] == {"client_1": "its local round failed with OutOfMemoryError"}
     del clients["client_1"]
     without = make_trainer("without", clients=clients)
     without.train()
@@ -105,7 +105,7 @@ def test_too_many_failures_end_the_run_with_the_reasons(make_trainer, monkeypatc
     trainer = make_trainer(min_clients=3)
     fail(trainer, monkeypatch, times=1, error=RuntimeError("the disk is gone"))
     with pytest.raises(
-        TooFewClientsError, match="Only 2 of at least 3 .*'client_1': .* RuntimeError: the disk is gone"
+        TooFewClientsError, match="Only 2 of at least 3 .*'client_1': .* RuntimeError"
     ):
         trainer.train()
 
@@ -187,7 +187,7 @@ def test_a_client_whose_data_cannot_be_prepared_is_tried_again_and_left_out(make
     monkeypatch.setattr(trainer, "_prepare_client_dataset", broken)
     trainer.train()
     entry = trainer._record["rounds"][0]
-    assert entry["refused"] == {"client_1": "its local round failed with TypeError: no text"}
+    assert entry["refused"] == {"client_1": "its local round failed with TypeError"}
     assert "client_1" not in entry["clients"] and len(entry["clients"]) == 2
     sent = {client["bytes_down"] for client in entry["clients"].values()}
     assert (

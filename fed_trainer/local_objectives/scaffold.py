@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..adapter_state import AdapterState
+from ..client_errors import ClientError
 from .base import LocalObjective, other_objective
 
 
@@ -77,7 +78,7 @@ class Scaffold(LocalObjective):
 
     def finish(self, delta: AdapterState) -> AdapterState:
         if not self._sum_of_lrs > 0:
-            raise ValueError(
+            raise ClientError(
                 "SCAFFOLD divides a client's update by the sum of the learning rates of its steps, but that is "
                 f"{self._sum_of_lrs!r}. Choose `warmup_steps` below the number of local steps."
             )
