@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .adapter_state import AdapterState, state_bytes, subtract
 from .aggregation import ClientUpdate
+from .between_rounds import BetweenRoundsMixin
 from .client_datasets import recent
 from .client_errors import ClientError
 from .client_evaluation import ClientEvaluationMixin
@@ -23,8 +24,8 @@ from .client_settings import ClientSettings
 from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
-from .local_round import LocalRoundMixin
 from .optimizer_state import UnkeptOptimizerError
+from .put_back import remember_random_state, restoring
 from .server import Server
 from .timing import timed
 
@@ -39,7 +40,7 @@ LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
 
 
-class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
+class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     """The turn of a client within a round, on the live model."""
 
     args: FederationArguments
@@ -71,10 +72,14 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         trained = None
         for attempt in range(1 + self.args.client_retries):
             try:
-                with timed(seconds, "prepare"), self._failing_together("another process could not prepare the data"):
-                    dataset = self._prepared_client(client)
-                with timed(seconds, "local"):
-                    trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
+                with restoring(remember_random_state(), self._remember_figures(), only_after_failure=True):
+                    with (
+                        timed(seconds, "prepare"),
+                        self._failing_together("another process could not prepare the data"),
+                    ):
+                        dataset = self._prepared_client(client)
+                    with timed(seconds, "local"):
+                        trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
                 break
             except UnkeptOptimizerError:
                 raise  # no client's fault

@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from .clients import check_preference_columns, held_out_sets
+from .put_back import PutBack
 from .record import peft_type_name
 from .trainer import FederatedMixin
 
@@ -35,6 +36,8 @@ class TRLMixin(FederatedMixin):
     # of a trainer on pairs of answers: the columns that it needs, by format
     _preference_formats: Sequence[set[str]] = ()
     _prepare_dataset: Callable[..., Dataset]
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         trainer = f"{self._name}Trainer"
@@ -45,6 +48,16 @@ class TRLMixin(FederatedMixin):
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it
         return {"model": model, "peft_config": copy.deepcopy(peft_config)}
+
+    def _remember_figures(self) -> PutBack:
+        put_back_those_of_trainer = super()._remember_figures()
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+
+        def put_back() -> None:
+            put_back_those_of_trainer()
+            self._metrics, self._total_train_tokens = metrics, tokens
+
+        return put_back
 
     def _prepare_as_trl(self, dataset: Dataset, client: str, *options: Any) -> Dataset:
         """One client's data as the trainer prepares its own; `options` are what it asks for between `args` and a name."""
