@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
-from .local_round import LocalRoundMixin, stop_tracking_memory
+from .local_round import LocalRoundMixin
 from .put_back import remember_flags, remember_modes, remember_weights, restoring
 
 
@@ -28,13 +28,12 @@ class BetweenRoundsMixin(LocalRoundMixin):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As [`~transformers.Trainer.evaluate`]; model and trainer stay as they are."""
-        with self._leaving_all_as_it_is():
+        with self._leaving_all_as_it_is(is_logged=True):
             return super().evaluate(*args, **kwargs)
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """As [`~transformers.Trainer.predict`]; model and trainer stay as they are."""
-        # unlike an evaluation it logs nothing, so the next one would be reported with its figures
-        with self._leaving_all_as_it_is(), restoring(self._remember_figures()):
+        with self._leaving_all_as_it_is():
             return super().predict(*args, **kwargs)
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -55,25 +54,21 @@ class BetweenRoundsMixin(LocalRoundMixin):
         return super().get_eval_dataloader(eval_dataset)
 
     @contextmanager
-    def _leaving_all_as_it_is(self) -> Iterator[None]:
-        if (
-            self._is_between_rounds
-        ):  # from one door to the next, such as from set to set: what is logged depends on the mode
+    def _leaving_all_as_it_is(self, is_logged: bool = False) -> Iterator[None]:
+        if self._is_between_rounds:  # from one door to the next, such as from set to set: what is logged depends on the mode
             yield
             return
         assert self.model is not None
         gather = self.gather_function  # `Trainer` takes another from its second evaluation on
-        figures, self._is_between_rounds = self._remember_figures(), True
+        # what is not logged, the next evaluation would be reported with
+        figures = restoring(self._remember_figures(), only_after_failure=is_logged)
+        self._is_between_rounds = True
         try:
-            with restoring(remember_modes(self.model), remember_flags()):
+            with figures, restoring(remember_modes(self.model), remember_flags()):
                 yield
-        except BaseException:
-            figures()
-            stop_tracking_memory(self)
-            self.accelerator.gradient_state.dataloader_references = [None]
-            raise
         finally:
             self.gather_function, self._is_between_rounds = gather, False
+            self.accelerator.gradient_state.dataloader_references = [None]  # one that was broken off stays there
 
     def _cast_for_evaluation(self) -> AbstractContextManager[None]:
         """Within, `Trainer` may cast the model: it is given its own weights back, not rounded ones."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerControl, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl, TrainingArguments, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
@@ -28,7 +28,7 @@ from .optimizer_state import read_optimizer, with_state
 from .put_back import PutBack, remember_flags, remember_hooks, restoring
 
 
-__all__ = ["ClientTimeoutError", "LocalRoundMixin", "stop_tracking_memory"]
+__all__ = ["ClientTimeoutError", "LocalRoundMixin"]
 
 
 class LocalRoundMixin(AgreementMixin):
@@ -167,7 +167,8 @@ class LocalRoundMixin(AgreementMixin):
 
         def put_back() -> None:
             self.current_flos = flos
-            stop_tracking_memory(self)
+            # with `skip_memory_metrics=False` a thread measures from the beginning of a training or an evaluation to its end
+            self._memory_tracker.peak_monitoring, self._memory_tracker.cur_stage = False, None
 
         return put_back
 
@@ -302,13 +303,6 @@ class LocalRoundMixin(AgreementMixin):
         # a local round leaves its data loader before the end, which accelerate does not notice
         self.accelerator.gradient_state.dataloader_references = [None]
         return objects
-
-
-def stop_tracking_memory(trainer: Trainer) -> None:
-    """With `skip_memory_metrics=False` a thread measures all the time, from the beginning of a training or an evaluation to its end."""
-    tracker = trainer._memory_tracker
-    tracker.peak_monitoring = False
-    tracker.cur_stage = None
 
 
 class ClientTimeoutError(ClientError):
