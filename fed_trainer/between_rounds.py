@@ -55,7 +55,9 @@ class BetweenRoundsMixin(LocalRoundMixin):
 
     @contextmanager
     def _leaving_all_as_it_is(self, is_logged: bool = False) -> Iterator[None]:
-        if self._is_between_rounds:  # from one door to the next, such as from set to set: what is logged depends on the mode
+        if (
+            self._is_between_rounds
+        ):  # from one door to the next, such as from set to set: what is logged depends on the mode
             yield
             return
         assert self.model is not None

@@ -53,17 +53,17 @@ def restoring(*put_back: PutBack, only_after_failure: bool = False) -> Iterator[
 
 
 def remember_hooks(model: nn.Module) -> PutBack:
-    """The hooks of all modules; what has been added since is removed."""
+    """The hooks of all modules, neither more nor fewer."""
     before = [
-        (hooks, set(hooks))
+        (hooks, dict(hooks))
         for module in model.modules()
         for hooks in (getattr(module, attribute) for attribute in _HOOKS)
     ]
 
     def put_back() -> None:
         for hooks, known in before:
-            for added in hooks.keys() - known:
-                del hooks[added]
+            hooks.clear()
+            hooks.update(known)
 
     return put_back
 

@@ -25,6 +25,33 @@ from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer
 from fed_trainer.put_back import _HOOKS
 
 
+class Exchanging(torch.optim.SGD):
+    """Trains at twice the weights that are to be used, as far as it has trained them: schedule-free optimisers do the like."""
+
+    def train(self) -> None:
+        self._exchange(True, 2.0)
+
+    def eval(self) -> None:
+        self._exchange(False, 0.5)
+
+    @torch.no_grad()
+    def _exchange(self, is_training: bool, factor: float) -> None:
+        group = self.param_groups[0]
+        if group.setdefault("is_training", False) != is_training:
+            group["is_training"] = is_training
+            for parameter in self.state:
+                parameter.mul_(factor)
+
+    def step(self, closure: Any = None) -> Any:
+        assert self.param_groups[0]["is_training"]
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter.grad is not None and parameter not in self.state:
+                self.state[parameter] = {"is_trained": torch.ones(1)}
+                with torch.no_grad():
+                    parameter.mul_(2.0)
+        return super().step(closure)
+
+
 EVENTS = {"on_substep_end": 2, "on_pre_optimizer_step": 1, "on_step_end": 1}
 POINTS = {  # the call in a local round that fails
     "preparation": 1,
@@ -64,7 +91,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "aggregation_kwargs": {"sparse_rounds": 1, "density": 0.1},
         "num_rounds": 2,
     },
-    "dpo": {"reference": "round"},
+    "dpo, checkpointing": {"reference": "round", "gradient_checkpointing": True},
+    "an optimiser that exchanges weights": {"optimizer_cls_and_kwargs": (Exchanging, {"lr": 0.1})},
 }
 LOCAL = {
     "num_rounds": 1,
@@ -93,6 +121,7 @@ class Breaker(TrainerCallback):
         self.point, self.client, self.calls = "", "", 0
         self.local_rounds: dict[str, list[Any]] = defaultdict(list)
         self.forwards: Counter[str] = Counter()
+        self.hooks: list[int] = []  # after each turn
 
     def reach(self, point: str, *_: Any, **__: Any) -> None:
         if point != self.point or (point != "preparation" and len(self.local_rounds[self.client]) + 1 < self.breaks):
@@ -118,6 +147,7 @@ class Breaker(TrainerCallback):
                 trainer.server.leave_out(client, "it is not asked")
                 return None
             result = client_round(client, *args)
+            self.hooks.append(hooks_of(trainer))
             self.client = self.point = ""
             return result
 
@@ -181,7 +211,7 @@ def run(make_clients, tiny_model_dir, tmp_path_factory):
     def make(option: str, with_failures: bool) -> tuple[Any, Breaker]:
         if (option, with_failures) in runs:
             return runs[option, with_failures]
-        is_dpo = option == "dpo"
+        is_dpo = option.startswith("dpo")
         data = rows
         if is_dpo:
             answers = rows["completion"]
@@ -191,13 +221,15 @@ def run(make_clients, tiny_model_dir, tmp_path_factory):
         for index, point in enumerate(POINTS, 1):
             clients[f"{index:02d} {point}"] = clients[f"{index:02d}-{point}"] = data
         kind, config = (FederatedDPOTrainer, FederatedDPOConfig) if is_dpo else (FederatedTrainer, FederatedConfig)
-        output = tmp_path_factory.mktemp("run")
+        output, settings = tmp_path_factory.mktemp("run"), LOCAL | OPTIONS[option]
+        optimizer = {name: settings.pop(name) for name in ["optimizer_cls_and_kwargs"] if name in settings}
         trainer = kind(
             model=str(tiny_model_dir),
-            args=config(output_dir=str(output), **LOCAL | OPTIONS[option]),
+            args=config(output_dir=str(output), **settings),
             train_dataset=clients,
             eval_dataset={"00": data} if option == "ditto" else data,
             peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+            **optimizer,
         )
         breaker = Breaker(not with_failures, 1 + (option == "ditto"))
         breaker.attach(trainer)
@@ -233,13 +265,13 @@ def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, o
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_run_is_that_without_the_clients_that_fail(run, option):
-    (trainer, _), (without, _) = run(option, True), run(option, False)
+    (trainer, breaker), (without, _) = run(option, True), run(option, False)
     assert same(trainer._global_state, without._global_state)
     for entry, expected in zip(trainer._record["rounds"], without._record["rounds"], strict=True):
         assert entry["train_loss"] == expected["train_loss"]
         assert entry["eval"]["eval_loss"] == expected["eval"]["eval_loss"]
         assert entry["eval"]["eval_num_tokens"] == expected["eval"]["eval_num_tokens"]
-    assert hooks_of(trainer) == hooks_of(without)
+    assert len(set(breaker.hooks)) == 1 and hooks_of(trainer) == hooks_of(without)
     assert trainer.is_in_train is False and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
@@ -249,3 +281,47 @@ def test_what_is_switched_on_is_on_at_all_clients(run, option):
     for client in plain.local_rounds:
         assert not same(plain.local_rounds[client][0][0], breaker.local_rounds[client][0][0])
         assert breaker.forwards[client] == 2 * plain.forwards[client]
+
+
+def test_an_interrupt_leaves_nothing_behind(run, make_clients, tiny_model_dir, tmp_path):
+    """The run is over, but its trainer is not."""
+    trainer = FederatedTrainer(
+        model=str(tiny_model_dir),
+        args=FederatedConfig(
+            output_dir=str(tmp_path), **LOCAL | {"neftune_noise_alpha": 5.0, "gradient_checkpointing": True}
+        ),
+        train_dataset={"00": make_clients(num_clients=1)["client_0"]},
+        peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM"),
+    )
+    local = trainer._global_state, trainer._prepared_client("00"), 0, None, 1.0
+    expected, _ = trainer.local_round(*local)
+    hooks, training_step = hooks_of(trainer), trainer.training_step
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        training_step(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    trainer.training_step = interrupted
+    for _ in range(5):
+        with pytest.raises(KeyboardInterrupt):
+            trainer.local_round(*local)
+    trainer.training_step = training_step
+    assert hooks_of(trainer) == hooks and not trainer.is_in_train and trainer.accelerator.sync_gradients
+    assert same(trainer.local_round(*local)[0], expected)
+
+
+def test_gradients_of_a_step_that_broke_off_count_as_scaled(run):
+    """fp16: a scaler that has unscaled them refuses to do it again before it has made a step."""
+    trainer, _ = run("plain", False)
+    scaler, parameter = torch.amp.GradScaler("cpu"), next(iter(trainer._live_adapter.parameters().values()))
+    trainer.accelerator.scaler, trainer._initial_scaler_state = scaler, scaler.state_dict()
+    try:
+        for _ in range(2):
+            parameter.grad = torch.ones_like(parameter)
+            scaler.scale(torch.ones(1))
+            scaler.unscale_(trainer.optimizer.optimizer)
+            with pytest.raises(BrokenError), trainer._breaking_off():
+                raise BrokenError
+        assert parameter.grad is None
+    finally:
+        trainer.accelerator.scaler = trainer._initial_scaler_state = None
