@@ -122,6 +122,7 @@ class Breaker(TrainerCallback):
         self.local_rounds: dict[str, list[Any]] = defaultdict(list)
         self.forwards: Counter[str] = Counter()
         self.hooks: list[int] = []  # after each turn
+        self.drawn: dict[str, list[Any]] = defaultdict(list)  # random numbers, before each turn
 
     def reach(self, point: str, *_: Any, **__: Any) -> None:
         if point != self.point or (point != "preparation" and len(self.local_rounds[self.client]) + 1 < self.breaks):
@@ -146,6 +147,8 @@ class Breaker(TrainerCallback):
             if self.point and self.skips:
                 trainer.server.leave_out(client, "it is not asked")
                 return None
+            if not self.point:  # as a preparation may do
+                self.drawn[client].append((random.random(), np.random.rand(), torch.rand(1).item()))
             result = client_round(client, *args)
             self.hooks.append(hooks_of(trainer))
             self.client = self.point = ""
@@ -260,6 +263,7 @@ def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, o
     ):
         assert same(state, expected)
         assert figures == expected_figures
+    assert breaker.drawn[client] == without.drawn[client]
     assert breaker.forwards[client] == without.forwards[client]  # with checkpointing the backward pass makes some more
 
 
