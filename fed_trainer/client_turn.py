@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .adapter_state import AdapterState, state_bytes, subtract
 from .aggregation import ClientUpdate
+from .aggregation.validation import first_not_finite
 from .client_datasets import recent
 from .client_errors import ClientError
 from .client_evaluation import ClientEvaluationMixin
@@ -103,7 +104,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         )
         with timed(seconds, "aggregate"):
             traffic["bytes_up"] = state_bytes(update.delta)
-            if self.server.receive(update, asked, keeps) is not None:
+            if self.server.receive(update, asked) is not None:
                 self._bytes_in_vain.update(traffic)
                 return None
             if self.server.objective is not None:
@@ -156,12 +157,20 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.args.keep_optimizer_state:
                 keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
-        if not math.isfinite(metrics["train_loss"]):
-            self._all_have_stopped = True  # it is the mean over the processes
-            raise ClientError(
-                f"The training loss is {metrics['train_loss']}. Lower `learning_rate`, or set `max_grad_norm`."
-            )
+        self._check_finite(metrics["train_loss"], keeps)
         return delta, keeps, metrics
+
+    def _check_finite(self, train_loss: float, keeps: Mapping[str, AdapterState]) -> None:
+        """What a client keeps is its own to check: once not finite, it would be so in all rounds to come."""
+        kept = {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
+        fault = None
+        if not math.isfinite(train_loss):
+            fault = f"The training loss is {train_loss}. Lower `learning_rate`, or set `max_grad_norm`."
+        elif (broken := first_not_finite(kept)) is not None:
+            fault = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
+        if fault is not None:
+            self._all_have_stopped = True  # the loss is the mean over the processes, which keep the same
+            raise ClientError(fault)
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
         """What the local objective is told of the client."""
