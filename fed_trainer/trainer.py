@@ -44,6 +44,7 @@ from .client_store import ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
+from .first_look import telling_row
 from .hub import fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_model import MODEL_WEIGHTS
@@ -82,6 +83,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     _config_class: type[FederationArguments] = FederationArguments
     _base_change_bytes = 0
+    _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
     _sparse_stage_errors: dict[str, float]
 
     def __init__(
@@ -130,8 +132,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._folder = Path(args.output_dir or "")
         is_sorted = isinstance(train_dataset, ClientDatasets)
         self._clients = train_dataset if is_sorted else dict(sorted(train_dataset.items()))
-        first = next(iter(self._clients))
-        first_dataset = self._clients[first]
+        self._first_look = telling_row(self._clients, getattr(args, "dataset_text_field", None))
         # held-out data by client is prepared when it is evaluated on, as there may be very many
         by_client = None
         if isinstance(eval_dataset, Mapping) and len(eval_dataset) > 0 and eval_dataset.keys() <= self._clients.keys():
@@ -139,7 +140,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         super().__init__(
             **self._model_arguments(model, peft_config),
             args=args,
-            train_dataset=first_dataset,
+            train_dataset=self._first_look,
             eval_dataset=dict(eval_dataset) if isinstance(eval_dataset, Mapping) else eval_dataset,
             **kwargs,
         )
@@ -151,9 +152,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
         self._prepared_clients: dict[str, Dataset] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
-        prepared: Any = self.train_dataset  # `super().__init__` has tokenised it
-        self._check_prepared(first, len(first_dataset), len(prepared))
-        self._prepared_clients[first] = prepared
+        self._first_look = None
+        self.train_dataset = self._first_prepared()
         self._live_adapter = live_state(self.model)
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
