@@ -221,6 +221,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
         """
+        self._refuse_within_client_model("train")
         if trial is not None:
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
@@ -285,15 +286,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         Raises:
             ValueError: If there is no such client.
         """
-        if client not in self._clients:
-            raise ValueError(f"There is no client {client!r}. The clients are {sorted(self._clients)}.")
-        self._live_adapter.write(self.client_state(client))
-        try:
+        with self.client_model(client):
             weights = self._weights_to_save()
             if self.is_world_process_zero():
                 self._save_weights(Path(output_dir), weights)
-        finally:
-            self._live_adapter.write(self._global_state)
 
     # The steps of a round
 

@@ -124,10 +124,10 @@ def test_every_client_is_evaluated_with_its_own_model_on_its_own_data(make_train
 
     losses = {}
     for client in clients:
-        trainer._live_adapter.write(trainer.client_state(client))
-        losses[client] = SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"]
-        trainer._live_adapter.write(trainer.client_state("client_0" if client != "client_0" else "client_1"))
-        assert SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"] != losses[client]
+        with trainer.client_model(client):
+            losses[client] = SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"]
+        with trainer.client_model("client_0" if client != "client_0" else "client_1"):
+            assert SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"] != losses[client]
     assert {name: figures["eval_loss"] for name, figures in entry["client_eval"].items()} == pytest.approx(losses)
     mean = (4 * losses["client_0"] + 6 * losses["client_1"] + 8 * losses["client_2"]) / 18
     assert entry["eval"]["eval_loss"] == pytest.approx(mean)
