@@ -23,9 +23,8 @@ from .client_errors import public_reason
 
 __all__ = ["ClientEvaluationMixin"]
 
-# what an evaluation tells of itself rather than of the model; the first come with the prefix of its metrics
+# what an evaluation tells of itself rather than of the model, behind the prefix of its metrics
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-_PROGRESS = ("epoch", "num_input_tokens_seen")
 
 
 class ClientEvaluationMixin(Trainer):
@@ -38,6 +37,8 @@ class ClientEvaluationMixin(Trainer):
     _global_state: AdapterState
     _clients: Mapping[str, Dataset]
     _prepared_held_out: dict[str, Dataset]
+    # what is counted over the run, and no figure of a client
+    _progress_figures: frozenset[str] = frozenset({"epoch", "num_input_tokens_seen"})
     _owner: str | None = None  # the client whose model the live one is at present; none: it is the global one
     client_evaluation: dict[str, dict[str, float]] | None = None
     """Figures of the last evaluation by client; `None` if it was not one by client."""
@@ -220,7 +221,7 @@ class ClientEvaluationMixin(Trainer):
         held_out: Any = self.eval_dataset
         start, counts = time.time(), {}
         self.client_evaluation = {}
-        hidden = {*(f"{prefix}_{name}" for name in _SPEED), *_PROGRESS}
+        hidden = {*(f"{prefix}_{name}" for name in _SPEED), *self._progress_figures}
         for client in sorted(held_out):
             with self._quietly():
                 figures = self._evaluate_client(client, prefix, options)

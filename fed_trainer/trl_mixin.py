@@ -32,6 +32,8 @@ class TRLMixin(FederatedMixin):
     """[`FederatedMixin`] for the trainers of TRL."""
 
     _name: str  # TRL's, as in "DPO"
+    # with the tokens that this process has been trained on, which TRL logs with an evaluation
+    _progress_figures = FederatedMixin._progress_figures | {"eval_num_tokens"}
     # of a trainer on pairs of answers: the columns that it needs, by format
     _preference_formats: Sequence[set[str]] = ()
 
