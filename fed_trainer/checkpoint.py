@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .adapter_state import AdapterState
-from .digests import DIGESTS_NAME, find_damage, read_digests, write_digests
+from .digests import DIGESTS_NAME, TRAINER_STATE_NAME, find_damage, read_digests, write_digests
 from .disk import DamagedFileError, replace_durably, writing
 from .live_model import MODEL_WEIGHTS
 from .owned import MARKER, make_own, remove_own_files, remove_own_folder, unmark
@@ -41,6 +41,11 @@ __all__ = [
 T = TypeVar("T")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# beside the weights
+WRITTEN_IN_THE_END = (
+    "README.md", "adapter_config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    TRAINER_STATE_NAME, DIGESTS_NAME,
+)  # fmt: skip
 
 logger = logging.get_logger(__name__)
 
@@ -265,6 +270,11 @@ def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "
             f"one. {way_on} another `output_dir`, or delete it."
+        )
+    if foreign_files := [name for name in WRITTEN_IN_THE_END if os.path.lexists(Path(output_dir) / name)]:
+        raise FileExistsError(
+            f"`output_dir` {str(output_dir)!r} holds {foreign_files[0]}, which this run has not written, and would write over. Move it "
+            "away, or choose another `output_dir`."
         )
 
 
