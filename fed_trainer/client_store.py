@@ -29,6 +29,7 @@ LONGEST_NAME = 120
 PENDING = ".new"
 INDEX_NAME = "index.json"
 SHA256_LENGTH = 64
+OWNER = "kept_by"  # in the metadata of a file; the first versions had the name of the client only, as `client`
 
 
 class KeptFile(NamedTuple):
@@ -96,7 +97,8 @@ class ClientStore:
         if not self.folder.is_dir():
             self._make_folder()
         path = self._path(client)
-        content = save(tensors, metadata={"client": client, "round": str(round)})
+        # one entry: safetensors writes several in any order, and the same state should be the same file
+        content = save(tensors, metadata={OWNER: json.dumps({"client": client, "round": round})})
         with writing(f"What client {client!r} keeps"):
             path.with_name(f"{path.name}{PENDING}").write_bytes(content)
         self._pending[path.name] = KeptFile(client, round, hashlib.sha256(content).hexdigest(), len(content))
@@ -248,8 +250,10 @@ def check_owner(path: Path) -> tuple[str, int | None]:
 def _owner(path: Path) -> tuple[str, int | None]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
-    round = metadata.get("round")
-    return metadata["client"], None if round is None else int(round)
+    if OWNER not in metadata:
+        return metadata["client"], None
+    owner = json.loads(metadata[OWNER])
+    return str(owner["client"]), int(owner["round"])
 
 
 def _difference(path: Path, kept: KeptFile) -> str:

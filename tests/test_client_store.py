@@ -1,5 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
+import json
 import os
 import shutil
 from pathlib import Path
@@ -198,6 +199,14 @@ def test_files_are_hashed_when_they_are_written_and_at_their_first_checkpoint_al
         store.link_into(tmp_path / "third")
 
 
+def test_the_same_state_is_the_same_file(tmp_path):
+    contents = set()
+    for index in range(8):
+        store_of(tmp_path / str(index))
+        contents.add((tmp_path / str(index) / "a.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
 @pytest.mark.parametrize("client", ["a", "ward/3 (night)", "x" * 300])
 def test_a_file_says_whose_it_is_and_of_which_round(tmp_path, client):
     store = ClientStore(tmp_path / "clients")
@@ -205,7 +214,8 @@ def test_a_file_says_whose_it_is_and_of_which_round(tmp_path, client):
     store.commit()
     (path,) = (tmp_path / "clients").glob("*.safetensors")
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"client": client, "round": "4"}
+        (owner,) = file.metadata().values()
+    assert json.loads(owner) == {"client": client, "round": 4}
     assert check_owner(path) == (client, 4)
     other = path.with_name("other.safetensors")
     os.replace(path, other)
@@ -232,7 +242,7 @@ FOREIGN = {
     "weights": lambda folder: save_file({"x": torch.ones(1)}, folder / "model.safetensors"),
     "weights with the name of a client": lambda folder: save_file({"x": torch.ones(1)}, folder / "c.safetensors"),
     "weights of a client under another name": lambda folder: save_file(
-        {"x": torch.ones(1)}, folder / "c.safetensors", metadata={"client": "d", "round": "1"}
+        {"x": torch.ones(1)}, folder / "c.safetensors", metadata={"client": "d"}
     ),
     "a folder with the name of a client": lambda folder: (folder / "c.safetensors").mkdir(),
 }
