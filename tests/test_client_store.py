@@ -168,7 +168,9 @@ def test_a_damaged_file_is_noticed_when_it_is_read(tmp_path, damage, process):
     assert reader.read("a") and reader.read("b")
     act, expected = DAMAGES[damage]
     act(tmp_path / "clients" / "a.safetensors")
-    with pytest.raises(DamagedFileError, match=f"What client 'a' keeps is damaged, in .*: {expected}. `train\\(resume"):
+    with pytest.raises(
+        DamagedFileError, match=f"What client 'a' keeps is damaged, in .*: {expected}. `train\\(resume"
+    ):
         reader.read("a")
     assert reader.read("b")
 

@@ -145,7 +145,7 @@ def test_files_of_clients_that_were_swapped_are_named(run):
     assert first.stat().st_size == second.stat().st_size
     first_content, second_content = first.read_bytes(), second.read_bytes()
     first.write_bytes(second_content), second.write_bytes(first_content)
-    assert "clients/client_0.safetensors is not what was written" == find_damage(run / "checkpoint-3")
+    assert find_damage(run / "checkpoint-3") == "clients/client_0.safetensors is not what was written"
     digests = read_digests(run / "checkpoint-3")
     for name in digests:
         if name.startswith("clients/"):  # as the first versions had them
@@ -238,7 +238,16 @@ def test_what_cannot_be_opened_is_damage(run, monkeypatch):
 # Records whose digests are right, but which cannot be read: of a disk that lies, or of another version
 
 RECORDS = {
-    "federation.json": ["", "{", "[]", "3", '{"rounds": 3}', '{"rounds": [3]}', '{"rounds": [{"round": "x"}]}', b"\xff"],
+    "federation.json": [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"rounds": 3}',
+        '{"rounds": [3]}',
+        '{"rounds": [{"round": "x"}]}',
+        b"\xff",
+    ],
     "trainer_state.json": ["", "{", "[]", "null", '{"of_another_version": 1}', b"\xff"],
     "adapter_model.safetensors": ["", "{", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "[:12]],
     "server_state.safetensors": ["", "no tensors"],
@@ -392,7 +401,10 @@ def test_all_is_on_the_disk_before_the_rename(tmp_path, monkeypatch):
 
     def watched(source, target):
         if Path(target).name == "checkpoint-1":
-            paths = [Path(source), *(path for path in Path(source).rglob("*") if path.is_file() and path.name[0] != ".")]
+            paths = [
+                Path(source),
+                *(path for path in Path(source).rglob("*") if path.is_file() and path.name[0] != "."),
+            ]
             seen.append([path.name for path in paths if path.stat().st_ino not in synced])
             synced.clear()
         replace(source, target)
@@ -414,7 +426,9 @@ def test_the_old_checkpoint_stays_until_the_new_one_was_read_again(tmp_path, mon
             flip(Path(target) / "adapter_model.safetensors")
 
     monkeypatch.setattr(os, "replace", lies)
-    with pytest.raises(OSError, match=r"checkpoint-2 is not what was written a moment ago: adapter_model\.safetensors"):
+    with pytest.raises(
+        OSError, match=r"checkpoint-2 is not what was written a moment ago: adapter_model\.safetensors"
+    ):
         write_checkpoint(tmp_path, 2, write_state)
     assert find_checkpoint(tmp_path, True, nothing_more)[0].name == "checkpoint-1"
 

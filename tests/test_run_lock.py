@@ -183,4 +183,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(FileLock, "acquire", refuses)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with owning(tmp_path):
-        assert "has no locks (No locks available), so a second run in this `output_dir` would not be noticed" in caplog.text
+        assert (
+            "has no locks (No locks available), so a second run in this `output_dir` would not be noticed"
+            in caplog.text
+        )

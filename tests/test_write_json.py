@@ -58,7 +58,9 @@ def test_a_full_disk_leaves_the_old_one_and_is_told_in_a_sentence(
         monkeypatch.setattr(Path, "write_text", refuses)
     else:
         monkeypatch.setattr(os, broken, refuses)
-    with pytest.raises(OSError, match=r"federation.json could not be written \(.*No space left on device.*make room") as error:
+    with pytest.raises(
+        OSError, match=r"federation.json could not be written \(.*No space left on device.*make room"
+    ) as error:
         write_json(path, NEW)
     assert error.value.errno == errno.ENOSPC
     monkeypatch.undo()
