@@ -164,9 +164,9 @@ def test_a_holder_that_has_not_said_who_it_is_is_another_process(tmp_path, holde
 
 def test_a_folder_that_cannot_be_written_to_is_refused_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("of the user")
-    with pytest.raises(OSError, match="file' cannot be written to .*. Make it writable, or choose another"):
-        with owning(tmp_path / "file"):
-            pass
+    sentence = "file' cannot be written to .*. Make it writable, or choose another"
+    with pytest.raises(OSError, match=sentence), owning(tmp_path / "file"):
+        pass
 
     def refuses(self, timeout):
         raise OSError(errno.EROFS, "Read-only file system")
