@@ -30,7 +30,8 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11,<3.14",
+    classifiers=[f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13")],
     packages=find_packages(include=["peft_scl", "peft_scl.*", "fed_trainer", "fed_trainer.*"]),
     entry_points={"console_scripts": ["scl-to-lora=peft_scl.convert:main"]},
     package_data={"peft_scl": ["py.typed"], "fed_trainer": ["py.typed"]},
@@ -39,6 +40,7 @@ setup(
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
+        "filelock>=4.2",
         "huggingface-hub>=2.4,<3",
         "numpy>=1.26",
         "peft>=0.21.2,<0.23",

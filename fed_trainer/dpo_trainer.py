@@ -24,7 +24,7 @@ from .aggregation import METHODS
 from .base_changes import NEUTRAL_STARTS
 from .config import FederatedDPOConfig, FederationArguments
 from .live_state import live_state
-from .put_back import remember_hooks, remember_modes, restoring
+from .put_back import evaluating, remember_hooks, restoring
 from .record import peft_type_name
 from .trl_mixin import TRLMixin, refuse_without_log_probs
 
@@ -195,8 +195,9 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return self._precompute_ref_logps(prepared, f"client {client}", batch)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        with restoring(remember_modes(self.model)):
-            self.model.eval()  # a client that is prepared in its turn finds it in train mode
+        if dataset is self._first_look:
+            return dataset
+        with evaluating(self.model):  # a client that is prepared in its turn finds it in train mode
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     # Refusals

@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +16,11 @@ from torch import nn
 
 __all__ = [
     "PutBack",
+    "evaluating",
     "remember_flags",
     "remember_hooks",
     "remember_modes",
+    "remember_problem_type",
     "remember_random_state",
     "remember_weights",
     "restoring",
@@ -75,6 +78,26 @@ def remember_modes(model: nn.Module) -> PutBack:
     def put_back() -> None:
         for module, training in before:
             module.training = training
+
+    return put_back
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode; afterwards every module is in the mode that it was in."""
+    with restoring(remember_modes(model)):
+        model.eval()
+        yield
+
+
+def remember_problem_type(model: nn.Module | None) -> PutBack:
+    """What a classifier takes its labels for, which it may guess from the first ones that it sees."""
+    config: Any = getattr(model, "config", None)
+    before = getattr(config, "problem_type", None)
+
+    def put_back() -> None:
+        if getattr(config, "problem_type", None) != before:
+            config.problem_type = before
 
     return put_back
 

@@ -179,9 +179,7 @@ def test_a_client_that_fails_in_one_process_is_tried_again_by_all(kind, run_of):
 def test_a_client_that_fails_in_one_process_is_left_out_by_all_and_leaves_nothing_behind(kind, run_of):
     for report in run_of(kind).reports:
         assert report["failing"]["left_out"] == report["failing"]["without"]
-        assert report["failing"]["reasons"] == {
-            "client_1": "its local round failed with RuntimeError (process 1)"
-        }
+        assert report["failing"]["reasons"] == {"client_1": "its local round failed with RuntimeError (process 1)"}
 
 
 @pytest.mark.timeout(900)
@@ -194,9 +192,9 @@ def test_the_slowest_process_decides_whether_a_client_is_too_slow(kind, run_of):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
-    folders = [run_of(kind).folder / "fedsa_lora" / part for part in ("clients", "checkpoint-2/clients")]
+    folders = [run_of(kind).folder / "fedsa_lora" / part for part in (".fed_clients", "checkpoint-2/clients")]
     for folder in folders:
-        assert [path.stem for path in sorted(folder.iterdir())] == ["client_0", "client_1", "client_2"]
+        assert [path.stem for path in sorted(folder.glob("*.safetensors"))] == ["client_0", "client_1", "client_2"]
 
 
 @pytest.mark.timeout(900)
