@@ -140,11 +140,13 @@ class Doors(TrainerCallback):
     """Goes through every door after each round, and looks whether something has changed."""
 
     def __init__(self, folder: Any) -> None:
-        self.folder, self.trainer = folder, None
+        self.folder, self.trainer, self.gather = folder, None, None
         self.losses: list[float] = []
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self.trainer
+        trainer.model.train()  # as a local round leaves it
+        assert trainer.gather_function is self.gather
         for door in (
             lambda: self.losses.append(trainer.evaluate()["eval_loss"]),
             lambda: trainer.predict(trainer.eval_dataset),
@@ -206,7 +208,7 @@ def make_trainer(tiny_model_dir, make_clients, tmp_path):
             callbacks=[held_out] if doors else [],
         )
         if held_out is not None:
-            held_out.trainer = trainer
+            held_out.trainer, held_out.gather = trainer, trainer.gather_function
             trainer.doors = held_out
         return trainer
 
