@@ -288,12 +288,14 @@ def break_off(trainer: Any) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no figures")
 
-    before, compute_metrics = everything(trainer), trainer.compute_metrics
-    trainer.compute_metrics = broken
-    for door in (trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
-        with pytest.raises(RuntimeError, match="no figures"):
-            door()
-    trainer.compute_metrics = compute_metrics
+    before = everything(trainer)
+    for part in ("compute_metrics", "compute_loss"):  # after the batches, and among them
+        whole = getattr(trainer, part)
+        setattr(trainer, part, broken)
+        for door in (trainer.evaluate, lambda: trainer.predict(trainer.eval_dataset)):
+            with pytest.raises(RuntimeError, match="no figures"):
+                door()
+        setattr(trainer, part, whole)
     assert_unchanged(before, everything(trainer))
 
 
