@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ class ClientSampler:
     Args:
         clients (`Sequence[str]`):
             Names of all clients.
-        clients_per_round (`float`, *optional*):
-            A number of clients (`1` or more) or a fraction of them (below `1`, rounded, at least one client). All if
+        clients_per_round (`int` or `float`, *optional*):
+            A number of clients (`int`) or a fraction of them (`float`, at most `1.0`; rounded, at least one client). All if
             `None`.
         seed (`int`):
             Seed of the run.
@@ -42,15 +43,15 @@ class ClientSampler:
         ValueError: If more clients are asked for than there are.
     """
 
-    def __init__(self, clients: Sequence[str], clients_per_round: float | None, seed: int) -> None:
+    def __init__(self, clients: Sequence[str], clients_per_round: int | float | None, seed: int) -> None:
         self.clients = sorted(clients)
         self.seed = seed
         if clients_per_round is None:
             self.num_sampled = len(self.clients)
-        elif clients_per_round < 1:
-            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
-        else:
+        elif isinstance(clients_per_round, Integral) or clients_per_round > 1:
             self.num_sampled = int(clients_per_round)
+        else:
+            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
         if self.num_sampled > len(self.clients):
             raise ValueError(
                 f"`clients_per_round` is {clients_per_round}, but there are only {len(self.clients)} clients. Set it to at "

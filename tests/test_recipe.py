@@ -112,7 +112,7 @@ def test_recipe_runs_under_accelerate_launch(workspace, tiny_model_dir):
         (("--completion_column", "reply"), "`completion_column` is 'reply', but the columns of"),
         (("--prompt_template", "{title}"), "`prompt_template` names the column 'title'"),
         (("--partition_column", "hospital"), "hospital"),
-        (("--clients_per_round", "9"), "`clients_per_round` is 9.0, but there are only 3 clients"),
+        (("--clients_per_round", "9"), "`clients_per_round` is 9, but there are only 3 clients"),
     ],
 )
 def test_recipe_refuses_in_a_sentence(workspace, tiny_model_dir, arguments, message):
