@@ -280,14 +280,17 @@ class _LocalFlowCallback(DefaultFlowCallback):
 
 
 class _LocalCallbackHandler(CallbackHandler):
-    """Passes on the events of single steps only."""
+    """Passes on the events of single steps and epochs only."""
 
     STEP_EVENTS = frozenset(
-        {"on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"}
+        {
+            *("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"),
+            *("on_epoch_begin", "on_epoch_end"),
+        }
     )
 
     def __init__(self, handler: CallbackHandler, is_late: Callable[[], bool] | None) -> None:
-        others = [callback for callback in handler.callbacks if not isinstance(callback, DefaultFlowCallback)]
+        others = [callback for callback in handler.callbacks if type(callback) is not DefaultFlowCallback]
         super().__init__([_LocalFlowCallback(is_late), *others], handler.model, handler.processing_class, None, None)
 
     def call_event(

@@ -18,7 +18,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -30,6 +30,7 @@ import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be o
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
+from .callbacks import refuse_callback, refuse_callbacks, remove_last
 from .checkpoint import (
     ADAPTER_WEIGHTS,
     died_before_its_first_checkpoint,
@@ -83,6 +84,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     _config_class: type[FederationArguments] = FederationArguments
     _base_change_bytes = 0
     _sparse_stage_errors: dict[str, float]
+    _refuses_callbacks = False  # while `Trainer.__init__` adds a bar over steps
 
     def __init__(
         self,
@@ -98,11 +100,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every field of "
                 f"`{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
             )
-        if any(isinstance(callback, EarlyStoppingCallback) for callback in kwargs.get("callbacks") or []):
-            raise ValueError(
-                "`EarlyStoppingCallback` follows evaluations within a training run, and a client makes none. Use a callback "
-                "that sets `control.should_training_stop` in `on_evaluate`, which is called once per evaluated round."
-            )
+        refuse_callbacks(kwargs.get("callbacks"))
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
         check_launch(args)
         rest_at_exit()
@@ -146,8 +144,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if by_client is not None:
             self.eval_dataset = by_client
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
-        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        self.remove_callback(PrinterCallback)
+        remove_last(self.callback_handler, (DEFAULT_PROGRESS_CALLBACK, PrinterCallback))
+        refuse_callbacks(self.callback_handler.callbacks)  # of `report_to`, too
+        self._refuses_callbacks = True
 
         self._prepared_clients: dict[str, Dataset] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
@@ -225,6 +224,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
+        refuse_callbacks(self.callback_handler.callbacks)
         if resume_from_checkpoint is True and self._starts_again():
             resume_from_checkpoint = None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -271,6 +271,17 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 if self.control.should_training_stop:  # a callback
                     break
         return self._end()
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """
+        As [`~transformers.Trainer.add_callback`].
+
+        Raises:
+            ValueError: For a callback that cannot work in a federation.
+        """
+        if self._refuses_callbacks:
+            refuse_callback(callback)
+        super().add_callback(callback)
 
     def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
         """
