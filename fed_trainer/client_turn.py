@@ -24,6 +24,7 @@ from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
 from .local_round import LocalRoundMixin
+from .movement import Movement
 from .optimizer_state import UnkeptOptimizerError
 from .server import Server
 from .timing import timed
@@ -52,6 +53,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     _local_keys: set[str]
     _base_digest: str | None
     _record: dict[str, Any]
+    _movement: Movement
     _bytes_in_vain: Counter[str]  # traffic of the round's clients that were left out
 
     def _client_round(
@@ -106,6 +108,8 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.server.receive(update, asked, keeps) is not None:
                 self._bytes_in_vain.update(traffic)
                 return None
+            buffers = self._live_adapter.buffers  # which a forward pass changes
+            self._movement.saw(client, {key: delta[key] for key in delta.keys() - buffers}, self._has_rate)
             if self.server.objective is not None:
                 self.server.objective.accept(remembered, keeps[OBJECTIVE])
             if self.is_world_process_zero():

@@ -24,6 +24,7 @@ from .client_errors import ClientError
 from .engine_deepspeed import DeepSpeedOptimizer
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
+from .user_optimizer import UserSchedule, check_optimizer
 
 
 __all__ = ["ClientTimeoutError", "LocalRoundMixin"]
@@ -48,7 +49,25 @@ class LocalRoundMixin(AgreementMixin):
     _trained: Collection[str] | None = None
     _optimizer_start: AdapterState | None = None
     _objective: LocalObjective | None
+    _user_schedule: UserSchedule | None = None
+    _has_rate: bool = False  # whether a step of the last local round had a learning rate that is not zero
     _checkpointing_is_on: bool = False
+
+    def _take_optimizers(self, optimizer: Any, schedule: Any) -> None:
+        """
+        What was given as `optimizers`.
+
+        Raises:
+            ValueError: If the optimiser does not hold what is trained, or the schedule cannot start afresh at each client.
+        """
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+        if schedule is not None:
+            self._user_schedule = UserSchedule(schedule, optimizer, self.args.max_steps)
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        model: Any = self.model
+        check_optimizer(optimizer, self._live_adapter.parameters(), model)
 
     def local_round(
         self,
@@ -106,6 +125,7 @@ class LocalRoundMixin(AgreementMixin):
         self._trained = trained
         self._objective = objective
         self._optimizer_start = optimizer_state
+        self._has_rate = False
 
         # `train()` starts a TrainerState of its own and reports every event. The federation's state and its reports are
         # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
@@ -141,6 +161,10 @@ class LocalRoundMixin(AgreementMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         # after the last backward of an optimiser step, when the gradients are complete and not yet clipped
+        if self.accelerator.sync_gradients:
+            self._has_rate |= any(
+                group["lr"] is None or bool(group["lr"] != 0) for group in self.optimizer.param_groups
+            )
         if self._objective is not None and self.accelerator.sync_gradients:
             self._objective.add_gradients(self._live_adapter.parameters(), self.optimizer.param_groups[0]["lr"])
         return loss
@@ -152,7 +176,8 @@ class LocalRoundMixin(AgreementMixin):
         self._reset_optimizer()
         if self._objective is not None:
             self._objective.check_optimizer(self.optimizer.optimizer)
-        self.lr_scheduler = None
+        schedule: Any = None if self._user_schedule is None else self._user_schedule.restart(self._lr_factor)
+        self.lr_scheduler = schedule
         self.create_scheduler(num_training_steps=max_steps)
         for attribute in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, attribute, getattr(self, attribute))
@@ -176,6 +201,8 @@ class LocalRoundMixin(AgreementMixin):
             self._live_adapter.write(state)  # with `bf16` its masters are made of copies that were rounded
         else:
             self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # which take none, and split what it holds
+            self._check_optimizer(self.optimizer)
         self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         self._initial_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
@@ -194,6 +221,8 @@ class LocalRoundMixin(AgreementMixin):
             self.optimizer.load_state_dict(state)
         if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
+        if self._user_schedule is not None:
+            return  # it multiplies its own rates, which are in the initial state
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
 

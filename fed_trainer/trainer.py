@@ -27,6 +27,7 @@ from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
+from .adapter_checks import refuse_idle_adapter, refuse_unwrapped_adapter
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
@@ -50,6 +51,7 @@ from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
+from .movement import Movement
 from .processes import rest_at_exit, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
@@ -109,6 +111,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
+        if isinstance(model, nn.Module):
+            refuse_unwrapped_adapter(model)
         adapter_folder = None
         if args.initial_adapter is not None:
             if peft_config is not None or isinstance(model, PeftModel):
@@ -153,12 +157,16 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         prepared: Any = self.train_dataset  # `super().__init__` has tokenised it
         self._check_prepared(first, len(first_dataset), len(prepared))
         self._prepared_clients[first] = prepared
+        refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
         self._live_adapter = live_state(self.model)
+        refuse_idle_adapter(self.model)
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
             keep_differentiable(self.model.get_base_model())
         refuse_what_would_leak(self.model, self._live_adapter)
         freeze_for_good(args, self.model, self._live_adapter)
+        optimizer, schedule = kwargs.get("optimizers") or (None, None)
+        self._take_optimizers(optimizer, schedule)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         published = {} if adapter_folder is None else self._start_from(adapter_folder)
         self._global_state = self._shared_start(published)
@@ -181,7 +189,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / CLIENTS_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
+        has_optimizer = optimizer is not None
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         if self.server.sparse_rounds and isinstance(self.model, PeftModel):
@@ -217,6 +225,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         Raises:
             FileExistsError: If `output_dir` holds a run that is not being resumed.
             ValueError: If the checkpoint belongs to another run.
+            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
         """
@@ -225,6 +234,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
         refuse_callbacks(self.callback_handler.callbacks)
+        refuse_idle_adapter(self.model)
         if resume_from_checkpoint is True and self._starts_again():
             resume_from_checkpoint = None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -242,6 +252,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                     self._end_sparse_stage()
                 self._ensure_engine()  # what fails here is no client's fault
                 self.server.begin(self._global_state, round)
+                self._movement.begin()
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off
                 for client in self.sampler.sample(round):
@@ -253,6 +264,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                         continue
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
+                self._movement.end(round)
                 with timed(seconds, "aggregate"):
                     self._end_of_round()
 
@@ -419,6 +431,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
+        self._movement = Movement()
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
         self._write_record(self._folder)  # from now on there is something to resume
@@ -448,6 +461,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if "sparse_stage" in record:
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
+        self._movement = Movement(has_begun=True)
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         return done
 
