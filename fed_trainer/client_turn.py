@@ -28,6 +28,7 @@ from .movement import Movement
 from .optimizer_state import UnkeptOptimizerError
 from .server import Server
 from .timing import timed
+from .token_counts import count_tokens
 
 
 __all__ = ["ClientTurnMixin"]
@@ -50,6 +51,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     _clients: Mapping[str, Dataset]
     _client_settings: dict[str, ClientSettings]
     _prepared_clients: dict[str, Dataset]
+    _num_tokens: dict[str, int]  # of clients that have been counted, if the mean is weighted by them
     _local_keys: set[str]
     _base_digest: str | None
     _record: dict[str, Any]
@@ -75,6 +77,8 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             try:
                 with timed(seconds, "prepare"), self._failing_together("another process could not prepare the data"):
                     dataset = self._prepared_client(client)
+                    if self.server.counts_tokens and client not in self._num_tokens:
+                        self._num_tokens[client] = self._count_tokens(client, dataset)
                 with timed(seconds, "local"):
                     trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
                 break
@@ -102,6 +106,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             metrics,
             num_steps=int(metrics["num_steps"]),
             base_digest=self._base_digest,
+            num_tokens=self._num_tokens.get(client),
         )
         with timed(seconds, "aggregate"):
             traffic["bytes_up"] = state_bytes(update.delta)
@@ -205,6 +210,12 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         if joins_examples(self.args):
             return self._record["clients"][client]["num_examples"]
         return len(self._prepared_client(client))
+
+    def _count_tokens(self, client: str, dataset: Dataset) -> int:
+        rows: Any = self._remove_unused_columns(dataset, description="training")
+        seed = client_seed(self.args.seed, 0, client)
+        size = self.args.per_device_train_batch_size
+        return count_tokens(rows, self.data_collator, size, self._loss_shifts_labels, seed)
 
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""

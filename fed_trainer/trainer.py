@@ -153,6 +153,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._refuses_callbacks = True
 
         self._prepared_clients: dict[str, Dataset] = {}
+        self._num_tokens: dict[str, int] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
         prepared: Any = self.train_dataset  # `super().__init__` has tokenised it
         self._check_prepared(first, len(first_dataset), len(prepared))

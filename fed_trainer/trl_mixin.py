@@ -15,6 +15,7 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 
 from .clients import check_preference_columns, held_out_sets
+from .config import given
 from .record import peft_type_name
 from .trainer import FederatedMixin
 
@@ -38,6 +39,11 @@ class TRLMixin(FederatedMixin):
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         trainer = f"{self._name}Trainer"
+        if "tokens" in given(self.args, "aggregation_kwargs").values():
+            raise ValueError(
+                f"`aggregation_kwargs` weights clients by their tokens, but the loss of `{trainer}` is one of pairs of answers, not of tokens. "
+                "Weight by 'examples', or all alike ('uniform')."
+            )
         check_preference_columns(clients, self._preference_formats, trainer)
         for name, dataset in held_out_sets(eval_dataset).items():
             check_preference_columns({name: dataset}, self._preference_formats, trainer, kind="Held-out set")
