@@ -8,10 +8,11 @@ from numbers import Integral
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from .client_datasets import one_of_each_source, rows_by_client
 from .config import FederationArguments, joins_examples
+from .held_out import advice_for, column_names
 
 
 __all__ = [
@@ -103,7 +104,7 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "
-                "weighted by the number of examples, so it has to be known."
+                f"weighted by the number of examples, so it has to be known. {advice_for(dataset)}"
             )
         if args.label_column is not None and args.label_column not in dataset.column_names:
             raise ValueError(
@@ -194,7 +195,8 @@ def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
     """Held-out sets by name whose columns have to be looked at; empty if there is none."""
     if eval_dataset is None:
         return {}
-    return one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    sets = one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    return {name: dataset for name, dataset in sets.items() if isinstance(dataset, (Dataset, IterableDataset))}
 
 
 def _check_columns(
@@ -202,12 +204,12 @@ def _check_columns(
 ) -> None:
     clients = one_of_each_source(clients)
     for name, dataset in clients.items():
-        columns = set(dataset.column_names)
+        columns = column_names(dataset)
         if not are_usable(columns):
             raise ValueError(f"{kind} {name!r} has the columns {sorted(columns)}, {complaint}")
-    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
+    first, reference = next((name, column_names(dataset)) for name, dataset in clients.items())
     for name, dataset in clients.items():
-        columns = set(dataset.column_names)
+        columns = column_names(dataset)
         if columns != reference:
             raise ValueError(
                 f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "

@@ -46,6 +46,7 @@ from .client_store import ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
+from .held_out import check_held_out
 from .hub import fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_model import MODEL_WEIGHTS
@@ -86,6 +87,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     _config_class: type[FederationArguments] = FederationArguments
     _base_change_bytes = 0
     _sparse_stage_errors: dict[str, float]
+    _takes_torch_datasets = True  # as held-out data
     _refuses_callbacks = False  # while `Trainer.__init__` adds a bar over steps
 
     def __init__(
@@ -108,6 +110,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         rest_at_exit()
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
+        check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
@@ -160,7 +163,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._prepared_clients[first] = prepared
         refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
         self._live_adapter = live_state(self.model)
-        refuse_idle_adapter(self.model)
+        self._check_model()
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
             keep_differentiable(self.model.get_base_model())
@@ -361,6 +364,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
+
+    def _check_model(self) -> None:
+        """Refuse a model of which training would not reach what is trained."""
+        refuse_idle_adapter(self.model)
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""

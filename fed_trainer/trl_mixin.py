@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .clients import check_preference_columns, held_out_sets
@@ -32,6 +33,7 @@ _WITHOUT_LOG_PROBS = {
 class TRLMixin(FederatedMixin):
     """[`FederatedMixin`] for the trainers of TRL."""
 
+    _takes_torch_datasets = False
     _name: str  # TRL's, as in "DPO"
     # of a trainer on pairs of answers: the columns that it needs, by format
     _preference_formats: Sequence[set[str]] = ()
@@ -47,6 +49,18 @@ class TRLMixin(FederatedMixin):
         check_preference_columns(clients, self._preference_formats, trainer)
         for name, dataset in held_out_sets(eval_dataset).items():
             check_preference_columns({name: dataset}, self._preference_formats, trainer, kind="Held-out set")
+
+    def _check_model(self) -> None:
+        super()._check_model()
+        model: Any = self.model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+        head = None if base is None else base.get_output_embeddings()
+        if isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper):
+            raise ValueError(
+                f"`trainable_token_indices` on embeddings that are tied to the output layer: {self._name}Trainer of TRL multiplies by the "
+                "weight of that layer itself (`fused_lm_head`), past the rows that are trained. Train them with `FederatedTaskTrainer`, on "
+                "tokenised data with labels, or take a base model whose embeddings are not tied."
+            )
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it
