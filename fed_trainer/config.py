@@ -225,7 +225,8 @@ class FederatedConfig(FederationArguments, SFTConfig):
     The inherited fields keep their names and describe the *local* work of one client in one round: `max_steps` or
     `num_train_epochs` is the budget per client and round, `per_device_train_batch_size` and
     `gradient_accumulation_steps` the local batch, `learning_rate` and `lr_scheduler_type` the local optimiser, which
-    starts afresh in every local round (but see `keep_optimizer_state`). `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
+    starts afresh in every local round (but see `keep_optimizer_state`). Schedules that follow metrics are refused, a budget without a
+    step too. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
     whole run.
 
     Parameters:
@@ -249,7 +250,7 @@ class FederatedConfig(FederationArguments, SFTConfig):
             local round, instead of starting afresh. The learning rate follows its schedules either way.
         round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
-            arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times
+            arguments (`"constant"`, `"linear"`, `"cosine"`, ...) or metrics. Round `t` of `T` trains with `learning_rate` times
             the factor of step `t - 1` of `T`.
         initial_adapter (`str`, *optional*):
             Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings its
@@ -261,9 +262,10 @@ class FederatedConfig(FederationArguments, SFTConfig):
 
         aggregation (`str`, *optional*, defaults to `"fedavg"`):
             How client updates become the next global adapter, a name in `fed_trainer.aggregation.METHODS`. `"fedavg"`: mean
-            weighted by the clients' numbers of examples (McMahan et al., 2017).
+            weighted by the clients' numbers of examples (McMahan et al., 2017), or otherwise with `weights`.
         aggregation_kwargs (`dict` or `str`, *optional*):
-            Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`.
+            Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`. Rules that are weighted
+            means take `weights`: `"examples"`, `"uniform"` (all clients alike) or `"tokens"` (those that carry a loss).
         tensor_roles (`dict` or `str`, *optional*):
             Which tensors are shared, which stay with a client and which nobody trains: fields of [`TensorRoles`], as in
             `{"local": ["classifier"]}`, in addition to what the aggregation sets. With local tensors `eval_dataset` is a

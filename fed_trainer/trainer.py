@@ -114,7 +114,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
-        if isinstance(model, nn.Module):
+        if isinstance(model, (PreTrainedModel, PeftModel)):
             refuse_unwrapped_adapter(model)
         adapter_folder = None
         if args.initial_adapter is not None:
