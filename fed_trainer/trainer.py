@@ -238,7 +238,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
         refuse_callbacks(self.callback_handler.callbacks)
-        refuse_idle_adapter(self.model)
+        if not isinstance(self._live_adapter, LiveSparseChange):  # in that stage the LoRA waits
+            self._check_model()
         if resume_from_checkpoint is True and self._starts_again():
             resume_from_checkpoint = None
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
