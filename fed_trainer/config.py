@@ -26,6 +26,7 @@ __all__ = [
     "FederationArguments",
     "given",
     "joins_examples",
+    "json_mapping",
     "round_lr_factors",
 ]
 
@@ -151,7 +152,7 @@ class FederationArguments(_Arguments):
         super().__post_init__()
 
         for name in _MAPPINGS:
-            setattr(self, name, _mapping(name, getattr(self, name)))
+            setattr(self, name, json_mapping(name, getattr(self, name)) or None)  # an empty one is none
         for name in ("num_rounds", "min_clients", "eval_rounds", "save_rounds"):
             check_integer(name, getattr(self, name), least=1)
         check_integer("client_retries", self.client_retries, least=0)
@@ -374,8 +375,13 @@ class FederatedRewardConfig(FederationArguments, RewardConfig):
     """
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any] | None:
-    """A field that the command line gives as JSON."""
+def json_mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """
+    The value of a field that takes a dictionary, which the command line gives as JSON.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -385,7 +391,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any] | None:
             ) from None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` should be a dictionary but the value passed is {value!r}")
-    return value or None  # an empty one is none
+    return value
 
 
 def _check_clients_per_round(value: object) -> None:
