@@ -111,7 +111,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.server.objective is not None:
                 self.server.objective.accept(remembered, keeps[OBJECTIVE])
             if self.is_world_process_zero():
-                self._store.write(client, keeps)
+                self._store.write(client, keeps, round)
         return {"num_examples": update.num_examples, **metrics, **traffic}
 
     def _train_client(

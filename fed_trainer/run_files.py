@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import get_config_model_id
+
+from peft_scl.file_mode import follow_umask
 
 from .adapter_state import AdapterState, LiveState
 from .base_changes import BaseChanges
@@ -33,6 +36,8 @@ from .record import (
 
 
 __all__ = ["RunFilesMixin"]
+
+WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")  # as PEFT and transformers name them
 
 
 class RunFilesMixin(Trainer):
@@ -98,6 +103,9 @@ class RunFilesMixin(Trainer):
         )
         with self._live_adapter.publishable():
             self.model.save_pretrained(str(folder), state_dict=weights, **only)
+        for path in folder.glob("*.safetensors"):
+            if WEIGHTS.fullmatch(path.name):
+                follow_umask(path)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None

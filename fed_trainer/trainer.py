@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -31,26 +32,26 @@ from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_la
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
 from .checkpoint import (
-    ADAPTER_WEIGHTS,
-    died_before_its_first_checkpoint,
-    find_checkpoint,
+    has_nothing_to_resume,
     load_adapter,
     refuse_another_run,
+    refuse_foreign_checkpoints,
     refuse_later_rounds,
+    remove_leftovers,
 )
 from .client_datasets import ClientDatasets
 from .client_settings import parse_client_settings
-from .client_store import ClientStore
+from .client_store import PRIVATE_FOLDER, ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
+from .digests import TRAINER_STATE_NAME
 from .first_look import telling_row
 from .hub import fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
-from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
-from .processes import rest_at_exit, wait_for_first
+from .processes import first_alone, rest_at_exit, told_by_first, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
@@ -62,7 +63,8 @@ from .refusals import (
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
-from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
+from .round_checkpoints import RoundCheckpointsMixin
+from .run_lock import owning
 from .server import Server, freeze_for_good
 from .sparse_change import LiveSparseChange
 from .timing import timed
@@ -180,7 +182,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             assert isinstance(self.model, PeftModel)  # others have no factor pairs
             self._base_changes = BaseChanges(self.model, self.server.pairs)
         self._sparse_stage_errors = {}
-        self._store = ClientStore(self._folder / CLIENTS_FOLDER)
+        self._store = ClientStore(self._folder / PRIVATE_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
         has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
         refuse_empty_held_out(self.eval_dataset)
@@ -210,13 +212,14 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died before its
-                first checkpoint starts again), a path from that checkpoint.
+                first checkpoint starts again, and one that is not there yet starts), a path from that checkpoint.
 
         Returns:
             `TrainOutput`: the number of rounds, the mean training loss over rounds, and the totals of the run.
 
         Raises:
-            FileExistsError: If `output_dir` holds a run that is not being resumed.
+            FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
+            FolderInUseError: If another run is writing into `output_dir`.
             ValueError: If the checkpoint belongs to another run.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
@@ -226,8 +229,16 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
+        with owning(self._folder):
+            return self._run(resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _run(self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        first_alone(functools.partial(remove_leftovers, self._folder))
         if resume_from_checkpoint is True and self._starts_again():
+            self._claim_folder(starts_again=True)
             resume_from_checkpoint = None
+        elif not resume_from_checkpoint:
+            self._claim_folder()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             self._ensure_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
@@ -387,20 +398,29 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     # Beginning and end
 
     def _starts_again(self) -> bool:
-        """Whether the run to be resumed has nothing to go on from; then its record, all there is of it, is deleted."""
-        starts_again = died_before_its_first_checkpoint(self._folder)
-        wait_for_first()  # all have looked
+        """Whether the run to be resumed has nothing to go on from."""
+        starts_again = told_by_first(functools.partial(has_nothing_to_resume, self._folder))
         if starts_again and self.is_world_process_zero():
-            logger.warning(f"The run in {str(self._folder)!r} died before its first checkpoint: it starts again.")
-            (self._folder / RECORD_NAME).unlink()
-        wait_for_first()
+            died = (self._folder / RECORD_NAME).is_file()
+            why = (
+                "died before its first checkpoint: it starts again" if died else "has not been started yet: it starts"
+            )
+            logger.warning(f"The run in {str(self._folder)!r} {why}.")
         return starts_again
 
+    def _claim_folder(self, starts_again: bool = False) -> None:
+        """Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it."""
+
+        def claim() -> None:
+            refuse_another_run(self._folder, starts_again)
+            self._store.clear()
+
+        self._store.forget()
+        first_alone(claim)
+
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
-        refuse_another_run(self._folder)
         self._abandon_sparse_stage()
         self.server.forget()
-        self._store.clear()
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
@@ -414,26 +434,25 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         return 0
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
-        weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
-        with self.accelerator.main_process_first():  # which puts damaged ones aside
-            folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
-        record = read_record(folder)
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        folder, record = checkpoint.folder, checkpoint.record
         self._abandon_sparse_stage()
         fresh = self._new_record()
         check_same_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
+        refuse_foreign_checkpoints(self._folder, range(done + 1, self.args.num_rounds + 1))
         self._sparse_stage_errors = {}  # of a run that was stopped in its first stage
         if done <= self.server.sparse_rounds:
             state = self._live_adapter.read(include_frozen=True)  # of a later stage, if this trainer has got there
             self._live_adapter.write({pair.key_B: torch.zeros_like(state[pair.key_B]) for pair in self.server.pairs})
             self._begin_sparse_stage()
-        self._load(folder)
+        self._load(checkpoint)
         self._global_state = self._live_adapter.read()
         if "sparse_stage" in record:
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
-        self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
+        self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:
