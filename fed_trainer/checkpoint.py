@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -26,11 +26,14 @@ __all__ = [
     "died_before_its_first_checkpoint",
     "find_checkpoint",
     "find_damage",
+    "holds_weights",
     "load_adapter",
     "refuse_another_run",
     "refuse_later_rounds",
     "rotate_checkpoints",
+    "sha256",
     "write_checkpoint",
+    "write_digests",
 ]
 
 
@@ -91,7 +94,7 @@ def find_checkpoint(
     """
     if resume_from_checkpoint is not True:
         folder = Path(str(resume_from_checkpoint))
-        if not (folder / weights).is_file():
+        if not holds_weights(folder, weights):
             raise ValueError(
                 f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
                 "folder of a federation, or `True` for the last one in `output_dir`."
@@ -140,12 +143,35 @@ def find_damage(folder: str | os.PathLike) -> str | None:
     except ValueError:
         return f"{DIGESTS_NAME} is not JSON"
     found = _digests(Path(folder))
+    if RECORD_NAME in found and RECORD_NAME not in expected:
+        return (
+            "it is the result of a run, which can be an `initial_adapter`, without the state that a run goes on from"
+        )
     for name, digest in expected.items():
         if name not in found:
             return f"{name} is missing"
         if found[name] != digest:
             return f"{name} is not what was written"
     return None
+
+
+def write_digests(folder: Path, names: Iterable[str]) -> None:
+    """Write `digests.json`: by path within `folder`, the SHA-256 of the files `names`."""
+    write_json(folder / DIGESTS_NAME, {name: sha256(folder / name) for name in sorted(names)})
+
+
+def sha256(path: Path) -> str:
+    """Of the content of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def holds_weights(folder: Path, weights: str) -> bool:
+    """Whether `folder` has the file `weights`, or the index of the files into which transformers splits large ones."""
+    return (folder / weights).is_file() or (folder / f"{weights}.index.json").is_file()
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -155,11 +181,7 @@ def _digests(folder: Path) -> dict[str, str]:
         if not path.is_file() or path.name == DIGESTS_NAME:
             continue
         if path.parent == folder:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-            digests[path.name] = digest.hexdigest()
+            digests[path.name] = sha256(path)
         else:
             digests[path.relative_to(folder).as_posix()] = f"{path.stat().st_size} bytes"
     return digests
@@ -183,13 +205,9 @@ def load_adapter(folder: str | os.PathLike) -> AdapterState:
 
 def died_before_its_first_checkpoint(output_dir: str | os.PathLike) -> bool:
     """Whether `output_dir` holds the record of a run, and nothing that was trained."""
-    trained = [
-        *Path(output_dir).glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
-        *(Path(output_dir) / n for n in (ADAPTER_WEIGHTS, MODEL_WEIGHTS)),
-    ]
-    return (Path(output_dir) / RECORD_NAME).is_file() and not any(
-        path.exists() and not path.name.startswith(".") for path in trained
-    )
+    folder = Path(output_dir)
+    checkpoints = [path for path in folder.glob(f"*{PREFIX_CHECKPOINT_DIR}-*") if not path.name.startswith(".")]
+    return (folder / RECORD_NAME).is_file() and not checkpoints and not _saved_weights(folder)
 
 
 def refuse_another_run(output_dir: str | os.PathLike) -> None:
@@ -205,7 +223,7 @@ def refuse_another_run(output_dir: str | os.PathLike) -> None:
         found = [RECORD_NAME]
     if not found:  # an adapter saved without a run
         way_on = "Choose"
-        found = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if (Path(output_dir) / name).is_file()]
+        found = _saved_weights(Path(output_dir))
     if found:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "
@@ -227,6 +245,10 @@ def refuse_later_rounds(output_dir: str | os.PathLike, round: int) -> None:
             f"({', '.join(later)}), which would be mixed with the new ones. Delete them, or start a run in another "
             "`output_dir` with this checkpoint as `initial_adapter`."
         )
+
+
+def _saved_weights(folder: Path) -> list[str]:
+    return [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if holds_weights(folder, name)]
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:

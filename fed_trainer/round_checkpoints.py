@@ -11,16 +11,14 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .adapter_state import AdapterState
 from .checkpoint import load_adapter, rotate_checkpoints, write_checkpoint
 from .client_store import ClientStore
-from .hub import publish
 from .live_model import load_model
 from .processes import wait_for_first
-from .run_files import RunFilesMixin
+from .run_files import TRAINER_STATE_NAME, RunFilesMixin
 from .server import Server
 
 
@@ -28,7 +26,6 @@ __all__ = ["CLIENTS_FOLDER", "TRAINER_STATE_NAME", "RoundCheckpointsMixin"]
 
 logger = logging.get_logger(__name__)
 
-TRAINER_STATE_NAME = "trainer_state.json"
 SERVER_STATE = "server_state.safetensors"
 CLIENTS_FOLDER = "clients"
 
@@ -54,7 +51,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
             folder = write_checkpoint(self._folder, round, write)
             rotate_checkpoints(self._folder, self.args.save_total_limit)
             is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
-            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and not is_last:
+            if self._publishes_rounds and not is_last:
                 self._publish_round(folder, round)
         wait_for_first()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -76,7 +73,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
     def _write_checkpoint_files(
         self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
     ) -> None:
-        self._save(str(folder), weights)
+        self._save_files(folder, weights)
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
         entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
@@ -94,7 +91,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
 
     def _publish_round(self, folder: Path, round: int) -> None:
         try:
-            publish(folder, self.hub_model_id, f"Round {round}", self.args.hub_token, self.args.hub_revision)
+            self._publish(folder, f"Round {round}", self.args.hub_token, self.args.hub_revision)
         except Exception as error:  # the run, and what it has on disk, is worth more than one upload
             logger.warning(f"Round {round} could not be pushed to {self.hub_model_id}: {error}. The run goes on.")
 

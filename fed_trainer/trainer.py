@@ -44,7 +44,7 @@ from .client_store import ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
-from .hub import fetch_adapter
+from .hub import discard_stages, fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
@@ -54,6 +54,7 @@ from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
 from .refusals import (
+    refuse_adapter_names,
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
@@ -61,7 +62,9 @@ from .refusals import (
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
-from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
+from .round_checkpoints import CLIENTS_FOLDER, RoundCheckpointsMixin
+from .run_files import TRAINER_STATE_NAME
+from .saved_files import fresh_folder, move_into_place
 from .server import Server, freeze_for_good
 from .sparse_change import LiveSparseChange
 from .timing import timed
@@ -154,6 +157,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         prepared: Any = self.train_dataset  # `super().__init__` has tokenised it
         self._check_prepared(first, len(first_dataset), len(prepared))
         self._prepared_clients[first] = prepared
+        if isinstance(self.model, PeftModel):
+            refuse_adapter_names(self.model)
         self._live_adapter = live_state(self.model)
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
@@ -291,7 +296,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         try:
             weights = self._weights_to_save()
             if self.is_world_process_zero():
-                self._save_weights(Path(output_dir), weights)
+                with fresh_folder(Path(output_dir)) as beside:
+                    self._save_weights(beside, weights)
+                    move_into_place(beside, Path(output_dir))
         finally:
             self._live_adapter.write(self._global_state)
 
@@ -408,6 +415,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
+        self._published_round = 0
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
         self._write_record(self._folder)  # from now on there is something to resume
@@ -437,10 +445,14 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if "sparse_stage" in record:
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
+        self._published_round = done if self._publishes_rounds else 0
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         return done
 
     def _begin(self, state: TrainerState) -> None:
+        if self.is_world_process_zero():
+            discard_stages(self._folder)
+        self._warn_of_single_clients()
         self.state = state
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()
