@@ -309,8 +309,8 @@ def _text(text: str) -> str:
 
 
 def _code(text: str) -> str:
-    """`text` as code, if nothing in it ends the code or the cell of a table."""
-    return _text(text) if re.search(r"[`|\n\r]", text) else f"`{text}`"
+    """`text` as code, if it has no signs that code would not hold in the cell of a table."""
+    return _text(text) if re.search(r"[`|<>&]|[^\S ]", text) else f"`{text}`"
 
 
 def _megabytes(rounds: list[dict[str, Any]]) -> str:
