@@ -303,14 +303,14 @@ def _examples(record: dict[str, Any]) -> str:
 
 def _text(text: str) -> str:
     """Free text on one line, with what Markdown and HTML would make of it taken literally."""
-    line = html.escape(" ".join(text.split()), quote=False)
+    line = html.escape(" ".join(text.encode("utf-8", "replace").decode().split()), quote=False)
     # an underscore within a word stands for itself
     return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 def _code(text: str) -> str:
     """`text` as code, if it has no signs that code would not hold in the cell of a table."""
-    return _text(text) if re.search(r"[`|<>&]|[^\S ]", text) else f"`{text}`"
+    return _text(text) if re.search(r"[`|<>&\ud800-\udfff]|[^\S ]", text) else f"`{text}`"
 
 
 def _megabytes(rounds: list[dict[str, Any]]) -> str:

@@ -9,6 +9,8 @@ import itertools
 import json
 import logging
 import re
+import traceback
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
@@ -17,6 +19,7 @@ from peft import LoraConfig
 from transformers.trainer_callback import TrainerState
 
 from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer.agreement import AgreementMixin, FailedAloneError
 from fed_trainer.hub import model_card
 from fed_trainer.published import Openings, published_log, published_record
 from fed_trainer.record import read_record
@@ -431,6 +434,32 @@ def test_free_text_in_the_card_stays_text(run, text, field):
         assert html.unescape(re.sub(r"\\(.)", r"\1", line.removeprefix("# "))) == flat
     else:
         assert flat in [cell.removeprefix("eval_").removesuffix("_loss").strip() for cell in cells(line)][1:]
+
+
+@pytest.mark.parametrize("field", ["partition", "metric", "base_model"])
+def test_text_that_is_no_utf8_does_not_keep_the_card_from_being_written(run, field, tmp_path):
+    record, _ = run
+    if field == "metric":
+        record["rounds"][0]["eval"] = {"eval_\udc80_loss": 1.5}
+    else:
+        record[field] = "ward \udc80"
+    model_card(published_record(record), "CAUSAL_LM", "user/x").save(tmp_path / "README.md")
+    assert "?" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_error_that_ends_a_run_does_not_carry_that_of_the_client(caplog):
+    """Of several processes one has failed where the others wait: its traceback, and a log of it, would hold the row."""
+    trainer = AgreementMixin.__new__(AgreementMixin)
+    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=1)
+    with caplog.at_level(logging.WARNING, "fed_trainer"), pytest.raises(FailedAloneError) as caught:
+        try:
+            raise ValueError(SECRET)
+        except ValueError as error:
+            trainer._reason_of_all(error, "clinic-anna", 3)
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+    assert "process 1 failed with ValueError" in str(caught.value)
+    (line,) = caplog.records  # the log of the process that has trained the client
+    assert SECRET in logging.Formatter().format(line) and SECRET not in line.getMessage()
 
 
 def test_what_whole_cards_say_is_as_before(run):
