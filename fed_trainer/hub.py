@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import glob
 import html
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from peft_scl.card import IMPORT_LINE, LOADERS
 
+from .owned import MARKER, make_own, remove_own_folder
 from .record import held_out_metrics
 
 
@@ -107,9 +107,7 @@ def publish(
                 ignore_patterns=list(_NEVER),
             )
         finally:
-            shutil.rmtree(stage)
-            with contextlib.suppress(OSError):  # there are others
-                stage.parent.rmdir()
+            _discard(stage)
 
     return upload() if blocking else api.run_as_future(upload)
 
@@ -118,13 +116,20 @@ def discard_stages(folder: Path) -> None:
     """Remove what uploads of processes that are no more have left in the folder of a run."""
     for stage in (folder / _STAGES).glob("*-*"):
         if not stage.name.startswith(f"{os.getpid()}-"):
-            shutil.rmtree(stage, ignore_errors=True)
+            _discard(stage)
+
+
+def _discard(stage: Path) -> None:
+    remove_own_folder(stage)
+    if {path.name for path in stage.parent.iterdir()} == {MARKER}:
+        remove_own_folder(stage.parent)
 
 
 def _staged(folder: Path, names: Collection[str], documents: Mapping[str, str]) -> Path:
     """A folder with hard links to the files `names`, which their successors do not change, and with the documents."""
-    (folder / _STAGES).mkdir(exist_ok=True)
+    make_own(folder / _STAGES)
     stage = Path(tempfile.mkdtemp(dir=folder / _STAGES, prefix=f"{os.getpid()}-"))
+    make_own(stage)
     for name in sorted(set(names) - documents.keys()):
         if _is_pickle(folder / name):
             logger.warning(
@@ -142,7 +147,8 @@ def _staged(folder: Path, names: Collection[str], documents: Mapping[str, str]) 
 
 
 def _files_of(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MARKER)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -243,7 +249,13 @@ def model_card(
             "the shared part, to be trained further, and no model of any client.",
             "",
         ]
-    is_personal = num_local or record["federation"]["local_objective"] == "ditto"
+    is_ditto = record["federation"]["local_objective"] == "ditto"
+    if is_ditto:
+        lines += [
+            "Every client has trained a model of its own too (Ditto), which stays with it. This is the global one.",
+            "",
+        ]
+    is_personal = num_local or is_ditto
     evaluated = "clients' own models" if is_personal else f"global {'adapter' if method else 'model'}"
     if curve := _curve(record):
         lines += [f"## Held-out metrics of the {evaluated}", "", *curve, ""]

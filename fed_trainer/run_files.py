@@ -21,10 +21,11 @@ from trl.trainer.utils import get_config_model_id
 
 from .adapter_state import AdapterState, LiveState
 from .base_changes import BaseChanges
-from .checkpoint import write_digests
 from .clients import ClientSampler
 from .config import FederationArguments
+from .digests import TRAINER_STATE_NAME, write_digests
 from .hub import model_card, publish
+from .owned import remove_own_files
 from .published import Openings, clients_between, published_log, published_record
 from .record import (
     RECORD_NAME,
@@ -38,12 +39,11 @@ from .record import (
 from .saved_files import fresh_folder, move_into_place, raise_contents, remove_superseded, saved_shapes
 
 
-__all__ = ["TRAINER_STATE_NAME", "RunFilesMixin"]
+__all__ = ["RunFilesMixin"]
 
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
-TRAINER_STATE_NAME = "trainer_state.json"
 
 
 class RunFilesMixin(Trainer):
@@ -58,6 +58,7 @@ class RunFilesMixin(Trainer):
     _live_adapter: LiveState
     _global_state: AdapterState
     _local_keys: set[str]
+    _owner: str | None
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _base_changes: BaseChanges | None
     _record: dict[str, Any]
@@ -69,9 +70,17 @@ class RunFilesMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]. All processes have to call it; the first one writes."""
+        self._refuse_within_client_model("save")
         self._save(output_dir, self._weights_to_save())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _refuse_within_client_model(self, use: str) -> None:
+        if self._owner is not None:
+            raise ValueError(
+                f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave `client_model` first; "
+                "`save_client_model(client, folder)` saves the model of a client."
+            )
 
     def _weights_to_save(self) -> dict[str, torch.Tensor] | None:
         """What `_save_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model."""
@@ -123,7 +132,7 @@ class RunFilesMixin(Trainer):
                 else:
                     self.model.save_pretrained(str(folder), state_dict=weights)
             lacking = self._live_adapter.lacking(saved_shapes(folder))
-        (folder / CARD_NAME).unlink(missing_ok=True)  # PEFT's
+        remove_own_files(folder, [CARD_NAME])  # PEFT's
         if lacking is not None:
             raise ValueError(
                 f"What `save_pretrained` of {type(self.model).__name__} has written is not what is trained: {lacking}. Nothing was saved in its "
@@ -164,6 +173,7 @@ class RunFilesMixin(Trainer):
             kwargs (`dict[str, Any]`, *optional*):
                 Passed to [`~FederatedMixin.create_model_card`].
         """
+        self._refuse_within_client_model("publish")
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)

@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
 
-from .checkpoint import DIGESTS_NAME, sha256
+from peft_scl.file_mode import follow_umask
+
+from .digests import read_digests
+from .disk import DamagedFileError, file_digest
+from .owned import MARKER, make_own, remove_own_files, remove_own_folder
 
 
 __all__ = ["fresh_folder", "move_into_place", "raise_contents", "remove_superseded", "saved_shapes"]
@@ -21,10 +23,14 @@ __all__ = ["fresh_folder", "move_into_place", "raise_contents", "remove_supersed
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A new hidden folder within `folder`, on the same file system; removed at the end with what is left in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as beside:
-        yield Path(beside)
+    """A hidden folder within `folder`, on the same file system; removed at the end, or the next time, with what is left in it."""
+    beside = folder / ".saving"
+    remove_own_folder(beside)  # of a run that died here before
+    make_own(beside)
+    try:
+        yield beside
+    finally:
+        remove_own_folder(beside)
 
 
 def raise_contents(folder: Path, name: str) -> None:
@@ -52,8 +58,11 @@ def move_into_place(beside: Path, folder: Path) -> list[str]:
         `list[str]`: Their paths within `folder`, sorted.
     """
     names = [path.relative_to(beside).as_posix() for path in beside.rglob("*") if path.is_file()]
+    names.remove(MARKER)
     for name in sorted(names, key=lambda name: (".safetensors" in name, name)):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            follow_umask(beside / name)
         os.replace(beside / name, folder / name)
     return sorted(names)
 
@@ -63,12 +72,10 @@ def remove_superseded(folder: Path, names: Sequence[str]) -> None:
     Remove what an earlier save has written into `folder` and the present one, of `names`, has not: weights of another sharding would be
     loaded in place of the new ones. A file that is no longer what was written is somebody else's and stays.
     """
-    path = folder / DIGESTS_NAME
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
+        earlier = read_digests(folder)
+    except DamagedFileError:  # there is none, or it is not ours
         return
-    for name in earlier.keys() - set(names) if isinstance(earlier, dict) else ():
-        file = folder / name
-        if file.is_file() and sha256(file) == earlier[name]:
-            file.unlink()
+    gone = earlier.keys() - set(names)
+    ours = [name for name in gone if (folder / name).is_file() and file_digest(folder / name) == earlier[name]]
+    remove_own_files(folder, ours)

@@ -237,7 +237,7 @@ class Server:
             key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in asked.items()
         }
 
-    def receive(self, update: ClientUpdate, asked: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
+    def receive(self, update: ClientUpdate, asked: AdapterState) -> str | None:
         """
         Take an update into account.
 
@@ -246,8 +246,6 @@ class Server:
                 What came in.
             asked (`dict[str, torch.Tensor]`):
                 `asked_of` the client.
-            keeps (`dict[str, dict[str, torch.Tensor]]`):
-                What the client is to keep, by part. Once not finite, it would be so in all rounds to come.
 
         Returns:
             `str` or `None`: why it is left out, if it is.
@@ -257,13 +255,6 @@ class Server:
         except InvalidUpdateError as error:
             self.refused[update.client] = error.reason
             return error.reason
-        broken = first_not_finite(
-            {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
-        )
-        if broken is not None:
-            reason = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
-            self.refused[update.client] = reason
-            return reason
         if is_first():
             self.rule.add(update)
         self.taken.append(update.client)

@@ -393,7 +393,9 @@ def test_weights_of_another_sharding_do_not_stay_beside_the_new_ones(tmp_path):
 
 def test_the_result_of_a_run_is_no_checkpoint(make_sft, tmp_path):
     make_sft("out", "LoRA", server_optimizer="fedadam").train()
-    with pytest.raises(ValueError, match="it is the result of a run, .* without the state that a run goes on from"):
+    with pytest.raises(
+        ValueError, match="as in the result of a run, which can be an `initial_adapter` but lacks the state to go on"
+    ):
         make_sft("more", "LoRA", server_optimizer="fedadam", num_rounds=3).train(
             resume_from_checkpoint=str(tmp_path / "out")
         )
