@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from peft_scl.adapter_names import called_like_a_module
 
 from .adapter_state import AdapterState, LiveState
 from .aggregation import FactorPair
@@ -21,6 +24,7 @@ from .sparse_change import check_sparse_change
 
 
 __all__ = [
+    "refuse_adapter_names",
     "refuse_empty_held_out",
     "refuse_kept_optimizers",
     "refuse_one_evaluation",
@@ -85,6 +89,30 @@ def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
             f"The running statistics of {cumulative[0]} are a cumulative average, since it has `momentum=None`: its weights "
             "follow from the number of batches seen, which a mean over clients has no meaning for. Set a momentum, such "
             "as 0.1."
+        )
+
+
+def refuse_adapter_names(model: PeftModel) -> None:
+    """
+    Refuse names of adapters under which PEFT would not save what is trained, or elsewhere.
+
+    Raises:
+        ValueError: Naming the adapter.
+    """
+    active = model.active_adapters
+    for name in model.peft_config:
+        if name in active and re.search(r"[/\\\x00]", name):
+            raise ValueError(
+                f"The adapter is called {name!r}, and PEFT saves it into a folder of that name. Give it a name without slashes: "
+                "`get_peft_model(model, config, adapter_name=...)`."
+            )
+    # "default" alone is what everybody has: a module of that name does not harm it
+    named = [name for name in model.peft_config if name != "default" or len(model.peft_config) > 1]
+    clashing = called_like_a_module(model, named)
+    if clashing:
+        raise ValueError(
+            f"The adapter {clashing[0]!r} is called like a module of the model, so PEFT would leave tensors out of the files of the others, "
+            "or save them under other names. Give it another name."
         )
 
 

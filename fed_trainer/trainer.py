@@ -50,7 +50,7 @@ from .config import FederationArguments, given, round_lr_factors
 from .digests import TRAINER_STATE_NAME
 from .first_look import telling_row
 from .held_out import check_held_out
-from .hub import fetch_adapter
+from .hub import discard_stages, fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
@@ -60,6 +60,7 @@ from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
 from .refusals import (
+    refuse_adapter_names,
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
@@ -69,6 +70,7 @@ from .refusals import (
 )
 from .round_checkpoints import RoundCheckpointsMixin
 from .run_lock import owning
+from .saved_files import fresh_folder, move_into_place
 from .server import Server, freeze_for_good
 from .sparse_change import LiveSparseChange
 from .timing import timed
@@ -164,6 +166,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._first_look = None
         self.train_dataset = self._first_prepared()
         refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
+        if isinstance(self.model, PeftModel):
+            refuse_adapter_names(self.model)
         self._live_adapter = live_state(self.model)
         self._check_model()
         if isinstance(self.model, PeftModel):
@@ -328,7 +332,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         with self.client_model(client):
             weights = self._weights_to_save()
             if self.is_world_process_zero():
-                self._save_weights(Path(output_dir), weights)
+                with fresh_folder(Path(output_dir)) as beside:
+                    self._save_weights(beside, weights)
+                    move_into_place(beside, Path(output_dir))
 
     # The steps of a round
 
@@ -457,6 +463,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             self._base_changes.reset()
         self._record = self._new_record()
         self._movement = Movement()
+        self._published_round = 0
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
         self._write_record(self._folder)  # from now on there is something to resume
@@ -486,10 +493,14 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
         self._movement = Movement(has_begun=True)
+        self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:
+        if self.is_world_process_zero():
+            discard_stages(self._folder)
+        self._warn_of_single_clients()
         self.state = state
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()
