@@ -222,6 +222,11 @@ class FederationArguments(_Arguments):
                 "`load_best_model_at_end=True` is not supported by a federation. Every round is kept in "
                 "`checkpoint-<round>`, with its evaluation in `federation.json`: load the one you want."
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` would save in the middle of a client's local steps. Leave it out: a run that is stopped goes on "
+                "from its last round with `train(resume_from_checkpoint=True)`."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "`auto_find_batch_size=True` would give clients different local batches. Set "

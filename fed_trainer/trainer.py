@@ -64,6 +64,7 @@ from .refusals import (
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
+    refuse_other_weights_in_evaluation,
     refuse_sparse_start,
     refuse_turns_that_differ,
     refuse_what_would_leak,
@@ -202,6 +203,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         has_optimizer = optimizer is not None
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
+        refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         if self.server.sparse_rounds and isinstance(self.model, PeftModel):
             refuse_sparse_start(args, self.model, self.server.pairs, has_optimizer)
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
