@@ -14,8 +14,9 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
-from .adapter_state import AdapterState, state_bytes, subtract
+from .adapter_state import AdapterState, subtract
 from .aggregation import ClientUpdate
+from .aggregation.validation import first_not_finite
 from .client_datasets import recent
 from .client_errors import ClientError
 from .client_evaluation import ClientEvaluationMixin
@@ -27,6 +28,7 @@ from .local_round import LocalRoundMixin
 from .optimizer_state import UnkeptOptimizerError
 from .server import Server
 from .timing import timed
+from .traffic import download_bytes, upload_bytes
 
 
 __all__ = ["ClientTurnMixin"]
@@ -86,13 +88,12 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
                 )
             with timed(seconds, "local"):
                 self._recover()  # here the error no longer holds on to activations
-        traffic = {"bytes_down": self._download_bytes(client, settings)}
+        traffic = {"bytes_down": download_bytes(self.server, client, settings, self._record["rounds"])}
         if trained is None:
             self._bytes_in_vain.update(traffic)
             self.server.leave_out(client, reason)
             return None
-        delta, keeps, metrics = trained
-        remembered = self._remembered(kept, settings)
+        delta, keeps, extras, metrics = trained
         update = ClientUpdate(
             client,
             self._num_examples(client),
@@ -100,14 +101,13 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             metrics,
             num_steps=int(metrics["num_steps"]),
             base_digest=self._base_digest,
+            extras=extras,
         )
         with timed(seconds, "aggregate"):
-            traffic["bytes_up"] = state_bytes(update.delta)
-            if self.server.receive(update, asked, keeps) is not None:
+            traffic["bytes_up"] = upload_bytes(self.server, update)
+            if self.server.receive(update, asked) is not None:
                 self._bytes_in_vain.update(traffic)
                 return None
-            if self.server.objective is not None:
-                self.server.objective.accept(remembered, keeps[OBJECTIVE])
             if self.is_world_process_zero():
                 self._store.write(client, keeps)
         return {"num_examples": update.num_examples, **metrics, **traffic}
@@ -122,8 +122,11 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         start: AdapterState,
         shared: AdapterState,
         kept: dict[str, AdapterState],
-    ) -> tuple[AdapterState, dict[str, AdapterState], dict[str, float]]:
-        """The client's update in the shape of the live model, what it is to keep, and its figures; nothing is changed yet."""
+    ) -> tuple[AdapterState, dict[str, AdapterState], AdapterState, dict[str, float]]:
+        """
+        The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and its figures;
+        nothing is changed yet.
+        """
         train = functools.partial(
             self.local_round,
             dataset=dataset,
@@ -141,12 +144,13 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         local, metrics = train(
             start, objective=None if is_personal else objective, optimizer_state=kept.get(OPTIMIZER)
         )
-        delta = subtract(local, start)
-        keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
+        delta, extras = subtract(local, start), {}
+        keeps: dict[str, AdapterState] = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
         if self.args.keep_optimizer_state:
             keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **self.optimizer_state()}
         if objective is not None:
             keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
+            extras = objective.to_server()
         if is_personal:
             keeps[PERSONAL], personal = train(
                 {**start, **kept.get(PERSONAL, {})},
@@ -161,7 +165,14 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             raise ClientError(
                 f"The training loss is {metrics['train_loss']}. Lower `learning_rate`, or set `max_grad_norm`."
             )
-        return delta, keeps, metrics
+        self._check_kept(keeps)
+        return delta, keeps, extras, metrics
+
+    def _check_kept(self, keeps: Mapping[str, AdapterState]) -> None:
+        """What stays with the client is its own matter; once not finite, it would be so in all rounds to come."""
+        kept = {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
+        if (broken := first_not_finite(kept)) is not None:
+            raise ClientError(f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`.")
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
         """What the local objective is told of the client."""
@@ -171,16 +182,6 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         settings = self._client_settings.get(client, ClientSettings())
         rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
         return settings if rank is None else dataclasses.replace(settings, r=int(rank))
-
-    def _download_bytes(self, client: str, settings: ClientSettings) -> int:
-        """What the client is sent, and what has been added to the base model since it was last here."""
-        sent = self.server.sent_to(settings)
-        missed = state_bytes({key: sent[key] for key in sent.keys() - self.server.drawn_keys})
-        for entry in reversed(self._record["rounds"]):
-            missed += entry["base_change_bytes"]
-            if client in entry["clients"] or client in entry["refused"]:
-                break  # it came to that round with all that was added before
-        return missed
 
     @property
     def has_personal_models(self) -> bool:

@@ -241,10 +241,11 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
                 self._ensure_engine()  # what fails here is no client's fault
-                self.server.begin(self._global_state, round)
+                sampled = self.sampler.sample(round)
+                self.server.begin(self._global_state, round, sampled)
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off
-                for client in self.sampler.sample(round):
+                for client in sampled:
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
                     if metrics is None:
                         logger.warning(

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from ..adapter_state import AdapterState
+from .limits import LARGEST_VALUE, relative_limit
 from .low_rank import LowRank
 
 
@@ -32,6 +33,8 @@ class ClientUpdate:
             The client's own `lora_alpha / r` by module, where its rank and therefore its scaling is not the server's.
         base_digest (`str`, *optional*):
             [`base_digest`] of the base model the client trained on.
+        extras (`dict[str, torch.Tensor]`):
+            What the local objective sends beside the delta ([`LocalObjective.to_server`]).
     """
 
     client: str
@@ -41,6 +44,7 @@ class ClientUpdate:
     num_steps: int | None = None
     scalings: dict[str, float] | None = None
     base_digest: str | None = None
+    extras: AdapterState = field(default_factory=dict)
 
 
 class Aggregator(ABC):
@@ -49,6 +53,11 @@ class Aggregator(ABC):
 
     A rule sees only what is shared (see [`TensorRoles`]). A round is `begin`, an `add` per client and one `finish`.
     """
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Fields of a [`ClientUpdate`] that the rule reads beside the delta, a number each."""
+        return ("num_examples",)
 
     @abstractmethod
     def begin(self, state: AdapterState, round: int = 1) -> None:
@@ -63,6 +72,19 @@ class Aggregator(ABC):
         Raises:
             ValueError: If the update does not fit.
         """
+
+    def check(self, update: ClientUpdate) -> None:  # noqa: B027 (few rules need it)
+        """Raise what `add` would raise, and change nothing."""
+
+    def largest_value(self, state: AdapterState) -> float:
+        """
+        The largest magnitude in a client's delta with which the rule is finite and accurate in float32, for the global adapter
+        `state`: [`relative_limit`], unless a rule bounds what it takes.
+        """
+        return min(LARGEST_VALUE, relative_limit(state))
+
+    def bear(self, num_faulty: int) -> None:  # noqa: B027
+        """Before `finish`: so many clients of the round were refused for what they sent, so they are not among the updates."""
 
     @abstractmethod
     def finish(self) -> AdapterState:

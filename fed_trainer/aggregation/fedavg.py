@@ -40,6 +40,13 @@ class FedAvg(Aggregator):
         self._sum = {key: torch.zeros_like(tensor, dtype=torch.float32) for key, tensor in state.items()}
         self._weights = dict.fromkeys(state, 0.0)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return () if self.uniform else ("num_examples",)
+
+    def check(self, update: ClientUpdate) -> None:
+        self._check(update)
+
     def add(self, update: ClientUpdate) -> None:
         self._add(update, 1 if self.uniform else update.num_examples)
 
@@ -100,12 +107,21 @@ class FedNova(FedAvg):
         super().begin(state, round)
         self._weighted_steps = dict.fromkeys(state, 0.0)
 
-    def add(self, update: ClientUpdate) -> None:
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return "num_examples", "num_steps"
+
+    def check(self, update: ClientUpdate) -> None:
+        super().check(update)
         if update.num_steps is None or update.num_steps < 1:
             raise ValueError(
                 f"FedNova divides an update by its number of local steps, but client {update.client!r} reports "
                 f"`num_steps={update.num_steps}`. Fill it in where the update is made."
             )
+
+    def add(self, update: ClientUpdate) -> None:
+        self.check(update)
+        assert update.num_steps is not None
         steps = effective_steps(update.num_steps, self.momentum)
         self._add(update, update.num_examples, 1 / steps)
         for key in self._weighted_steps.keys() & update.delta.keys():

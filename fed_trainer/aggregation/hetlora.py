@@ -45,6 +45,10 @@ class HetLoRA(FactorAggregator):
         super().__init__(pairs)
         self.weighting = weighting
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return ("num_examples",) if self.weighting == "examples" else ()
+
     def begin(self, state: AdapterState, round: int = 1) -> None:
         super().begin(state, round)
         self._sums = {
