@@ -24,6 +24,7 @@ __all__ = [
     "FederationArguments",
     "given",
     "joins_examples",
+    "json_mapping",
     "round_lr_factors",
 ]
 
@@ -137,7 +138,7 @@ class FederationArguments(_Arguments):
         super().__post_init__()
 
         for name in _MAPPINGS:
-            setattr(self, name, _mapping(name, getattr(self, name)))
+            setattr(self, name, json_mapping(name, getattr(self, name)) or None)  # an empty one is none
         for name in ("num_rounds", "min_clients", "eval_rounds", "save_rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1 but the value passed is {getattr(self, name)!r}")
@@ -344,8 +345,13 @@ class FederatedRewardConfig(FederationArguments, RewardConfig):
     """
 
 
-def _mapping(name: str, value: Any) -> dict[str, Any] | None:
-    """A field that the command line gives as JSON."""
+def json_mapping(name: str, value: Any) -> dict[str, Any] | None:
+    """
+    The value of a field that takes a dictionary, which the command line gives as JSON.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -355,7 +361,7 @@ def _mapping(name: str, value: Any) -> dict[str, Any] | None:
             ) from None
     if value is not None and not isinstance(value, dict):
         raise ValueError(f"`{name}` should be a dictionary but the value passed is {value!r}")
-    return value or None  # an empty one is none
+    return value
 
 
 def given(args: FederationArguments, field: str) -> dict[str, Any]:

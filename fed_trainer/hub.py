@@ -109,7 +109,7 @@ def model_card(
         tags (`list[str]`, *optional*):
             Further tags.
         model_class (`str`, *optional*):
-            Class of `transformers` that loads a model trained without an adapter.
+            Class of `transformers` of the model, of an adapter that of its base.
         num_labels (`int`, *optional*):
             Number of labels of a classifier, which an adapter's example has to name.
     """
@@ -127,11 +127,6 @@ def model_card(
         tags=own_tags + [tag for tag in tags or [] if tag not in own_tags],
     )
     base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
-    loader = LOADERS.get(task_type or "", "AutoPeftModel") if method else model_class
-    # The config of the base model knows nothing of the head that was trained. For images PEFT has no task type.
-    saves_head = not {"classifier", "score"}.isdisjoint(record["peft_config"].get("modules_to_save") or [])
-    has_head = task_type in ("SEQ_CLS", "TOKEN_CLS") or (task_type is None and saves_head)
-    labels = f", num_labels={num_labels}" if has_head and num_labels is not None else ""
     rounds = record["rounds"]
     methods = {
         "SCL": "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
@@ -162,10 +157,7 @@ def model_card(
         "",
         "```python",
         *([IMPORT_LINE] if scl else []),
-        f"from {'peft' if method else 'transformers'} import {loader}",
-        "",
-        "",
-        f'model = {loader}.from_pretrained("{repo_id or "path/to/this/folder"}"{labels})',
+        *_loading(record, task_type, repo_id or "path/to/this/folder", base_model_id, model_class, num_labels),
         "```",
         "",
     ]
@@ -181,6 +173,40 @@ def model_card(
         lines += [f"## Held-out metrics of the {evaluated}", "", *curve, ""]
     lines += ["The whole record of the run is in `federation.json`.", ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def _loading(
+    record: dict[str, Any],
+    task_type: str | None,
+    source: str,
+    base_model_id: str | None,
+    model_class: str | None,
+    num_labels: int | None,
+) -> list[str]:
+    """The lines of the example, behind the import of `peft_scl`."""
+    if record["peft_type"] is None:
+        return [
+            f"from transformers import {model_class}",
+            "",
+            "",
+            f'model = {model_class}.from_pretrained("{source}")',
+        ]
+    # For images PEFT has no task type.
+    saves_head = not {"classifier", "score"}.isdisjoint(record["peft_config"].get("modules_to_save") or [])
+    has_head = task_type in ("SEQ_CLS", "TOKEN_CLS") or (task_type is None and saves_head)
+    if not has_head or num_labels is None or model_class is None:
+        loader = LOADERS.get(task_type or "", "AutoPeftModel")
+        return [f"from peft import {loader}", "", "", f'model = {loader}.from_pretrained("{source}")']
+    # The checkpoint of the base may have a head of other classes. `AutoPeftModel` would let the adapter differ in its sizes as well.
+    base = base_model_id or "path/to/the/base/model"
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {model_class}",
+        "",
+        "",
+        f'base = {model_class}.from_pretrained("{base}", num_labels={num_labels}, ignore_mismatched_sizes=True)',
+        f'model = PeftModel.from_pretrained(base, "{source}")  # with the head that was trained',
+    ]
 
 
 def _beside(federation: dict[str, Any]) -> str:

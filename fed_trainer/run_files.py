@@ -150,7 +150,9 @@ class RunFilesMixin(Trainer):
             model_name,
             dataset_name,
             tags,
-            model_class=type(self.model).__name__ if peft_config is None else None,
+            model_class=type(
+                self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            ).__name__,
             num_labels=getattr(self.model.config, "num_labels", None),
         )
 

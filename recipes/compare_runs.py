@@ -18,6 +18,11 @@ def cell(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}" + (f" ({statistics.stdev(values):.3f})" if len(values) > 1 else "")
 
 
+def curve(record: dict[str, Any], metric: str) -> dict[int, float]:
+    """The metric by round, of the rounds in which it was measured."""
+    return {round: metrics[metric] for round, metrics in held_out_metrics(record).items() if metric in metrics}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", metavar="NAME=FOLDER,FOLDER,...")
@@ -30,18 +35,16 @@ def main() -> None:
         if not all(columns[name]):
             parser.error(f"not every folder of {name} holds a federation.json: {folders}")
 
-    curves = {
-        name: [
-            {round: metrics[arguments.metric] for round, metrics in held_out_metrics(record).items()}
-            for record in records
-        ]
-        for name, records in columns.items()
-    }
-    rounds = sorted(set.intersection(*(set(curve) for runs in curves.values() for curve in runs)))
+    curves = {name: [curve(record, arguments.metric) for record in records] for name, records in columns.items()}
+    for name, runs in curves.items():
+        if not all(runs):
+            known = sorted({key for record in columns[name] for m in held_out_metrics(record).values() for key in m})
+            parser.error(f"not every run of {name} measured {arguments.metric!r}. They measured {known}")
+    rounds = sorted(set.intersection(*(set(run) for runs in curves.values() for run in runs)))
     print("| round | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for round in rounds:
-        print(f"| {round} | " + " | ".join(cell([curve[round] for curve in runs]) for runs in curves.values()) + " |")
+        print(f"| {round} | " + " | ".join(cell([run[round] for run in runs]) for runs in curves.values()) + " |")
     parameters = [f"{records[0]['num_trainable_parameters']:,}" for records in columns.values()]
     print("| trainable parameters | " + " | ".join(parameters) + " |")
     print("| seeds | " + " | ".join(str(len(records)) for records in columns.values()) + " |")

@@ -10,13 +10,13 @@ Every field of `FederatedTaskConfig` (hence of `TrainingArguments`) and of `Reci
 be overridden on the command line. `--resume_from_checkpoint True` continues a run that died.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from federated_sft import built_config, resume
 from peft import LoraConfig, PeftConfig
 from transformers import (
     AutoModelForSequenceClassification,
@@ -37,6 +37,7 @@ from fed_trainer import (
     partition_summary,
     pathological_partition,
 )
+from fed_trainer.config import json_mapping
 from fed_trainer.report import write_report
 from peft_scl import FederaConfig, SclConfig
 
@@ -116,8 +117,7 @@ class RecipeArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.peft_config, str):
-            self.peft_config = json.loads(self.peft_config)
+        self.peft_config = json_mapping("peft_config", self.peft_config)
         if self.peft_config and self.method in ("bitfit", "full"):
             raise ValueError(f"`method={self.method!r}` has no adapter, but `peft_config` is {self.peft_config}.")
 
@@ -188,14 +188,14 @@ def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     given: Mapping[str, Any] = recipe.peft_config if isinstance(recipe.peft_config, dict) else {}
     match recipe.method:
         case "federa":
-            return FederaConfig(**{**common, **lora, **given})
+            return built_config(FederaConfig, {**common, **lora, **given})
         case "lora":
-            return LoraConfig(**{**common, **lora, **given})
+            return built_config(LoraConfig, {**common, **lora, **given})
         case "scl":
-            return SclConfig(**{**common, **given})
+            return built_config(SclConfig, {**common, **given})
         case "adapter":
             bottleneck = {"variant": "bottleneck", "activation": "gelu", "train_down_proj": "none"}
-            return SclConfig(**{**common, **bottleneck, **given})
+            return built_config(SclConfig, {**common, **bottleneck, **given})
         case _:
             return None
 
@@ -242,11 +242,6 @@ def main() -> None:
         for path in write_report(args.output_dir):
             print(f"wrote {path}")
     trainer.accelerator.end_training()
-
-
-def resume(value: str | None) -> str | bool | None:
-    """What `train` takes; the command line gives a string."""
-    return {"true": True, "false": None}.get(str(value).lower(), value)
 
 
 if __name__ == "__main__":

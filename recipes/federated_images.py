@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from federated_classification import compute_metrics, resume
+from federated_classification import compute_metrics
+from federated_sft import resume
 from peft import LoraConfig, PeftConfig
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel, set_seed
 from transformers.utils.import_utils import is_matplotlib_available

@@ -10,12 +10,13 @@ Every field of `FederatedConfig` (hence of TRL's `SFTConfig`) and of `RecipeArgu
 overridden on the command line. `--resume_from_checkpoint True` continues a run that died.
 """
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from peft import PeftConfig, get_peft_config
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers.utils.import_utils import is_matplotlib_available
 from trl import TrlParser
 
@@ -30,7 +31,7 @@ from fed_trainer import (
     pathological_partition,
     quantity_skew_partition,
 )
-from fed_trainer.config import FederationArguments
+from fed_trainer.config import FederationArguments, json_mapping
 from fed_trainer.report import write_report
 
 
@@ -110,8 +111,7 @@ class RecipeArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.peft_config, str):
-            self.peft_config = json.loads(self.peft_config)
+        self.peft_config = json_mapping("peft_config", self.peft_config)
         if (self.prompt_template is None) != (self.completion_column is None):
             raise ValueError(
                 f"`prompt_template` is {self.prompt_template!r} and `completion_column` is {self.completion_column!r}: give both "
@@ -145,16 +145,20 @@ def to_prompt_completion(rows: Dataset, recipe: RecipeArguments, label_column: s
     if recipe.prompt_template is None or recipe.completion_column is None:
         return rows
     template, completion = recipe.prompt_template, recipe.completion_column
-    if completion not in rows.column_names:
-        raise ValueError(
-            f"`completion_column` is {completion!r}, but the columns of {recipe.dataset_name!r} are {rows.column_names}."
-        )
     rows = rows.filter(lambda row: bool(row[completion] and row[completion].strip()))
+    if len(rows) == 0:
+        raise ValueError(f"No row of {recipe.dataset_name!r} has anything in its column {completion!r} to be learnt.")
     try:
         template.format(**rows[0])
     except KeyError as error:
         raise ValueError(
-            f"`prompt_template` names the column {error}, but the columns of {recipe.dataset_name!r} are {rows.column_names}."
+            f"`prompt_template` names the column {error}, but the columns of {recipe.dataset_name!r} are "
+            f"{rows.column_names}."
+        ) from None
+    except (IndexError, ValueError) as error:
+        raise ValueError(
+            f"`prompt_template` is {template!r}, which cannot be filled in ({error}). Name columns in braces, as in "
+            "'{question}', and write other braces twice."
         ) from None
 
     def to_pair(row: dict[str, str]) -> dict[str, str]:
@@ -204,11 +208,44 @@ def held_out(rows: Dataset, recipe: RecipeArguments, clients: Iterable[str]) -> 
     return own
 
 
+def check_columns(rows: Dataset, recipe: RecipeArguments, **columns: str | None) -> None:
+    """
+    Refuse fields that name a column which the data does not have, while it still has its own.
+
+    Raises:
+        ValueError: Naming the field and the columns that there are.
+    """
+    for name, column in columns.items():
+        if column is not None and column not in rows.column_names:
+            raise ValueError(
+                f"`{name}` is {column!r}, but the columns of {recipe.dataset_name!r} are {rows.column_names}."
+            )
+
+
 def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     """The PEFT config named in the recipe; `None` leaves it to `initial_adapter`, or trains the whole model."""
     if not isinstance(recipe.peft_config, dict):
         return None
-    return get_peft_config({"task_type": "CAUSAL_LM", **recipe.peft_config})
+    kind = recipe.peft_config.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise ValueError(
+            f"`peft_config` has the `peft_type` {kind!r}, but it should be one of {sorted(PEFT_TYPE_TO_CONFIG_MAPPING)}."
+        )
+    return built_config(PEFT_TYPE_TO_CONFIG_MAPPING[kind], {"task_type": "CAUSAL_LM", **recipe.peft_config})
+
+
+def built_config(kind: type[PeftConfig], values: Mapping[str, Any]) -> PeftConfig:
+    """
+    A PEFT config with the values of a `peft_config` field.
+
+    Raises:
+        ValueError: If `kind` does not have one of the fields; the message has those that it has.
+    """
+    names = [own.name for own in fields(kind)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ValueError(f"`peft_config` has {unknown}, which `{kind.__name__}` does not take. It takes {names}.")
+    return kind(**values)
 
 
 def prepare(
@@ -216,6 +253,10 @@ def prepare(
 ) -> tuple[Mapping[str, Dataset], Dataset | dict[str, Dataset]]:
     """The clients and the rows to evaluate on; `args` is told of the split."""
     args.label_column = args.label_column or recipe.partition_column
+    own = {"completion_column": recipe.completion_column}
+    split_by = {"partition_column": recipe.partition_column}
+    check_columns(train, recipe, **own, **split_by, label_column=args.label_column)
+    check_columns(test, recipe, **own, **(split_by if recipe.evaluate_clients else {}))
     clients, args.partition = split(to_prompt_completion(train, recipe, args.label_column), recipe, args.seed)
     return clients, held_out(to_prompt_completion(test, recipe, args.label_column), recipe, clients)
 

@@ -104,9 +104,7 @@ def test_the_first_client_of_a_run_may_fail(make_trainer, monkeypatch, tmp_path)
 def test_too_many_failures_end_the_run_with_the_reasons(make_trainer, monkeypatch):
     trainer = make_trainer(min_clients=3)
     fail(trainer, monkeypatch, times=1, error=RuntimeError("the disk is gone"))
-    with pytest.raises(
-        TooFewClientsError, match="Only 2 of at least 3 .*'client_1': .* RuntimeError"
-    ):
+    with pytest.raises(TooFewClientsError, match="Only 2 of at least 3 .*'client_1': .* RuntimeError"):
         trainer.train()
 
 

@@ -109,9 +109,7 @@ def test_recipe_runs_under_accelerate_launch(workspace, tiny_model_dir):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--completion_column", "reply"), "`completion_column` is 'reply', but the columns of"),
-        (("--prompt_template", "{title}"), "`prompt_template` names the column 'title'"),
-        (("--partition_column", "hospital"), "hospital"),
+        (("--partition_column", "hospital"), "`partition_column` is 'hospital', but the columns of"),
         (("--clients_per_round", "9"), "`clients_per_round` is 9.0, but there are only 3 clients"),
     ],
 )

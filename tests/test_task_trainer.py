@@ -259,7 +259,8 @@ def test_the_example_in_the_card_loads_what_was_trained(make_trainer, tmp_path, 
     card = ModelCard.load(tmp_path / "out" / "README.md")
     (example,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     namespace = {}
-    exec(example.replace("path/to/this/folder", str(tmp_path / "out")), namespace)
+    example = example.replace("path/to/this/folder", str(tmp_path / "out"))
+    exec(example.replace("path/to/the/base/model", str(tmp_path / "base")), namespace)
     tokens = torch.arange(8).reshape(2, 4)
     with torch.no_grad():
         expected = trainer.model.eval()(tokens).logits
