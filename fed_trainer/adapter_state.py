@@ -112,6 +112,10 @@ class LiveState:
             for key, tensor in tensors.items()
         }
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By key the dtype in which the model holds the tensor."""
+        return {key: tensor.dtype for key, tensor in self._tensors.items()}
+
     def model_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """`model.state_dict()` with what is saved whole, for `save_pretrained` of a model whose weights are split."""
         state = self.read(include_frozen=True)

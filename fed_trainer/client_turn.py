@@ -172,7 +172,9 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         """What stays with the client is its own matter; once not finite, it would be so in all rounds to come."""
         kept = {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
         if (broken := first_not_finite(kept)) is not None:
-            raise ClientError(f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`.")
+            raise ClientError(
+                f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
+            )
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
         """What the local objective is told of the client."""

@@ -28,6 +28,7 @@ from .aggregation import (
 )
 from .aggregation.limits import MOST_STEPS, largest_product, product_limit, value_limits
 from .aggregation.validation import first_not_finite
+from .broken_state import WAY_BACK, BrokenStateError
 from .client_settings import ClientSettings
 from .config import FederationArguments, given
 from .local_objectives import LOCAL_OBJECTIVES, FedDynRegularizer, LocalObjective, RankPruning
@@ -352,7 +353,7 @@ class Server:
 
         Raises:
             TooFewClientsError: If fewer updates can be used than `min_clients`, or than the rule needs.
-            ValueError: If the result is not finite.
+            BrokenStateError: If the result is not finite.
         """
         self.rule.bear(len(self._faulty))
         require_clients(self.taken, self.refused, max(self.min_clients, self.rule.min_updates))
@@ -375,9 +376,8 @@ class Server:
         }
         broken = first_not_finite(state | added)
         if broken is not None:
-            raise ValueError(
-                f"The step of the server has values that are not finite in {broken}, although no update had. Lower "
-                "`learning_rate` or `server_lr`; the last global state that is finite is in the last checkpoint."
+            raise BrokenStateError(
+                f"The step of the server has values that are not finite in {broken}, although no update had. {WAY_BACK}"
             )
         left, right = ({module: change[side] for module, change in self.rule.base_change.items()} for side in (0, 1))
         return state, left, right

@@ -30,6 +30,7 @@ import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be o
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
+from .broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 from .checkpoint import (
     ADAPTER_WEIGHTS,
     died_before_its_first_checkpoint,
@@ -220,6 +221,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             ValueError: If the checkpoint belongs to another run.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
+            BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live model holds
+                that of the round before.
         """
         if trial is not None:
             raise NotImplementedError(
@@ -254,14 +257,16 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                         continue
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
-                with timed(seconds, "aggregate"):
+                before = self._turn_back_to()
+                with timed(seconds, "aggregate"), self._turning_back(before):
                     self._end_of_round()
 
                 self.state.global_step = self.state.epoch = round
                 evaluation = None
                 if self._is_due(round, self.args.eval_rounds) and self.eval_dataset is not None:
-                    with timed(seconds, "evaluate"):
+                    with timed(seconds, "evaluate"), self._turning_back(before):
                         evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
+                        refuse_broken_loss(evaluation, self._earlier_evaluations)
                 self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
                 if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
                     with timed(seconds, "checkpoint"):
@@ -300,6 +305,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
+        refuse_overflow(self._global_state, self._live_adapter.dtypes())
         if self.is_world_process_zero():
             self._store.commit()
         wait_for_first()
@@ -307,6 +313,25 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.add(base_change)
         self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
+
+    def _turn_back_to(self) -> tuple[AdapterState, AdapterState]:
+        """The global state, and what is in the base weights; neither is copied, as nothing changes them in place."""
+        return self._global_state, {} if self._base_changes is None else self._base_changes.state_dict()
+
+    @contextmanager
+    def _turning_back(self, before: tuple[AdapterState, AdapterState]) -> Iterator[None]:
+        """After a state that the model cannot compute with, the live model holds that of the round before."""
+        try:
+            yield
+        except BrokenStateError:
+            self._global_state, base = before
+            if self._base_changes is not None:
+                self._base_changes.load_state_dict(base)
+            raise
+
+    @property
+    def _earlier_evaluations(self) -> list[dict[str, float] | None]:
+        return [self._record["start"]["eval"], *(entry["eval"] for entry in self._record["rounds"])]
 
     def _begin_sparse_stage(self) -> None:
         """SLoRA begins with a sparse change of the base weights."""

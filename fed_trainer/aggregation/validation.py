@@ -98,7 +98,9 @@ def validated(
         or _fault_of_names("tensors", update.delta, reference, partial)
         or _fault_of_tensors(update.delta, reference, limits or {})
         or _fault_of_names("numbers beside the update", update.extras, sends or {}, False)
-        or _fault_of_tensors(update.extras, {key: torch.empty((), dtype=dtype) for key, dtype in (sends or {}).items()})
+        or _fault_of_tensors(
+            update.extras, {key: torch.empty((), dtype=dtype) for key, dtype in (sends or {}).items()}
+        )
     )
     if reason is not None:
         raise InvalidUpdateError(client, reason)
@@ -190,9 +192,7 @@ def _fault_of_scalings(scalings: object) -> str | None:
         return f"`scalings` is of type {type(scalings).__name__}, but it should be a dictionary by module. Send `lora_alpha / r`."
     for module, scaling in (scalings or {}).items():
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
-            return (
-                f"the scaling of {_shown(module, _text)} is {_shown(scaling)}, but it should be positive and finite. Send `lora_alpha / r`."
-            )
+            return f"the scaling of {_shown(module, _text)} is {_shown(scaling)}, but it should be positive and finite. Send `lora_alpha / r`."
     return None
 
 

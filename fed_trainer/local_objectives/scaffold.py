@@ -102,7 +102,9 @@ class Scaffold(LocalObjective):
     def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
         total = float(sent["sum_of_lrs"])
         if not total > 0:
-            return f"the sum of its learning rates is {total}, but SCAFFOLD divides by it. Send that of the local steps."
+            return (
+                f"the sum of its learning rates is {total}, but SCAFFOLD divides by it. Send that of the local steps."
+            )
         limit = relative_limit(self._control, STATISTICS_ROOM)
         if largest_value(delta) / total > limit:
             return (
