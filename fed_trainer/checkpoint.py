@@ -8,12 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from peft_scl.foreign_files import read_tensors
 
 from .adapter_state import AdapterState
 from .live_model import MODEL_WEIGHTS
@@ -165,12 +166,19 @@ def _digests(folder: Path) -> dict[str, str]:
     return digests
 
 
-def load_adapter(folder: str | os.PathLike) -> AdapterState:
+def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ...]] | None = None) -> AdapterState:
     """
     The tensors of an adapter saved by PEFT, on CPU. Only safetensors are read: nothing is unpickled.
 
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where `save_pretrained` has written it.
+        expected (`Mapping[str, tuple[int, ...]]`, *optional*):
+            The shapes that the model has room for ([`LiveState.saved_shapes`]), compared before anything is read.
+
     Raises:
         FileNotFoundError: If `folder` has no `adapter_model.safetensors`.
+        ValueError: If the file is damaged, or does not fit.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
     if not path.is_file():
@@ -178,7 +186,7 @@ def load_adapter(folder: str | os.PathLike) -> AdapterState:
             f"There is no {ADAPTER_WEIGHTS} in {str(folder)!r}. Give the folder of an adapter saved by `save_pretrained` with "
             "safetensors; a pickled `adapter_model.bin` is not read."
         )
-    return load_file(path)
+    return read_tensors(path, expected=expected)
 
 
 def died_before_its_first_checkpoint(output_dir: str | os.PathLike) -> bool:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
+
+from peft_scl.foreign_files import read_tensors
 
 from .adapter_state import AdapterState
 from .checkpoint import load_adapter, rotate_checkpoints, write_checkpoint
@@ -107,13 +109,19 @@ class RoundCheckpointsMixin(RunFilesMixin):
         """
         parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}, "reference": {}}
         if (folder / SERVER_STATE).is_file():
-            for entry, tensor in load_file(folder / SERVER_STATE).items():
+            for entry, tensor in read_tensors(folder / SERVER_STATE).items():
                 part, _, key = entry.partition(".")
+                if part not in parts:
+                    raise ValueError(
+                        f"{SERVER_STATE} in {str(folder)!r} holds {entry!r}, which no part of a run keeps. It was written by another version, "
+                        "or is damaged: resume from another checkpoint."
+                    )
                 parts[part][key] = tensor
         if not self._saved_file_is_state:
             saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"
         elif isinstance(self.model, PeftModel):
-            saved, source = load_adapter(folder), f"The adapter in {str(folder)!r}"
+            saved = load_adapter(folder, self._live_adapter.saved_shapes())
+            source = f"The adapter in {str(folder)!r}"
         else:
             saved, source = load_model(folder, self.model), f"The model in {str(folder)!r}"
         if self._base_changes is not None:

@@ -26,6 +26,7 @@ from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
+from peft_scl.foreign_files import check_adapter_files, read_json, read_peft_config
 
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
@@ -125,7 +126,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                     f"`initial_adapter` takes adapters only, but {args.initial_adapter!r} has no {CONFIG_NAME}. To start from a "
                     f"whole model, load it with `from_pretrained({args.initial_adapter!r})` and pass it as `model`."
                 )
-            peft_config = PeftConfig.from_pretrained(str(adapter_folder))
+            check_adapter_files(adapter_folder)
+            peft_config = read_peft_config(PeftConfig, adapter_folder)
             peft_config.inference_mode = False
 
         self._folder = Path(args.output_dir or "")
@@ -463,6 +465,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if "sparse_stage" in record:
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
+        read_json(folder / TRAINER_STATE_NAME)  # says what is wrong with it
         self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
         return done
 
@@ -543,7 +546,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _start_from(self, folder: Path) -> AdapterState:
         source = f"The adapter {self.args.initial_adapter!r}"
-        state = self._live_adapter.from_saved(load_adapter(folder), source)
+        state = self._live_adapter.from_saved(load_adapter(folder, self._live_adapter.saved_shapes()), source)
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         record = read_record(folder)
         theirs, ours = record.get("base_digest"), self._base_digest

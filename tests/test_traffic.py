@@ -195,15 +195,17 @@ def test_a_pruned_rank_travels_with_the_update_that_it_follows_from(make_trainer
         local_objective="rank_pruning",
         local_objective_kwargs={"decay": 0.5, "penalty_weight": 100.0},
         clients_per_round=3,
-        num_rounds=2,
+        num_rounds=4,
         max_steps=2,
         optim="sgd",
         learning_rate=0.05,
     )
     trainer.train()
-    first, second = (entry["clients"] for entry in trainer._record["rounds"])
-    for client in first:
-        assert first[client]["bytes_up"] == both() + NUMBER  # weighted by norms, so the rank is the only number
-        assert second[client]["bytes_down"] in (both(), both(R // 2))
-        assert second[client]["bytes_up"] == second[client]["bytes_down"] + NUMBER
-    assert any(figures["bytes_down"] == both(R // 2) for figures in second.values()), "no rank was pruned"
+    for entry in trainer._record["rounds"]:
+        for figures in entry["clients"].values():
+            assert figures["bytes_down"] in [both(r) for r in (R, R // 2, R // 4)]
+            assert (
+                figures["bytes_up"] == figures["bytes_down"] + NUMBER
+            )  # weighted by norms: the rank is the only number
+    last = trainer._record["rounds"][-1]["clients"]
+    assert any(figures["bytes_down"] < both() for figures in last.values()), "no rank was pruned"

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..adapter_state import AdapterState
+from ..adapter_state import AdapterState, foreign_kind
 from .base import ClientUpdate
 from .limits import LARGEST_VALUE, MOST_STEPS
 
@@ -212,7 +212,7 @@ def _fault_of_tensors(
 ) -> str | None:
     for key, tensor in state.items():
         expected = reference[key]
-        if (kind := _foreign_kind(tensor)) is not None:
+        if (kind := foreign_kind(tensor)) is not None:
             return f"{key} is {kind}, but it should be a plain tensor in memory. Send what `LiveState.read` returns."
         if tensor.numel() == 0 and expected.numel() > 0:
             return f"{key} is empty, as read from a partitioned model (ZeRO-3, FSDP). Gather the parameters before reading."
@@ -230,25 +230,6 @@ def _fault_of_tensors(
                 f"{key} has values beyond {limit:.3g}, beside which the other updates and the state would not count, or their sum "
                 "may overflow. Lower `learning_rate`."
             )
-    return None
-
-
-def _foreign_kind(tensor: object) -> str | None:
-    """What something is, if it is no tensor whose values can be read as they are."""
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # a subclass may answer what it likes
-        return f"of type {type(tensor).__name__}"
-    assert isinstance(tensor, torch.Tensor)
-    if tensor.is_nested:
-        return "a nested tensor"
-    if tensor.layout != torch.strided:
-        return f"of the layout {tensor.layout}"
-    if tensor.device.type != "cpu":
-        return f"on the device {tensor.device.type!r}"
-    if tensor.is_quantized or tensor.is_complex():
-        return f"of the dtype {tensor.dtype}"
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + reach) * tensor.itemsize:
-        return "without the memory that it claims"
     return None
 
 
