@@ -224,8 +224,10 @@ def check_adapter_files(folder: str | os.PathLike, base: nn.Module | None = None
         if math.prod(shape) > room:
             raise _damaged(weights, f"{key} has the shape {shape}, for which the model has no room")
     for key, tensor in read_tensors(weights).items():
-        if not torch.isfinite(tensor).all():
-            raise _damaged(weights, f"{key} has values that are not finite")
+        if not tensor.is_floating_point() and any(prefix in key for prefix in (".lora_", ".scl_")):
+            raise _damaged(weights, f"{key} is {tensor.dtype}, but a factor consists of floating-point numbers")
+        if not torch.isfinite(tensor.float()).all():
+            raise _damaged(weights, f"{key} has values that are not finite in float32")
 
 
 def check_config_file(path: Path, shapes: Shapes | None = None) -> int:
