@@ -177,10 +177,8 @@ DAMAGED_WEIGHTS: dict[str, Callable[[Path], None]] = {
     "unexpected": change_tensors(lambda tensors, key: tensors.update({"more": torch.ones(2)})),
     "folder": lambda path: (path.unlink(), path.mkdir()),
 }
-# float64 and counts may stand in an adapter, and PEFT leaves out what it does not know
-UNREAD = {
-    (reader, name) for reader in ("load_federa", "scl-to-lora") for name in ("int64", "beyond float32", "unexpected")
-}
+# PEFT leaves out what it does not know
+UNREAD = {(reader, "unexpected") for reader in ("load_federa", "scl-to-lora")}
 
 
 def refused(read: Callable[[Path], Any], folder: Path, what: str) -> str:
