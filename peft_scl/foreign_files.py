@@ -29,6 +29,7 @@ from .patterns import PLACES, check_pattern
 __all__ = [
     "ADAPTER_DTYPES",
     "check_adapter_files",
+    "check_config_file",
     "check_shapes",
     "read_json",
     "read_peft_config",
