@@ -15,16 +15,17 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from .adapter_state import AdapterState, subtract
-from .aggregation import ClientUpdate
+from .aggregation import ClientUpdate, TooFewClientsError
 from .aggregation.validation import first_not_finite
 from .client_datasets import recent
-from .client_errors import ClientError
+from .client_errors import ClientError, public_reason
 from .client_evaluation import ClientEvaluationMixin
 from .client_settings import ClientSettings
 from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
 from .local_round import LocalRoundMixin
+from .model_mode import keeping_problem_type
 from .optimizer_state import UnkeptOptimizerError
 from .server import Server
 from .timing import timed
@@ -75,7 +76,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             try:
                 with timed(seconds, "prepare"), self._failing_together("another process could not prepare the data"):
                     dataset = self._prepared_client(client)
-                with timed(seconds, "local"):
+                with timed(seconds, "local"), keeping_problem_type(self.model, only_after_failure=True):
                     trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
                 break
             except UnkeptOptimizerError:
@@ -109,7 +110,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
                 self._bytes_in_vain.update(traffic)
                 return None
             if self.is_world_process_zero():
-                self._store.write(client, keeps)
+                self._store.write(client, keeps, round)
         return {"num_examples": update.num_examples, **metrics, **traffic}
 
     def _train_client(
@@ -160,21 +161,20 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.args.keep_optimizer_state:
                 keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
-        if not math.isfinite(metrics["train_loss"]):
-            self._all_have_stopped = True  # it is the mean over the processes
-            raise ClientError(
-                f"The training loss is {metrics['train_loss']}. Lower `learning_rate`, or set `max_grad_norm`."
-            )
-        self._check_kept(keeps)
+        self._check_finite(metrics["train_loss"], keeps)
         return delta, keeps, extras, metrics
 
-    def _check_kept(self, keeps: Mapping[str, AdapterState]) -> None:
-        """What stays with the client is its own matter; once not finite, it would be so in all rounds to come."""
+    def _check_finite(self, train_loss: float, keeps: Mapping[str, AdapterState]) -> None:
+        """What a client keeps is its own to check: once not finite, it would be so in all rounds to come."""
         kept = {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
-        if (broken := first_not_finite(kept)) is not None:
-            raise ClientError(
-                f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
-            )
+        fault = None
+        if not math.isfinite(train_loss):
+            fault = f"The training loss is {train_loss}. Lower `learning_rate`, or set `max_grad_norm`."
+        elif (broken := first_not_finite(kept)) is not None:
+            fault = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
+        if fault is not None:
+            self._all_have_stopped = True  # the loss is the mean over the processes, which keep the same
+            raise ClientError(fault)
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
         """What the local objective is told of the client."""
@@ -208,6 +208,31 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""
         return recent(self._prepared_clients, client, lambda: self._prepare_client(client), self._num_kept)
+
+    def _first_prepared(self) -> Dataset:
+        """
+        The data of the first client that can be prepared. The others before it are tried again in their turns.
+
+        Raises:
+            TooFewClientsError: If there is none, which is known before the first round then.
+        """
+        reasons: dict[str, str] = {}
+        cause = None
+        for client in self._clients:
+            try:
+                with self._failing_together("another process could not prepare the data"):
+                    return self._prepared_client(client)
+            except Exception as error:
+                cause = cause or error
+                reasons[client] = public_reason(error)
+                logger.warning(
+                    f"Client {client!r} cannot be prepared and is tried again in its turn: {reasons[client]}"
+                )
+            self._all_have_stopped = False
+        shown = "; ".join(f"{client!r}: {reason}" for client, reason in list(reasons.items())[:3])
+        raise TooFewClientsError(
+            f"None of the {len(reasons)} clients can be prepared, so there is nothing to train on. The first: {shown}"
+        ) from cause
 
     def _prepare_client(self, client: str) -> Dataset:
         raw = self._clients[client]

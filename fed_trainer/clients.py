@@ -18,6 +18,7 @@ __all__ = [
     "check_clients",
     "check_model_columns",
     "check_preference_columns",
+    "check_same_columns",
     "check_sft_columns",
     "client_seed",
     "held_out_sets",
@@ -189,6 +190,24 @@ def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model:
     _check_columns(clients, lambda columns: bool((inputs - {"labels"}) & columns), complaint, kind)
 
 
+def check_same_columns(clients: Mapping[str, Dataset]) -> None:
+    """
+    Refuse clients whose columns differ from client to client.
+
+    Raises:
+        ValueError: Naming two of them and their columns.
+    """
+    clients = one_of_each_source(clients)
+    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
+    for name, dataset in clients.items():
+        columns = set(dataset.column_names)
+        if columns != reference:
+            raise ValueError(
+                f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "
+                "be trained on different tasks. Give all clients the same columns."
+            )
+
+
 def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
     """Held-out sets by name whose columns have to be looked at; empty if there is none."""
     if eval_dataset is None:
@@ -204,11 +223,4 @@ def _check_columns(
         columns = set(dataset.column_names)
         if not are_usable(columns):
             raise ValueError(f"{kind} {name!r} has the columns {sorted(columns)}, {complaint}")
-    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
-    for name, dataset in clients.items():
-        columns = set(dataset.column_names)
-        if columns != reference:
-            raise ValueError(
-                f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "
-                "be trained on different tasks. Give all clients the same columns."
-            )
+    check_same_columns(clients)

@@ -20,6 +20,7 @@ from peft_scl.foreign_files import read_json
 
 from .client_datasets import column_by_client, rows_by_client
 from .config import FederationArguments
+from .disk import replace_durably, writing
 
 
 __all__ = [
@@ -140,11 +141,12 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
-    """Write beside and rename, so that a reader, or a crash, never sees half a file."""
+    """Write beside and rename, so that a reader, or a crash, never sees half a file; on the disk when it returns."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with writing(path.name):
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        replace_durably(beside, path)
 
 
 def check_same_run(record: dict[str, Any], ours: dict[str, Any], folder: str | os.PathLike) -> None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,32 +27,33 @@ from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
-from peft_scl.foreign_files import check_adapter_files, read_json, read_peft_config
+from peft_scl.foreign_files import check_adapter_files, read_peft_config
 
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
 from .broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 from .checkpoint import (
-    ADAPTER_WEIGHTS,
-    died_before_its_first_checkpoint,
-    find_checkpoint,
+    has_nothing_to_resume,
     load_adapter,
     refuse_another_run,
+    refuse_foreign_checkpoints,
     refuse_later_rounds,
+    remove_leftovers,
 )
 from .client_datasets import ClientDatasets
 from .client_settings import parse_client_settings
-from .client_store import ClientStore
+from .client_store import PRIVATE_FOLDER, ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
+from .digests import TRAINER_STATE_NAME
+from .first_look import telling_row
 from .hub import fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
-from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
-from .processes import rest_at_exit, wait_for_first
+from .processes import first_alone, rest_at_exit, told_by_first, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
@@ -63,7 +65,8 @@ from .refusals import (
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
-from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin
+from .round_checkpoints import RoundCheckpointsMixin
+from .run_lock import owning
 from .server import Server, freeze_for_good
 from .sparse_change import LiveSparseChange
 from .timing import timed
@@ -84,6 +87,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     _config_class: type[FederationArguments] = FederationArguments
     _base_change_bytes = 0
+    _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
     _sparse_stage_errors: dict[str, float]
 
     def __init__(
@@ -133,8 +137,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._folder = Path(args.output_dir or "")
         is_sorted = isinstance(train_dataset, ClientDatasets)
         self._clients = train_dataset if is_sorted else dict(sorted(train_dataset.items()))
-        first = next(iter(self._clients))
-        first_dataset = self._clients[first]
+        self._first_look = telling_row(self._clients, getattr(args, "dataset_text_field", None))
         # held-out data by client is prepared when it is evaluated on, as there may be very many
         by_client = None
         if isinstance(eval_dataset, Mapping) and len(eval_dataset) > 0 and eval_dataset.keys() <= self._clients.keys():
@@ -142,7 +145,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         super().__init__(
             **self._model_arguments(model, peft_config),
             args=args,
-            train_dataset=first_dataset,
+            train_dataset=self._first_look,
             eval_dataset=dict(eval_dataset) if isinstance(eval_dataset, Mapping) else eval_dataset,
             **kwargs,
         )
@@ -154,9 +157,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
         self._prepared_clients: dict[str, Dataset] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
-        prepared: Any = self.train_dataset  # `super().__init__` has tokenised it
-        self._check_prepared(first, len(first_dataset), len(prepared))
-        self._prepared_clients[first] = prepared
+        self._first_look = None
+        self.train_dataset = self._first_prepared()
         self._live_adapter = live_state(self.model)
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
@@ -183,7 +185,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             assert isinstance(self.model, PeftModel)  # others have no factor pairs
             self._base_changes = BaseChanges(self.model, self.server.pairs)
         self._sparse_stage_errors = {}
-        self._store = ClientStore(self._folder / CLIENTS_FOLDER)
+        self._store = ClientStore(self._folder / PRIVATE_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
         has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
         refuse_empty_held_out(self.eval_dataset)
@@ -213,25 +215,35 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died before its
-                first checkpoint starts again), a path from that checkpoint.
+                first checkpoint starts again, and one that is not there yet starts), a path from that checkpoint.
 
         Returns:
             `TrainOutput`: the number of rounds, the mean training loss over rounds, and the totals of the run.
 
         Raises:
-            FileExistsError: If `output_dir` holds a run that is not being resumed.
+            FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
+            FolderInUseError: If another run is writing into `output_dir`.
             ValueError: If the checkpoint belongs to another run.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
             BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live model holds
                 that of the round before.
         """
+        self._refuse_within_client_model("train")
         if trial is not None:
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
+        with owning(self._folder):
+            return self._run(resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _run(self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        first_alone(functools.partial(remove_leftovers, self._folder))
         if resume_from_checkpoint is True and self._starts_again():
+            self._claim_folder(starts_again=True)
             resume_from_checkpoint = None
+        elif not resume_from_checkpoint:
+            self._claim_folder()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             self._ensure_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
@@ -293,15 +305,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         Raises:
             ValueError: If there is no such client.
         """
-        if client not in self._clients:
-            raise ValueError(f"There is no client {client!r}. The clients are {sorted(self._clients)}.")
-        self._live_adapter.write(self.client_state(client))
-        try:
+        with self.client_model(client):
             weights = self._weights_to_save()
             if self.is_world_process_zero():
                 self._save_weights(Path(output_dir), weights)
-        finally:
-            self._live_adapter.write(self._global_state)
 
     # The steps of a round
 
@@ -419,20 +426,29 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     # Beginning and end
 
     def _starts_again(self) -> bool:
-        """Whether the run to be resumed has nothing to go on from; then its record, all there is of it, is deleted."""
-        starts_again = died_before_its_first_checkpoint(self._folder)
-        wait_for_first()  # all have looked
+        """Whether the run to be resumed has nothing to go on from."""
+        starts_again = told_by_first(functools.partial(has_nothing_to_resume, self._folder))
         if starts_again and self.is_world_process_zero():
-            logger.warning(f"The run in {str(self._folder)!r} died before its first checkpoint: it starts again.")
-            (self._folder / RECORD_NAME).unlink()
-        wait_for_first()
+            died = (self._folder / RECORD_NAME).is_file()
+            why = (
+                "died before its first checkpoint: it starts again" if died else "has not been started yet: it starts"
+            )
+            logger.warning(f"The run in {str(self._folder)!r} {why}.")
         return starts_again
 
+    def _claim_folder(self, starts_again: bool = False) -> None:
+        """Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it."""
+
+        def claim() -> None:
+            refuse_another_run(self._folder, starts_again)
+            self._store.clear()
+
+        self._store.forget()
+        first_alone(claim)
+
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
-        refuse_another_run(self._folder)
         self._abandon_sparse_stage()
         self.server.forget()
-        self._store.clear()
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
@@ -446,27 +462,25 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         return 0
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
-        weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
-        with self.accelerator.main_process_first():  # which puts damaged ones aside
-            folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
-        record = read_record(folder)
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        folder, record = checkpoint.folder, checkpoint.record
         self._abandon_sparse_stage()
         fresh = self._new_record()
         check_same_run(record, fresh, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
+        refuse_foreign_checkpoints(self._folder, range(done + 1, self.args.num_rounds + 1))
         self._sparse_stage_errors = {}  # of a run that was stopped in its first stage
         if done <= self.server.sparse_rounds:
             state = self._live_adapter.read(include_frozen=True)  # of a later stage, if this trainer has got there
             self._live_adapter.write({pair.key_B: torch.zeros_like(state[pair.key_B]) for pair in self.server.pairs})
             self._begin_sparse_stage()
-        self._load(folder)
+        self._load(checkpoint)
         self._global_state = self._live_adapter.read()
         if "sparse_stage" in record:
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
-        read_json(folder / TRAINER_STATE_NAME)  # says what is wrong with it
-        self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
+        self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:

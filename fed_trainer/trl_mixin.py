@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,9 +32,10 @@ class TRLMixin(FederatedMixin):
     """[`FederatedMixin`] for the trainers of TRL."""
 
     _name: str  # TRL's, as in "DPO"
+    # with the tokens that this process has been trained on, which TRL logs with an evaluation
+    _progress_figures = FederatedMixin._progress_figures | {"eval_num_tokens"}
     # of a trainer on pairs of answers: the columns that it needs, by format
     _preference_formats: Sequence[set[str]] = ()
-    _prepare_dataset: Callable[..., Dataset]
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         trainer = f"{self._name}Trainer"
@@ -45,6 +46,12 @@ class TRLMixin(FederatedMixin):
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it
         return {"model": model, "peft_config": copy.deepcopy(peft_config)}
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """As TRL's, except for the row that the trainer is made with: clients are prepared one like another."""
+        if dataset is self._first_look:
+            return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_as_trl(self, dataset: Dataset, client: str, *options: Any) -> Dataset:
         """One client's data as the trainer prepares its own; `options` are what it asks for between `args` and a name."""
