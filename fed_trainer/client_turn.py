@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .adapter_state import AdapterState, state_bytes, subtract
 from .aggregation import ClientUpdate, TooFewClientsError
 from .aggregation.validation import first_not_finite
+from .between_rounds import BetweenRoundsMixin
 from .client_datasets import recent
 from .client_errors import ClientError, public_reason
 from .client_evaluation import ClientEvaluationMixin
@@ -24,11 +25,12 @@ from .client_settings import ClientSettings
 from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
-from .local_round import LocalRoundMixin
-from .model_mode import keeping_problem_type
+from .movement import Movement
 from .optimizer_state import UnkeptOptimizerError
+from .put_back import PutBack, remember_problem_type, remember_random_state, restoring
 from .server import Server
 from .timing import timed
+from .token_counts import count_tokens
 
 
 __all__ = ["ClientTurnMixin"]
@@ -41,7 +43,7 @@ LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
 
 
-class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
+class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     """The turn of a client within a round, on the live model."""
 
     args: FederationArguments
@@ -51,9 +53,11 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     _clients: Mapping[str, Dataset]
     _client_settings: dict[str, ClientSettings]
     _prepared_clients: dict[str, Dataset]
+    _num_tokens: dict[str, int]  # of clients that have been counted, if the mean is weighted by them
     _local_keys: set[str]
     _base_digest: str | None
     _record: dict[str, Any]
+    _movement: Movement
     _bytes_in_vain: Counter[str]  # traffic of the round's clients that were left out
 
     def _client_round(
@@ -73,10 +77,16 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         trained = None
         for attempt in range(1 + self.args.client_retries):
             try:
-                with timed(seconds, "prepare"), self._failing_together("another process could not prepare the data"):
-                    dataset = self._prepared_client(client)
-                with timed(seconds, "local"), keeping_problem_type(self.model, only_after_failure=True):
-                    trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
+                with restoring(*self._remember_turn(), only_after_failure=True):
+                    with (
+                        timed(seconds, "prepare"),
+                        self._failing_together("another process could not prepare the data"),
+                    ):
+                        dataset = self._prepared_client(client)
+                        if self.server.counts_tokens and client not in self._num_tokens:
+                            self._num_tokens[client] = self._count_tokens(client, dataset)
+                    with timed(seconds, "local"):
+                        trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
                 break
             except UnkeptOptimizerError:
                 raise  # no client's fault
@@ -102,17 +112,24 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             metrics,
             num_steps=int(metrics["num_steps"]),
             base_digest=self._base_digest,
+            num_tokens=self._num_tokens.get(client),
         )
         with timed(seconds, "aggregate"):
             traffic["bytes_up"] = state_bytes(update.delta)
             if self.server.receive(update, asked) is not None:
                 self._bytes_in_vain.update(traffic)
                 return None
+            buffers = self._live_adapter.buffers  # which a forward pass changes
+            self._movement.saw(client, {key: delta[key] for key in delta.keys() - buffers}, self._has_rate)
             if self.server.objective is not None:
                 self.server.objective.accept(remembered, keeps[OBJECTIVE])
             if self.is_world_process_zero():
                 self._store.write(client, keeps, round)
         return {"num_examples": update.num_examples, **metrics, **traffic}
+
+    def _remember_turn(self) -> list[PutBack]:
+        """What a turn that breaks off must not have moved on, beside what its local rounds put back."""
+        return [remember_random_state(), remember_problem_type(self.model), self._remember_figures()]
 
     def _train_client(
         self,
@@ -211,6 +228,12 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         if joins_examples(self.args):
             return self._record["clients"][client]["num_examples"]
         return len(self._prepared_client(client))
+
+    def _count_tokens(self, client: str, dataset: Dataset) -> int:
+        rows: Any = self._remove_unused_columns(dataset, description="training")
+        seed = client_seed(self.args.seed, 0, client)
+        size = self.args.per_device_train_batch_size
+        return count_tokens(rows, self.data_collator, size, self._loss_shifts_labels, seed)
 
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""

@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -28,9 +28,11 @@ from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
+from .adapter_checks import refuse_idle_adapter, refuse_unwrapped_adapter
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
+from .callbacks import refuse_callback, refuse_callbacks, remove_last
 from .checkpoint import (
     has_nothing_to_resume,
     load_adapter,
@@ -47,24 +49,29 @@ from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .digests import TRAINER_STATE_NAME
 from .first_look import telling_row
-from .hub import fetch_adapter
+from .held_out import check_held_out
+from .hub import discard_stages, fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
+from .movement import Movement
 from .processes import first_alone, rest_at_exit, told_by_first, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
 from .refusals import (
+    refuse_adapter_names,
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
+    refuse_other_weights_in_evaluation,
     refuse_sparse_start,
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
 from .round_checkpoints import RoundCheckpointsMixin
 from .run_lock import owning
+from .saved_files import fresh_folder, move_into_place
 from .server import Server, freeze_for_good
 from .sparse_change import LiveSparseChange
 from .timing import timed
@@ -87,6 +94,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     _base_change_bytes = 0
     _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
     _sparse_stage_errors: dict[str, float]
+    _takes_torch_datasets = True  # as held-out data
+    _refuses_callbacks = False  # while `Trainer.__init__` adds a bar over steps
 
     def __init__(
         self,
@@ -102,19 +111,18 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every field of "
                 f"`{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
             )
-        if any(isinstance(callback, EarlyStoppingCallback) for callback in kwargs.get("callbacks") or []):
-            raise ValueError(
-                "`EarlyStoppingCallback` follows evaluations within a training run, and a client makes none. Use a callback "
-                "that sets `control.should_training_stop` in `on_evaluate`, which is called once per evaluated round."
-            )
+        refuse_callbacks(kwargs.get("callbacks"))
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
         check_launch(args)
         rest_at_exit()
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
+        check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
+        if isinstance(model, (PreTrainedModel, PeftModel)):
+            refuse_unwrapped_adapter(model)
         adapter_folder = None
         if args.initial_adapter is not None:
             if peft_config is not None or isinstance(model, PeftModel):
@@ -149,19 +157,27 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if by_client is not None:
             self.eval_dataset = by_client
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
-        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        self.remove_callback(PrinterCallback)
+        remove_last(self.callback_handler, (DEFAULT_PROGRESS_CALLBACK, PrinterCallback))
+        refuse_callbacks(self.callback_handler.callbacks)  # of `report_to`, too
+        self._refuses_callbacks = True
 
         self._prepared_clients: dict[str, Dataset] = {}
+        self._num_tokens: dict[str, int] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
         self._first_look = None
         self.train_dataset = self._first_prepared()
+        refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
+        if isinstance(self.model, PeftModel):
+            refuse_adapter_names(self.model)
         self._live_adapter = live_state(self.model)
+        self._check_model()
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
             keep_differentiable(self.model.get_base_model())
         refuse_what_would_leak(self.model, self._live_adapter)
         freeze_for_good(args, self.model, self._live_adapter)
+        optimizer, schedule = kwargs.get("optimizers") or (None, None)
+        self._take_optimizers(optimizer, schedule)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         published = {} if adapter_folder is None else self._start_from(adapter_folder)
         self._global_state = self._shared_start(published)
@@ -184,9 +200,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / PRIVATE_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
+        has_optimizer = optimizer is not None
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
+        refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         if self.server.sparse_rounds and isinstance(self.model, PeftModel):
             refuse_sparse_start(args, self.model, self.server.pairs, has_optimizer)
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
@@ -221,6 +238,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
             ValueError: If the checkpoint belongs to another run.
+            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
         """
@@ -229,6 +247,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
+        refuse_callbacks(self.callback_handler.callbacks)
+        if not isinstance(self._live_adapter, LiveSparseChange):  # in that stage the LoRA waits
+            self._check_model()
         with owning(self._folder):
             return self._run(resume_from_checkpoint, ignore_keys_for_eval)
 
@@ -254,6 +275,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                     self._end_sparse_stage()
                 self._ensure_engine()  # what fails here is no client's fault
                 self.server.begin(self._global_state, round)
+                self._movement.begin()
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off
                 for client in self.sampler.sample(round):
@@ -265,6 +287,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                         continue
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
+                self._movement.end(round)
                 with timed(seconds, "aggregate"):
                     self._end_of_round()
 
@@ -284,6 +307,17 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                     break
         return self._end()
 
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """
+        As [`~transformers.Trainer.add_callback`].
+
+        Raises:
+            ValueError: For a callback that cannot work in a federation.
+        """
+        if self._refuses_callbacks:
+            refuse_callback(callback)
+        super().add_callback(callback)
+
     def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
         """
         Save the model of one client: the global one, with the tensors that the client keeps.
@@ -300,7 +334,9 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         with self.client_model(client):
             weights = self._weights_to_save()
             if self.is_world_process_zero():
-                self._save_weights(Path(output_dir), weights)
+                with fresh_folder(Path(output_dir)) as beside:
+                    self._save_weights(beside, weights)
+                    move_into_place(beside, Path(output_dir))
 
     # The steps of a round
 
@@ -344,6 +380,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
+
+    def _check_model(self) -> None:
+        """Refuse a model of which training would not reach what is trained."""
+        refuse_idle_adapter(self.model)
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""
@@ -424,6 +464,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
+        self._movement = Movement()
+        self._published_round = 0
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
         self._write_record(self._folder)  # from now on there is something to resume
@@ -452,10 +494,15 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if "sparse_stage" in record:
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
+        self._movement = Movement(has_begun=True)
+        self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:
+        if self.is_world_process_zero():
+            discard_stages(self._folder)
+        self._warn_of_single_clients()
         self.state = state
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()
