@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from peft_scl.lora import PREFIX, LoraExport, LoraModule, lora_export, other_ten
 from .adapter_state import AdapterState
 from .aggregation import FactorPair, LowRank, add_to_base
 from .aggregation.low_rank import bounded, stacked
+from .broken_state import WAY_BACK, BrokenStateError
 
 
 __all__ = ["BaseChanges"]
@@ -64,6 +65,9 @@ class BaseChanges:
         Args:
             change (`dict[str, LowRank]`):
                 `Aggregator.base_change`: by module `left (out, k)` and `right (k, in)`.
+
+        Raises:
+            BrokenStateError: If a weight can no longer be represented.
         """
         for module, (left, right) in change.items():
             terms = [LowRank(left.to("cpu", torch.float32), right.to("cpu", torch.float32))]
@@ -71,6 +75,12 @@ class BaseChanges:
                 terms.insert(0, self._sums[module])
             self._sums[module] = bounded(stacked(terms))
         self._apply(change)
+        for module in change:
+            if not torch.isfinite(self._weight(module)).all():
+                raise BrokenStateError(
+                    f"With the change of this round the base weight of {module}, in {self._weight(module).dtype}, has values that are "
+                    f"not finite. {WAY_BACK}"
+                )
 
     def reset(self) -> None:
         """Forget everything and put `W0` back, bit for bit."""
@@ -161,6 +171,15 @@ class BaseChanges:
         fan_in_fan_out = any(pair.transposed and not is_embedding(pair) for pair in self._pairs.values())
         base: Any = self._model.get_base_model()
         return lora_export(base, config, self._whole_changes(state), others, fan_in_fan_out, dtype)
+
+    def lacking(self, saved: Mapping[str, tuple[int, ...]]) -> str | None:
+        """What a file that is to hold the result of `to_lora` lacks, in words, if it does."""
+        for module, pair in self._pairs.items():
+            for letter in "AB":
+                factor = f"lora_embedding_{letter}" if is_embedding(pair) else f"lora_{letter}.weight"
+                if 0 in saved.get(key := f"{PREFIX}{module}.{factor}", (0,)):
+                    return f"{key} is missing or empty"
+        return None
 
     def _whole_changes(self, state: AdapterState) -> Iterator[LoraModule]:
         for module, pair in self._pairs.items():

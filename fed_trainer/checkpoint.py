@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from peft_scl.foreign_files import read_tensors
 
 from .adapter_state import AdapterState
 from .digests import DIGESTS_NAME, TRAINER_STATE_NAME, find_damage, read_digests, write_digests
@@ -206,12 +207,19 @@ def _put_aside(folder: Path) -> Path:
     return aside
 
 
-def load_adapter(folder: str | os.PathLike) -> AdapterState:
+def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ...]] | None = None) -> AdapterState:
     """
     The tensors of an adapter saved by PEFT, on CPU. Only safetensors are read: nothing is unpickled.
 
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where `save_pretrained` has written it.
+        expected (`Mapping[str, tuple[int, ...]]`, *optional*):
+            The shapes that the model has room for ([`LiveState.saved_shapes`]), compared before anything is read.
+
     Raises:
         FileNotFoundError: If `folder` has no `adapter_model.safetensors`.
+        ValueError: If the file is damaged, or does not fit.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
     if not path.is_file():
@@ -219,17 +227,13 @@ def load_adapter(folder: str | os.PathLike) -> AdapterState:
             f"There is no {ADAPTER_WEIGHTS} in {str(folder)!r}. Give the folder of an adapter saved by `save_pretrained` with "
             "safetensors; a pickled `adapter_model.bin` is not read."
         )
-    return load_file(path)
+    return read_tensors(path, expected=expected)
 
 
 def has_nothing_to_resume(output_dir: str | os.PathLike) -> bool:
     """Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first checkpoint."""
-    trained = [
-        *Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*"),
-        *_checkpoints(output_dir),
-        *(Path(output_dir) / name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS)),
-    ]
-    return not any(os.path.lexists(path) for path in trained)
+    damaged = Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*")
+    return not any(damaged) and not _checkpoints(output_dir) and not _saved_weights(Path(output_dir))
 
 
 def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False) -> None:
@@ -265,7 +269,7 @@ def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False
         found = [RECORD_NAME]
     if not found:  # an adapter saved without a run
         way_on = "Choose"
-        found = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if os.path.lexists(Path(output_dir) / name)]
+        found = _saved_weights(Path(output_dir))
     if found:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "
@@ -307,6 +311,12 @@ def refuse_later_rounds(output_dir: str | os.PathLike, round: int) -> None:
             f"({', '.join(later)}), which would be mixed with the new ones. Delete them, or start a run in another "
             "`output_dir` with this checkpoint as `initial_adapter`."
         )
+
+
+def _saved_weights(folder: Path) -> list[str]:
+    """Files of weights, or the index of those into which transformers splits large ones."""
+    names = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, f"{MODEL_WEIGHTS}.index.json")
+    return [name for name in names if os.path.lexists(folder / name)]
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:

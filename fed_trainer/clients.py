@@ -2,15 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import unicodedata
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from .client_datasets import one_of_each_source, rows_by_client
 from .config import FederationArguments, joins_examples
+from .held_out import advice_for, column_names
 
 
 __all__ = [
@@ -33,8 +36,8 @@ class ClientSampler:
     Args:
         clients (`Sequence[str]`):
             Names of all clients.
-        clients_per_round (`float`, *optional*):
-            A number of clients (`1` or more) or a fraction of them (below `1`, rounded, at least one client). All if
+        clients_per_round (`int` or `float`, *optional*):
+            A number of clients (`int`) or a fraction of them (`float`, at most `1.0`; rounded, at least one client). All if
             `None`.
         seed (`int`):
             Seed of the run.
@@ -43,15 +46,15 @@ class ClientSampler:
         ValueError: If more clients are asked for than there are.
     """
 
-    def __init__(self, clients: Sequence[str], clients_per_round: float | None, seed: int) -> None:
+    def __init__(self, clients: Sequence[str], clients_per_round: int | float | None, seed: int) -> None:
         self.clients = sorted(clients)
         self.seed = seed
         if clients_per_round is None:
             self.num_sampled = len(self.clients)
-        elif clients_per_round < 1:
-            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
-        else:
+        elif isinstance(clients_per_round, Integral) or clients_per_round > 1:
             self.num_sampled = int(clients_per_round)
+        else:
+            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
         if self.num_sampled > len(self.clients):
             raise ValueError(
                 f"`clients_per_round` is {clients_per_round}, but there are only {len(self.clients)} clients. Set it to at "
@@ -94,16 +97,12 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
             f"{' without entries' if isinstance(clients, Mapping) else ''}. The functions of `fed_trainer.partition` make one "
             "from a single dataset."
         )
+    _check_names(clients)
     for name, dataset in one_of_each_source(clients).items():
-        if not isinstance(name, str):
-            raise ValueError(
-                f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they stand in "
-                f"files. Use {str(name)!r}."
-            )
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "
-                "weighted by the number of examples, so it has to be known."
+                f"weighted by the number of examples, so it has to be known. {advice_for(dataset)}"
             )
         if args.label_column is not None and args.label_column not in dataset.column_names:
             raise ValueError(
@@ -122,6 +121,39 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
                 f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps} x {args.world_size} processes), so its steps would not be the steps that "
                 "were configured. Lower the batch size, leave the client out, or split with a larger `min_examples`."
+            )
+
+
+def _check_names(names: Iterable[Any]) -> None:
+    """
+    Refuse names that cannot stand in files and logs, or be told apart there.
+
+    Raises:
+        ValueError: Naming the client.
+    """
+    alike: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they stand in "
+                f"files. Use {str(name)!r}."
+            )
+        reason = None
+        if not name.strip():
+            reason = "is empty"
+        elif any("\ud800" <= character <= "\udfff" for character in name):
+            reason = "has half of a surrogate pair, which UTF-8 cannot hold"
+        elif any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
+            reason = "has a control character or a line break"
+        if reason is not None:
+            raise ValueError(
+                f"The name of client {name!r} {reason}, but it stands in files and logs. Give the client another name."
+            )
+        known = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if known != name:
+            raise ValueError(
+                f"The clients {known!r} and {name!r} differ only in upper and lower case or in how letters are composed, which some file "
+                "systems do not tell apart. Give one of them another name."
             )
 
 
@@ -198,9 +230,9 @@ def check_same_columns(clients: Mapping[str, Dataset]) -> None:
         ValueError: Naming two of them and their columns.
     """
     clients = one_of_each_source(clients)
-    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
+    first, reference = next((name, column_names(dataset)) for name, dataset in clients.items())
     for name, dataset in clients.items():
-        columns = set(dataset.column_names)
+        columns = column_names(dataset)
         if columns != reference:
             raise ValueError(
                 f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "
@@ -212,7 +244,8 @@ def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
     """Held-out sets by name whose columns have to be looked at; empty if there is none."""
     if eval_dataset is None:
         return {}
-    return one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    sets = one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    return {name: dataset for name, dataset in sets.items() if isinstance(dataset, (Dataset, IterableDataset))}
 
 
 def _check_columns(
@@ -220,7 +253,7 @@ def _check_columns(
 ) -> None:
     clients = one_of_each_source(clients)
     for name, dataset in clients.items():
-        columns = set(dataset.column_names)
+        columns = column_names(dataset)
         if not are_usable(columns):
             raise ValueError(f"{kind} {name!r} has the columns {sorted(columns)}, {complaint}")
     check_same_columns(clients)

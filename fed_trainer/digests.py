@@ -42,7 +42,7 @@ def write_digests(folder: Path, names: Iterable[str], known: Mapping[str, str] |
         known (`Mapping[str, str]`, *optional*):
             Further files whose digests were computed when they were written, and which are on the disk.
     """
-    digests = {name: file_digest(folder / name, durably=True) for name in names}
+    digests = {name: file_digest(folder / name, durably=True) for name in names if name != DIGESTS_NAME}
     write_json(folder / DIGESTS_NAME, dict(sorted({**digests, **(known or {})}.items())))
 
 
@@ -79,6 +79,8 @@ def find_damage(folder: str | os.PathLike, clients: bool = True) -> str | None:
         return f"it has no {DIGESTS_NAME} (as a folder from the Hub, which can be an `initial_adapter`)"
     try:
         digests = read_digests(folder)
+        if RECORD_NAME not in digests and os.path.lexists(folder / RECORD_NAME):
+            return f"{DIGESTS_NAME} has no {RECORD_NAME}, as in the result of a run, which can be an `initial_adapter` but lacks the state to go on"
         for name, digest in digests.items():
             if clients or not _is_of_client(name):
                 _check_file(folder, name, digest)

@@ -26,6 +26,7 @@ from .engine_deepspeed import DeepSpeedOptimizer
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
 from .put_back import PutBack, remember_flags, remember_hooks, restoring
+from .user_optimizer import UserSchedule, check_optimizer
 
 
 __all__ = ["ClientTimeoutError", "LocalRoundMixin"]
@@ -50,8 +51,26 @@ class LocalRoundMixin(AgreementMixin):
     _trained: Collection[str] | None = None
     _optimizer_start: AdapterState | None = None
     _objective: LocalObjective | None
+    _user_schedule: UserSchedule | None = None
+    _has_rate: bool = False  # whether a step of the last local round had a learning rate that is not zero
     _is_switched_on: bool = False  # what `train()` switches on for good
     _has_liger_kernels: bool = False
+
+    def _take_optimizers(self, optimizer: Any, schedule: Any) -> None:
+        """
+        What was given as `optimizers`.
+
+        Raises:
+            ValueError: If the optimiser does not hold what is trained, or the schedule cannot start afresh at each client.
+        """
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+        if schedule is not None:
+            self._user_schedule = UserSchedule(schedule, optimizer, self.args.max_steps)
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        model: Any = self.model
+        check_optimizer(optimizer, self._live_adapter.parameters(), model)
 
     def local_round(
         self,
@@ -109,6 +128,7 @@ class LocalRoundMixin(AgreementMixin):
         self._trained = trained
         self._objective = objective
         self._optimizer_start = optimizer_state
+        self._has_rate = False
 
         is_late = None if timeout is None else lambda: self._any_stops(time.perf_counter() > start + timeout)
         with self._own_state(max_steps, is_late), self._breaking_off(), self._agreeing_in_forward():
@@ -181,6 +201,10 @@ class LocalRoundMixin(AgreementMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         # after the last backward of an optimiser step, when the gradients are complete and not yet clipped
+        if self.accelerator.sync_gradients:
+            self._has_rate |= any(
+                group["lr"] is None or bool(group["lr"] != 0) for group in self.optimizer.param_groups
+            )
         if self._objective is not None and self.accelerator.sync_gradients:
             self._objective.add_gradients(self._live_adapter.parameters(), self.optimizer.param_groups[0]["lr"])
         return loss
@@ -192,7 +216,8 @@ class LocalRoundMixin(AgreementMixin):
         self._reset_optimizer()
         if self._objective is not None:
             self._objective.check_optimizer(self.optimizer.optimizer)
-        self.lr_scheduler = None
+        schedule: Any = None if self._user_schedule is None else self._user_schedule.restart(self._lr_factor)
+        self.lr_scheduler = schedule
         self.create_scheduler(num_training_steps=max_steps)
         for attribute in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, attribute, getattr(self, attribute))
@@ -223,6 +248,8 @@ class LocalRoundMixin(AgreementMixin):
             self._live_adapter.write(state)  # with `bf16` its masters are made of copies that were rounded
         else:
             self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # which take none, and split what it holds
+            self._check_optimizer(self.optimizer)
         self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         self._initial_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
@@ -243,6 +270,8 @@ class LocalRoundMixin(AgreementMixin):
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
             self.accelerator.scaler._per_optimizer_states.clear()  # of a step that was broken off: gradients are unscaled once
             self.optimizer._accelerate_step_called = self.optimizer._is_overflow = False
+        if self._user_schedule is not None:
+            return  # it multiplies its own rates, which are in the initial state
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
 
@@ -332,14 +361,17 @@ class _LocalFlowCallback(DefaultFlowCallback):
 
 
 class _LocalCallbackHandler(CallbackHandler):
-    """Passes on the events of single steps only."""
+    """Passes on the events of single steps and epochs only."""
 
     STEP_EVENTS = frozenset(
-        {"on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"}
+        {
+            *("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"),
+            *("on_epoch_begin", "on_epoch_end"),
+        }
     )
 
     def __init__(self, handler: CallbackHandler, is_late: Callable[[], bool] | None) -> None:
-        others = [callback for callback in handler.callbacks if not isinstance(callback, DefaultFlowCallback)]
+        others = [callback for callback in handler.callbacks if type(callback) is not DefaultFlowCallback]
         super().__init__([_LocalFlowCallback(is_late), *others], handler.model, handler.processing_class, None, None)
 
     def call_event(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.training_args import OptimizerNames
 
+from peft_scl.adapter_names import called_like_a_module
+
 from .adapter_state import AdapterState, LiveState
 from .aggregation import FactorPair
-from .client_datasets import rows_by_client
+from .client_datasets import ClientDatasets, rows_by_client
 from .client_settings import ClientSettings
 from .config import FederationArguments
 from .server import Server
@@ -22,6 +25,7 @@ from .sparse_change import check_sparse_change
 
 
 __all__ = [
+    "refuse_adapter_names",
     "refuse_empty_held_out",
     "refuse_kept_optimizers",
     "refuse_one_evaluation",
@@ -90,6 +94,30 @@ def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
         )
 
 
+def refuse_adapter_names(model: PeftModel) -> None:
+    """
+    Refuse names of adapters under which PEFT would not save what is trained, or elsewhere.
+
+    Raises:
+        ValueError: Naming the adapter.
+    """
+    active = model.active_adapters
+    for name in model.peft_config:
+        if name in active and re.search(r"[/\\\x00]", name):
+            raise ValueError(
+                f"The adapter is called {name!r}, and PEFT saves it into a folder of that name. Give it a name without slashes: "
+                "`get_peft_model(model, config, adapter_name=...)`."
+            )
+    # "default" alone is what everybody has: a module of that name does not harm it
+    named = [name for name in model.peft_config if name != "default" or len(model.peft_config) > 1]
+    clashing = called_like_a_module(model, named)
+    if clashing:
+        raise ValueError(
+            f"The adapter {clashing[0]!r} is called like a module of the model, so PEFT would leave tensors out of the files of the others, "
+            "or save them under other names. Give it another name."
+        )
+
+
 def refuse_empty_held_out(eval_dataset: Any) -> None:
     """
     Refuse held-out sets without rows.
@@ -97,7 +125,12 @@ def refuse_empty_held_out(eval_dataset: Any) -> None:
     Raises:
         ValueError: Naming the set.
     """
-    for name, num_rows in rows_by_client(eval_dataset if isinstance(eval_dataset, Mapping) else {}).items():
+    sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
+    if not isinstance(sets, ClientDatasets):
+        sets = {
+            name: dataset for name, dataset in sets.items() if hasattr(dataset, "__len__")
+        }  # a stream has no length
+    for name, num_rows in rows_by_client(sets).items():
         if num_rows == 0:
             raise ValueError(f"The held-out data of {name!r} is empty. Leave it out of `eval_dataset`.")
 

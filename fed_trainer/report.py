@@ -12,11 +12,12 @@ clients were counted. The plots need matplotlib; the table does not.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peft_scl.foreign_files import read_json
 
 from .partition import format_table
 from .record import RECORD_NAME, held_out_metrics
@@ -74,9 +75,9 @@ def round_table(federation: dict[str, Any]) -> str:
                 str(len(entry["clients"])),
                 _number(entry["train_loss"], 4),
                 *_metric_cells(evaluations.get(entry["round"], {}), keys),
-                _number(entry["bytes_up"] / 1e6, 3),
-                _number(entry["bytes_down"] / 1e6, 3),
-                _number(sum(entry["seconds"].values()), 1),
+                _number(entry["bytes_up"], 3, 1e-6),
+                _number(entry["bytes_down"], 3, 1e-6),
+                _number(None if entry["seconds"] is None else sum(entry["seconds"].values()), 1),
             ]
         )
     return format_table(header, rows)
@@ -118,10 +119,11 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     axes = panels[0]
     # Points that touch would hide the dashes. They stay visible, since a loss measured once is a point without a line.
     marker_size = 4 if len(rounds) <= MAX_LARGE_POINTS else 2
-    if rounds:
+    losses = {entry["round"]: entry["train_loss"] for entry in rounds if entry["train_loss"] is not None}
+    if losses:
         axes.plot(
-            [entry["round"] for entry in rounds],
-            [entry["train_loss"] for entry in rounds],
+            losses.keys(),
+            losses.values(),
             color="black",
             marker="o",
             markersize=marker_size,
@@ -269,16 +271,12 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
             "a run that has started to train."
         )
     try:
-        federation = json.loads(path.read_text(encoding="utf-8"))
+        federation = read_json(path)
     except ValueError as error:
+        raise ValueError(f"The run cannot be reported: {error} Or resume the run, which writes it again.") from error
+    if federation.get("format") != FORMAT:
         raise ValueError(
-            f"'{path}' is not valid JSON ({error}), so the run cannot be reported: restore the file, or resume the "
-            "run, which writes it again."
-        ) from error
-    if not isinstance(federation, dict) or federation.get("format") != FORMAT:
-        given = federation.get("format") if isinstance(federation, dict) else type(federation).__name__
-        raise ValueError(
-            f"'{path}' has format {given!r}, but this version reads format {FORMAT}: use the version of peft-scl that "
+            f"'{path}' has format {federation.get('format')!r}, but this version reads format {FORMAT}: use the version of peft-scl that "
             "wrote it."
         )
     missing = sorted({"aggregation", "clients", "label_column", "peft_type", "rounds", "start"} - federation.keys())
@@ -325,8 +323,8 @@ def _compositions(federation: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {name: client["composition"] for name, client in federation["clients"].items() if client["composition"]}
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
 def _cut(name: str) -> str:

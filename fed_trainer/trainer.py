@@ -19,7 +19,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -27,10 +27,14 @@ from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
+from peft_scl.foreign_files import check_adapter_files, read_peft_config
 
+from .adapter_checks import refuse_idle_adapter, refuse_unwrapped_adapter
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
+from .broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
+from .callbacks import refuse_callback, refuse_callbacks, remove_last
 from .checkpoint import (
     has_nothing_to_resume,
     load_adapter,
@@ -47,15 +51,18 @@ from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .digests import TRAINER_STATE_NAME
 from .first_look import telling_row
-from .hub import fetch_adapter
+from .held_out import check_held_out
+from .hub import discard_stages, fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
+from .movement import Movement
 from .processes import first_alone, rest_at_exit, told_by_first, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
 from .refusals import (
+    refuse_adapter_names,
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
@@ -66,6 +73,7 @@ from .refusals import (
 )
 from .round_checkpoints import RoundCheckpointsMixin
 from .run_lock import owning
+from .saved_files import fresh_folder, move_into_place
 from .server import Server, freeze_for_good
 from .sparse_change import LiveSparseChange
 from .timing import timed
@@ -88,6 +96,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
     _base_change_bytes = 0
     _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
     _sparse_stage_errors: dict[str, float]
+    _takes_torch_datasets = True  # as held-out data
+    _refuses_callbacks = False  # while `Trainer.__init__` adds a bar over steps
 
     def __init__(
         self,
@@ -103,19 +113,18 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every field of "
                 f"`{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
             )
-        if any(isinstance(callback, EarlyStoppingCallback) for callback in kwargs.get("callbacks") or []):
-            raise ValueError(
-                "`EarlyStoppingCallback` follows evaluations within a training run, and a client makes none. Use a callback "
-                "that sets `control.should_training_stop` in `on_evaluate`, which is called once per evaluated round."
-            )
+        refuse_callbacks(kwargs.get("callbacks"))
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
         check_launch(args)
         rest_at_exit()
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
+        check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
+        if isinstance(model, (PreTrainedModel, PeftModel)):
+            refuse_unwrapped_adapter(model)
         adapter_folder = None
         if args.initial_adapter is not None:
             if peft_config is not None or isinstance(model, PeftModel):
@@ -129,7 +138,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                     f"`initial_adapter` takes adapters only, but {args.initial_adapter!r} has no {CONFIG_NAME}. To start from a "
                     f"whole model, load it with `from_pretrained({args.initial_adapter!r})` and pass it as `model`."
                 )
-            peft_config = PeftConfig.from_pretrained(str(adapter_folder))
+            check_adapter_files(adapter_folder)
+            peft_config = read_peft_config(PeftConfig, adapter_folder)
             peft_config.inference_mode = False
 
         self._folder = Path(args.output_dir or "")
@@ -150,19 +160,27 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if by_client is not None:
             self.eval_dataset = by_client
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
-        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        self.remove_callback(PrinterCallback)
+        remove_last(self.callback_handler, (DEFAULT_PROGRESS_CALLBACK, PrinterCallback))
+        refuse_callbacks(self.callback_handler.callbacks)  # of `report_to`, too
+        self._refuses_callbacks = True
 
         self._prepared_clients: dict[str, Dataset] = {}
+        self._num_tokens: dict[str, int] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
         self._first_look = None
         self.train_dataset = self._first_prepared()
+        refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
+        if isinstance(self.model, PeftModel):
+            refuse_adapter_names(self.model)
         self._live_adapter = live_state(self.model)
+        self._check_model()
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
             keep_differentiable(self.model.get_base_model())
         refuse_what_would_leak(self.model, self._live_adapter)
         freeze_for_good(args, self.model, self._live_adapter)
+        optimizer, schedule = kwargs.get("optimizers") or (None, None)
+        self._take_optimizers(optimizer, schedule)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         published = {} if adapter_folder is None else self._start_from(adapter_folder)
         self._global_state = self._shared_start(published)
@@ -185,7 +203,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / PRIVATE_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
+        has_optimizer = optimizer is not None
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -223,14 +241,20 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
             ValueError: If the checkpoint belongs to another run.
+            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
+            BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live model holds
+                that of the round before.
         """
         self._refuse_within_client_model("train")
         if trial is not None:
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
+        refuse_callbacks(self.callback_handler.callbacks)
+        if not isinstance(self._live_adapter, LiveSparseChange):  # in that stage the LoRA waits
+            self._check_model()
         with owning(self._folder):
             return self._run(resume_from_checkpoint, ignore_keys_for_eval)
 
@@ -255,10 +279,12 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
                 self._ensure_engine()  # what fails here is no client's fault
-                self.server.begin(self._global_state, round)
+                sampled = self.sampler.sample(round)
+                self.server.begin(self._global_state, round, sampled)
+                self._movement.begin()
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off
-                for client in self.sampler.sample(round):
+                for client in sampled:
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
                     if metrics is None:
                         logger.warning(
@@ -267,14 +293,17 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                         continue
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
-                with timed(seconds, "aggregate"):
+                self._movement.end(round)
+                before = self._turn_back_to()
+                with timed(seconds, "aggregate"), self._turning_back(before):
                     self._end_of_round()
 
                 self.state.global_step = self.state.epoch = round
                 evaluation = None
                 if self._is_due(round, self.args.eval_rounds) and self.eval_dataset is not None:
-                    with timed(seconds, "evaluate"):
+                    with timed(seconds, "evaluate"), self._turning_back(before):
                         evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
+                        refuse_broken_loss(evaluation, self._earlier_evaluations)
                 self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
                 if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
                     with timed(seconds, "checkpoint"):
@@ -285,6 +314,17 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
                 if self.control.should_training_stop:  # a callback
                     break
         return self._end()
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """
+        As [`~transformers.Trainer.add_callback`].
+
+        Raises:
+            ValueError: For a callback that cannot work in a federation.
+        """
+        if self._refuses_callbacks:
+            refuse_callback(callback)
+        super().add_callback(callback)
 
     def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
         """
@@ -302,12 +342,15 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         with self.client_model(client):
             weights = self._weights_to_save()
             if self.is_world_process_zero():
-                self._save_weights(Path(output_dir), weights)
+                with fresh_folder(Path(output_dir)) as beside:
+                    self._save_weights(beside, weights)
+                    move_into_place(beside, Path(output_dir))
 
     # The steps of a round
 
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
+        refuse_overflow(self._global_state, self._live_adapter.dtypes())
         if self.is_world_process_zero():
             self._store.commit()
         wait_for_first()
@@ -315,6 +358,25 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.add(base_change)
         self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
+
+    def _turn_back_to(self) -> tuple[AdapterState, AdapterState]:
+        """The global state, and what is in the base weights; neither is copied, as nothing changes them in place."""
+        return self._global_state, {} if self._base_changes is None else self._base_changes.state_dict()
+
+    @contextmanager
+    def _turning_back(self, before: tuple[AdapterState, AdapterState]) -> Iterator[None]:
+        """After a state that the model cannot compute with, the live model holds that of the round before."""
+        try:
+            yield
+        except BrokenStateError:
+            self._global_state, base = before
+            if self._base_changes is not None:
+                self._base_changes.load_state_dict(base)
+            raise
+
+    @property
+    def _earlier_evaluations(self) -> list[dict[str, float] | None]:
+        return [self._record["start"]["eval"], *(entry["eval"] for entry in self._record["rounds"])]
 
     def _begin_sparse_stage(self) -> None:
         """SLoRA begins with a sparse change of the base weights."""
@@ -346,6 +408,10 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
+
+    def _check_model(self) -> None:
+        """Refuse a model of which training would not reach what is trained."""
+        refuse_idle_adapter(self.model)
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""
@@ -426,6 +492,8 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
+        self._movement = Movement()
+        self._published_round = 0
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
         self._write_record(self._folder)  # from now on there is something to resume
@@ -454,10 +522,15 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if "sparse_stage" in record:
             fresh["sparse_stage"] = record["sparse_stage"]
         self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
+        self._movement = Movement(has_begun=True)
+        self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:
+        if self.is_world_process_zero():
+            discard_stages(self._folder)
+        self._warn_of_single_clients()
         self.state = state
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()
@@ -534,7 +607,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
 
     def _start_from(self, folder: Path) -> AdapterState:
         source = f"The adapter {self.args.initial_adapter!r}"
-        state = self._live_adapter.from_saved(load_adapter(folder), source)
+        state = self._live_adapter.from_saved(load_adapter(folder, self._live_adapter.saved_shapes()), source)
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         record = read_record(folder)
         theirs, ours = record.get("base_digest"), self._base_digest

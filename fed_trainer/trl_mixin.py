@@ -12,9 +12,11 @@ from typing import Any
 import datasets
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .clients import check_preference_columns, held_out_sets
+from .config import given
 from .put_back import PutBack
 from .record import peft_type_name
 from .trainer import FederatedMixin
@@ -32,6 +34,7 @@ _WITHOUT_LOG_PROBS = {
 class TRLMixin(FederatedMixin):
     """[`FederatedMixin`] for the trainers of TRL."""
 
+    _takes_torch_datasets = False
     _name: str  # TRL's, as in "DPO"
     # with the tokens that this process has been trained on, which TRL logs with an evaluation
     _progress_figures = FederatedMixin._progress_figures | {"eval_num_tokens"}
@@ -42,9 +45,26 @@ class TRLMixin(FederatedMixin):
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         trainer = f"{self._name}Trainer"
+        if "tokens" in given(self.args, "aggregation_kwargs").values():
+            raise ValueError(
+                f"`aggregation_kwargs` weights clients by their tokens, but the loss of `{trainer}` is one of pairs of answers, not of tokens. "
+                "Weight by 'examples', or all alike ('uniform')."
+            )
         check_preference_columns(clients, self._preference_formats, trainer)
         for name, dataset in held_out_sets(eval_dataset).items():
             check_preference_columns({name: dataset}, self._preference_formats, trainer, kind="Held-out set")
+
+    def _check_model(self) -> None:
+        super()._check_model()
+        model: Any = self.model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+        head = None if base is None else base.get_output_embeddings()
+        if isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper):
+            raise ValueError(
+                f"`trainable_token_indices` on embeddings that are tied to the output layer: {self._name}Trainer of TRL multiplies by the "
+                "weight of that layer itself (`fused_lm_head`), past the rows that are trained. Train them with `FederatedTaskTrainer`, on "
+                "tokenised data with labels, or take a base model whose embeddings are not tied."
+            )
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it

@@ -209,6 +209,19 @@ def test_the_same_state_is_the_same_file(tmp_path):
     assert len(contents) == 1
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_enters_a_checkpoint_is_on_the_disk(tmp_path, monkeypatch, has_links):
+    def refuses(source, target):
+        raise OSError("not supported")
+
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuses)
+    store_of(tmp_path / "clients").link_into(tmp_path / "checkpoint")
+    assert {path.stat().st_ino for path in [tmp_path / "checkpoint", *(tmp_path / "checkpoint").iterdir()]} <= synced
+
+
 @pytest.mark.parametrize("client", ["a", "ward/3 (night)", "x" * 300])
 def test_a_file_says_whose_it_is_and_of_which_round(tmp_path, client):
     store = ClientStore(tmp_path / "clients")

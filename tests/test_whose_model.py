@@ -150,8 +150,10 @@ def test_every_door_leads_to_a_model_that_is_somebodys(trained, kind):
         if kind == "shared":
             assert door(trainer, OTHER) == pytest.approx(loss_of(trainer._global_state, OTHER), abs=1e-6), name
         else:
+            trainer.model.train()
             with pytest.raises(ValueError, match="Every client has a model of its own, so there is not one to"):
                 door(trainer, OTHER)
+            assert trainer.model.training or name == "prediction_step", name  # before anything was done
         for client in "ab":
             with trainer.client_model(client) as model:
                 loss = door(trainer, OTHER)

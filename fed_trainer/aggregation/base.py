@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
 from ..adapter_state import AdapterState
+from .limits import LARGEST_VALUE, relative_limit
 from .low_rank import LowRank
 
 
 __all__ = ["Aggregator", "ClientUpdate"]
+
+WEIGHTS = ("examples", "uniform", "tokens")
 
 
 @dataclass
@@ -32,6 +35,10 @@ class ClientUpdate:
             The client's own `lora_alpha / r` by module, where its rank and therefore its scaling is not the server's.
         base_digest (`str`, *optional*):
             [`base_digest`] of the base model the client trained on.
+        num_tokens (`int`, *optional*):
+            Number of tokens that carry a loss in what the client holds, for rules with `weights="tokens"`.
+        extras (`dict[str, torch.Tensor]`):
+            What the local objective sends beside the delta ([`LocalObjective.to_server`]).
     """
 
     client: str
@@ -41,6 +48,8 @@ class ClientUpdate:
     num_steps: int | None = None
     scalings: dict[str, float] | None = None
     base_digest: str | None = None
+    num_tokens: int | None = None
+    extras: AdapterState = field(default_factory=dict)
 
 
 class Aggregator(ABC):
@@ -49,6 +58,11 @@ class Aggregator(ABC):
 
     A rule sees only what is shared (see [`TensorRoles`]). A round is `begin`, an `add` per client and one `finish`.
     """
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Fields of a [`ClientUpdate`] that the rule reads beside the delta, a number each."""
+        return ("num_examples",)
 
     @abstractmethod
     def begin(self, state: AdapterState, round: int = 1) -> None:
@@ -63,6 +77,19 @@ class Aggregator(ABC):
         Raises:
             ValueError: If the update does not fit.
         """
+
+    def check(self, update: ClientUpdate) -> None:  # noqa: B027 (few rules need it)
+        """Raise what `add` would raise, and change nothing."""
+
+    def largest_value(self, state: AdapterState) -> float:
+        """
+        The largest magnitude in a client's delta with which the rule is finite and accurate in float32, for the global adapter
+        `state`: [`relative_limit`], unless a rule bounds what it takes.
+        """
+        return min(LARGEST_VALUE, relative_limit(state))
+
+    def bear(self, num_faulty: int) -> None:  # noqa: B027
+        """Before `finish`: so many clients of the round were refused for what they sent, so they are not among the updates."""
 
     @abstractmethod
     def finish(self) -> AdapterState:
@@ -80,6 +107,42 @@ class Aggregator(ABC):
         the scaling in them. Empty for most rules.
         """
         return {}
+
+
+def check_weights(weights: object, name: str = "weights", choices: tuple[str, ...] = WEIGHTS) -> None:
+    """Refuse what is no way to weight clients."""
+    if weights not in choices:
+        raise ValueError(f"`{name}` should be one of {list(choices)} but the value passed is {weights!r}")
+
+
+def numbers_of(weights: str) -> tuple[str, ...]:
+    """The fields of a [`ClientUpdate`] that `weight_of` reads."""
+    return {"examples": ("num_examples",), "uniform": (), "tokens": ("num_tokens",)}[weights]
+
+
+def weight_of(update: ClientUpdate, weights: str) -> int:
+    """
+    The weight of a client in a mean.
+
+    Args:
+        update ([`ClientUpdate`]):
+            Its update.
+        weights (`str`):
+            `"examples"`: its number of examples, `"uniform"`: 1, `"tokens"`: its number of tokens that carry a loss.
+
+    Raises:
+        ValueError: If it does not say its number of tokens.
+    """
+    if weights == "uniform":
+        return 1
+    if weights == "examples":
+        return update.num_examples
+    if update.num_tokens is None:
+        raise ValueError(
+            f"`weights='tokens'`, but client {update.client!r} does not say its number of tokens (`num_tokens`). Fill it in where the update "
+            "is made, or weight by examples."
+        )
+    return update.num_tokens
 
 
 def check_tensors(update: ClientUpdate, reference: AdapterState, partial: bool = False) -> None:

@@ -17,6 +17,9 @@ from .low_rank import LowRank, LowRankSum, truncate
 __all__ = ["FedExLoRA", "LoRAFair"]
 
 
+SOLVABLE = 1e-10  # the share of the ridge in a Gram that float64 solves to five digits at least
+
+
 class MeanOfFactors(FactorAggregator):
     """
     Means of the factors, and what the product of the means lacks: `sum_k p_k B_k A_k - B A = sum_k p_k (B_k - R_B)(A_k - R_A) -
@@ -26,8 +29,14 @@ class MeanOfFactors(FactorAggregator):
 
     aggregation = ""
 
-    def __init__(self, pairs: Sequence[FactorPair], max_columns: int | None = None, partial: bool = False) -> None:
-        super().__init__(pairs, partial)
+    def __init__(
+        self,
+        pairs: Sequence[FactorPair],
+        max_columns: int | None = None,
+        partial: bool = False,
+        weights: str = "examples",
+    ) -> None:
+        super().__init__(pairs, partial, weights)
         check_integer("max_columns", max_columns, least=1, optional=True)
         self.max_columns = max_columns
 
@@ -51,9 +60,10 @@ class MeanOfFactors(FactorAggregator):
             return
         (reference_A, reference_B), (total_A, total_B) = self._references[pair.module], self._offsets[pair.module]
         A, B = A - reference_A, B - reference_B
-        total_A.add_(A, alpha=update.num_examples)
-        total_B.add_(B, alpha=update.num_examples)
-        self._sums[pair.module].add(B * update.num_examples, A)
+        weight = self._weight(update)
+        total_A.add_(A, alpha=weight)
+        total_B.add_(B, alpha=weight)
+        self._sums[pair.module].add(B * weight, A)
 
     def finish(self) -> AdapterState:
         delta = self._finish_others()
@@ -100,6 +110,8 @@ class FedExLoRA(MeanOfFactors):
             Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
     aggregation = "fedex_lora"
@@ -110,9 +122,10 @@ class FedExLoRA(MeanOfFactors):
         max_rank: int | None = None,
         max_columns: int | None = None,
         partial: bool = False,
+        weights: str = "examples",
     ) -> None:
         check_foldable(pairs, self.aggregation)
-        super().__init__(pairs, max_columns, partial)
+        super().__init__(pairs, max_columns, partial, weights)
         check_integer("max_rank", max_rank, least=1, optional=True)
         self.max_rank = max_rank
 
@@ -143,6 +156,8 @@ class LoRAFair(MeanOfFactors):
             Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
     aggregation = "lora_fair"
@@ -153,9 +168,10 @@ class LoRAFair(MeanOfFactors):
         ridge: float = 0.01,
         max_columns: int | None = None,
         partial: bool = False,
+        weights: str = "examples",
     ) -> None:
         check_number("ridge", ridge, lambda value: value > 0, "positive and finite")
-        super().__init__(pairs, max_columns, partial)
+        super().__init__(pairs, max_columns, partial, weights)
         self.ridge = ridge
 
     def _corrected(
@@ -171,4 +187,9 @@ def ridge_correction(lacking: LowRank, A: torch.Tensor, ridge: float) -> torch.T
     """`lacking A^T (A A^T + ridge I)^-1`, `(out, r)`, solved in float64 without forming `lacking`."""
     left, right, A = lacking.left.double(), lacking.right.double(), A.double()
     gram = A @ A.T + ridge * torch.eye(len(A), dtype=torch.float64)
+    if (
+        ridge < SOLVABLE * gram.trace()
+    ):  # beside large factors the penalty drowns in the Gram, which may then be singular
+        u, values, vt = torch.linalg.svd(A, full_matrices=False)
+        return (left @ (right @ vt.T) * (values / (values.square() + ridge)) @ u.T).float()
     return torch.linalg.solve(gram, left @ (right @ A.T), left=False).float()
