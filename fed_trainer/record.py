@@ -16,6 +16,8 @@ from datasets import Dataset
 from peft import PeftConfig, PeftType
 from transformers import TrainingArguments
 
+from peft_scl.foreign_files import read_json
+
 from .client_datasets import column_by_client, rows_by_client
 from .config import FederationArguments
 from .disk import replace_durably, writing
@@ -128,9 +130,14 @@ def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
-    """The record in `folder`; empty if there is none."""
+    """
+    The record in `folder`; empty if there is none.
+
+    Raises:
+        ValueError: If it is no JSON, or holds no dictionary.
+    """
     path = Path(folder) / RECORD_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
