@@ -210,7 +210,8 @@ def test_digests_that_lack_an_entry_or_have_one_too_many_are_damage(run):
     for name in needed:
         fewer = {other: digest for other, digest in digests.items() if other != name}
         (folder / "digests.json").write_text(json.dumps(fewer))
-        assert find_damage(folder) == f"{name} is not in digests.json"
+        damage = find_damage(folder) or ""
+        assert name in damage and "digests.json" in damage, damage
     (folder / "digests.json").write_text(json.dumps({**digests, "more.safetensors": "0"}))
     assert find_damage(folder) == "more.safetensors is missing"
 
