@@ -73,6 +73,7 @@ def publish(
     token: str | None,
     revision: str | None,
     blocking: bool = True,
+    run_folder: Path | None = None,
 ) -> CommitInfo | Future[CommitInfo]:
     """
     Upload files of `folder` as one commit.
@@ -92,8 +93,10 @@ def publish(
             As in [`~huggingface_hub.HfApi.upload_folder`].
         blocking (`bool`, *optional*, defaults to `True`):
             Whether to wait for the upload. If not, a future is returned.
+        run_folder (`Path`, *optional*):
+            Where the folder of links is made, on the same file system; in `folder` if not given.
     """
-    stage = _staged(Path(folder), names, documents)
+    stage = _staged(Path(folder), names, documents, (run_folder or Path(folder)) / _STAGES)
     api = HfApi(token=token)
 
     def upload() -> CommitInfo:
@@ -125,10 +128,10 @@ def _discard(stage: Path) -> None:
         remove_own_folder(stage.parent)
 
 
-def _staged(folder: Path, names: Collection[str], documents: Mapping[str, str]) -> Path:
+def _staged(folder: Path, names: Collection[str], documents: Mapping[str, str], stages: Path) -> Path:
     """A folder with hard links to the files `names`, which their successors do not change, and with the documents."""
-    make_own(folder / _STAGES)
-    stage = Path(tempfile.mkdtemp(dir=folder / _STAGES, prefix=f"{os.getpid()}-"))
+    make_own(stages)
+    stage = Path(tempfile.mkdtemp(dir=stages, prefix=f"{os.getpid()}-"))
     make_own(stage)
     for name in sorted(set(names) - documents.keys()):
         if _is_pickle(folder / name):

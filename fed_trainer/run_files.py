@@ -203,7 +203,8 @@ class RunFilesMixin(Trainer):
             )
         self._published_round = rounds[-1]["round"] if rounds else 0
         names = [*self._saved_names, CARD_NAME]
-        return publish(folder, names, documents, self.hub_model_id, commit_message, token, revision, blocking)
+        repository = self.hub_model_id
+        return publish(folder, names, documents, repository, commit_message, token, revision, blocking, self._folder)
 
     def _warn_of_single_clients(self) -> None:
         """At the start of a run each of whose rounds is going to be the update of a client, for all to see."""
