@@ -12,12 +12,16 @@ from typing import Any
 from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging
 
 from .adapter_state import AdapterState, LiveState
 from .client_datasets import recent
+from .figures import ClientMeans, means_over_clients, without_speed
 
 
 __all__ = ["ClientEvaluationMixin"]
+
+logger = logging.get_logger(__name__)
 
 
 class ClientEvaluationMixin(Trainer):
@@ -30,8 +34,10 @@ class ClientEvaluationMixin(Trainer):
     _global_state: AdapterState
     _clients: Mapping[str, Dataset]
     _prepared_held_out: dict[str, Dataset]
-    client_evaluation: dict[str, dict[str, float]] | None = None
+    client_evaluation: dict[str, dict[str, Any]] | None = None
     """Figures of the last evaluation by client; `None` if it was not one by client."""
+    client_means: ClientMeans | None = None
+    """The means of it, with the number of clients that had each figure."""
 
     def client_state(self, client: str) -> AdapterState:
         """What the model of a client is made of."""
@@ -75,7 +81,7 @@ class ClientEvaluationMixin(Trainer):
         """
         As [`~transformers.Trainer.evaluate`]; for an `eval_dataset` by client the means over clients, weighted by examples.
         """
-        self.client_evaluation = None
+        self.client_evaluation = self.client_means = None
         if eval_dataset is not None and self.has_personal_models:
             raise ValueError(
                 "Every client has a model of its own, so there is not one to evaluate on other data. Save that of a client with "
@@ -98,21 +104,32 @@ class ClientEvaluationMixin(Trainer):
                     ignore_keys=ignore_keys,
                     metric_key_prefix=metric_key_prefix,
                 )
-                self.client_evaluation[client] = {
-                    key: float(value)
-                    for key, value in (output.metrics or {}).items()
-                    if not key.endswith("preparation_time")
-                }
+                self.client_evaluation[client] = self._figures_of_client(output.metrics or {}, metric_key_prefix)
                 counts[client] = output.num_samples or 0
         finally:
             self._live_adapter.write(self._global_state)
-        total = sum(counts.values())
-        keys = next(iter(self.client_evaluation.values()))
-        metrics = {
-            key: sum(counts[client] * figures[key] for client, figures in self.client_evaluation.items()) / total
-            for key in keys
-        }
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=total)
+        metrics = self._means_of_clients(self.client_evaluation, counts)
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=sum(counts.values()))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def take_side_metrics(self) -> dict[str, float]:
+        """What the trainer underneath has measured along in the last evaluation, by whole names."""
+        raise NotImplementedError
+
+    def _figures_of_client(self, metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """What was measured of the client's model; what the user computes comes before what the trainer underneath measures along."""
+        side = {name: value for name, value in self.take_side_metrics().items() if name not in metrics}
+        return without_speed(metrics | side, prefix)
+
+    def _means_of_clients(self, figures: dict[str, dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
+        """The means over clients, weighted by examples; of what some clients lack, over the others, with a warning."""
+        self.client_means = means_over_clients(figures, counts)
+        for name, clients in self.client_means.without.items():
+            what = ", ".join(f"{client!r}: {value}" for client, value in list(clients.items())[:5])
+            logger.warning(
+                f"{name} is the mean over {self.client_means.num_clients[name]} of {len(figures)} clients; it is no number at "
+                f"{what}{', ...' if len(clients) > 5 else ''}"
+            )
+        return dict(self.client_means.means)

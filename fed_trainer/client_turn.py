@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -56,12 +55,12 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
 
     def _client_round(
         self, client: str, round: int, lr_factor: float, seconds: dict[str, float]
-    ) -> dict[str, float] | None:
+    ) -> dict[str, Any] | None:
         """
         One client's turn: it gets the shared tensors, trains, and its update is offered to the server.
 
         Returns:
-            `dict[str, float]` or `None`: its figures, if its update counts; `server.refused` says why it does not.
+            `dict[str, Any]` or `None`: its figures, if its update counts; `server.refused` says why it does not.
         """
         with timed(seconds, "prepare"):
             kept = self._store.read(client)
@@ -122,7 +121,7 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         start: AdapterState,
         shared: AdapterState,
         kept: dict[str, AdapterState],
-    ) -> tuple[AdapterState, dict[str, AdapterState], dict[str, float]]:
+    ) -> tuple[AdapterState, dict[str, AdapterState], dict[str, Any]]:
         """The client's update in the shape of the live model, what it is to keep, and its figures; nothing is changed yet."""
         train = functools.partial(
             self.local_round,
@@ -156,11 +155,6 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.args.keep_optimizer_state:
                 keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
-        if not math.isfinite(metrics["train_loss"]):
-            self._all_have_stopped = True  # it is the mean over the processes
-            raise ClientError(
-                f"The training loss is {metrics['train_loss']}. Lower `learning_rate`, or set `max_grad_norm`."
-            )
         return delta, keeps, metrics
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:

@@ -172,6 +172,19 @@ class FederationArguments(_Arguments):
                 "saved round) or 'end'."
             )
         self._refuse_local_evaluation_and_saving()
+        self._refuse_an_empty_budget()
+
+    def _refuse_an_empty_budget(self) -> None:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"`max_steps={self.max_steps!r}` is no local budget. Set a number of steps per client and round, or leave it at -1 and "
+                "set `num_train_epochs`."
+            )
+        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(
+                f"`num_train_epochs={self.num_train_epochs!r}` is no local budget, so no client would take a step. Set a positive number, "
+                "or `max_steps`."
+            )
 
     def _refuse_local_evaluation_and_saving(self) -> None:
         if self.eval_strategy != "no":

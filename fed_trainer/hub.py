@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapsho
 
 from peft_scl.card import IMPORT_LINE, LOADERS
 
-from .record import held_out_metrics
+from .figures import evaluations
 
 
 __all__ = ["PUBLISHED_FILES", "fetch_adapter", "model_card", "publish"]
@@ -225,12 +225,16 @@ def _megabytes(rounds: list[dict[str, Any]]) -> str:
 
 
 def _curve(record: dict[str, Any]) -> list[str]:
-    evaluations = held_out_metrics(record)
-    keys = list(dict.fromkeys(key for metrics in evaluations.values() for key in metrics))
+    measured = evaluations(record)
+    keys = list(dict.fromkeys(key for metrics in measured.values() for key in metrics))
     if not keys:
         return []
     rows = [
-        " | ".join([str(round), *(f"{metrics[key]:.4f}" if key in metrics else "-" for key in keys)])
-        for round, metrics in evaluations.items()
+        " | ".join([str(round), *(_cell(metrics[key]) if key in metrics else "-" for key in keys)])
+        for round, metrics in measured.items()
     ]
     return [f"| round | {' | '.join(keys)} |", "|---" * (1 + len(keys)) + "|", *(f"| {row} |" for row in rows)]
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"

@@ -22,6 +22,7 @@ from .adapter_state import AdapterState, LiveState
 from .agreement import AgreementMixin
 from .client_errors import ClientError
 from .engine_deepspeed import DeepSpeedOptimizer
+from .local_figures import LocalFiguresMixin
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
 
@@ -29,7 +30,7 @@ from .optimizer_state import read_optimizer, with_state
 __all__ = ["ClientTimeoutError", "LocalRoundMixin"]
 
 
-class LocalRoundMixin(AgreementMixin):
+class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
     """
     Adds `local_round` to a [`~transformers.Trainer`]: its own `train()`, run for one client, on the one model it holds.
 
@@ -62,7 +63,7 @@ class LocalRoundMixin(AgreementMixin):
         objective: LocalObjective | None = None,
         timeout: float | None = None,
         optimizer_state: AdapterState | None = None,
-    ) -> tuple[AdapterState, dict[str, float]]:
+    ) -> tuple[AdapterState, dict[str, Any]]:
         """
         Train one client for its local budget, starting from `state`.
 
@@ -90,9 +91,11 @@ class LocalRoundMixin(AgreementMixin):
                 What `optimizer_state` has returned after an earlier local round, to go on with; a fresh optimiser if not given.
 
         Returns:
-            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps` and `seconds`.
+            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps`, `seconds` and, of a trainer that logs more in
+            training, `training_metrics`.
 
         Raises:
+            ClientError: If nothing was learnt: no step, no label, or a loss that is not finite.
             ClientTimeoutError: If it takes longer than `timeout`.
             OtherProcessFailedError: If a batch or a forward pass has failed in another process.
         """
@@ -119,17 +122,13 @@ class LocalRoundMixin(AgreementMixin):
         if self._checkpointing_is_on:
             self.args.activation_checkpointing = False  # every switching on adds a hook
         try:
-            with self._agreeing_in_forward():
+            with self._measuring() as measured, self._agreeing_in_forward():
                 output = super().train()
         finally:
             self.state, self.control, self.callback_handler = federation
             self.args.activation_checkpointing, self.args.max_steps = checkpointing, budget
         self._checkpointing_is_on = True
-        metrics = {
-            "train_loss": self._over_processes(output.training_loss),
-            "num_steps": output.global_step,
-            "seconds": time.perf_counter() - start,
-        }
+        metrics = self._figures(output, measured) | {"seconds": time.perf_counter() - start}
         return self._live_adapter.read(), metrics
 
     def optimizer_state(self) -> AdapterState:
@@ -196,12 +195,6 @@ class LocalRoundMixin(AgreementMixin):
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
-
-    def _over_processes(self, loss: float) -> float:
-        """`Trainer` returns the loss of each process on its own part of the batches; the mean is that of the client."""
-        if self.accelerator.num_processes == 1:
-            return loss
-        return self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), reduction="mean").item()
 
     def _drop_engine(self) -> None:
         """

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
@@ -20,17 +22,23 @@ from .client_store import ClientStore
 from .hub import publish
 from .live_model import load_model
 from .processes import wait_for_first
+from .record import write_json
 from .run_files import RunFilesMixin
 from .server import Server
 
 
-__all__ = ["CLIENTS_FOLDER", "TRAINER_STATE_NAME", "RoundCheckpointsMixin"]
+__all__ = ["CLIENTS_FOLDER", "TRAINER_STATE_NAME", "RoundCheckpointsMixin", "write_state"]
 
 logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 SERVER_STATE = "server_state.safetensors"
 CLIENTS_FOLDER = "clients"
+
+
+def write_state(state: TrainerState, path: Path) -> None:
+    """As [`~transformers.TrainerState.save_to_json`], in strict JSON: a metric may be NaN, or no number at all."""
+    write_json(path, dict(sorted(dataclasses.asdict(state).items())))
 
 
 class RoundCheckpointsMixin(RunFilesMixin):
@@ -77,7 +85,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
         self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
     ) -> None:
         self._save(str(folder), weights)
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        write_state(self.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
         entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
         entries |= {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
