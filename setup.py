@@ -40,6 +40,7 @@ setup(
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",
+        "filelock>=4.2",
         "huggingface-hub>=2.4,<3",
         "numpy>=1.26",
         "peft>=0.21.2,<0.23",

@@ -4,45 +4,58 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .adapter_state import AdapterState
+from .digests import DIGESTS_NAME, TRAINER_STATE_NAME, find_damage, read_digests, write_digests
+from .disk import DamagedFileError, replace_durably, writing
 from .live_model import MODEL_WEIGHTS
-from .record import RECORD_NAME, read_record, write_json
+from .owned import MARKER, make_own, remove_own_files, remove_own_folder, unmark
+from .record import RECORD_NAME, read_record
 
 
 __all__ = [
     "ADAPTER_WEIGHTS",
     "DIGESTS_NAME",
-    "died_before_its_first_checkpoint",
     "find_checkpoint",
     "find_damage",
+    "has_nothing_to_resume",
     "load_adapter",
     "refuse_another_run",
+    "refuse_foreign_checkpoints",
     "refuse_later_rounds",
+    "remove_leftovers",
     "rotate_checkpoints",
     "write_checkpoint",
+    "write_digests",
 ]
 
+T = TypeVar("T")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-DIGESTS_NAME = "digests.json"
+# beside the weights
+WRITTEN_IN_THE_END = (
+    "README.md", "adapter_config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    TRAINER_STATE_NAME, DIGESTS_NAME,
+)  # fmt: skip
 
 logger = logging.get_logger(__name__)
 
 
-def write_checkpoint(output_dir: str | os.PathLike, round: int, write: Callable[[Path], None]) -> Path:
+def write_checkpoint(
+    output_dir: str | os.PathLike, round: int, write: Callable[[Path], Mapping[str, str] | None]
+) -> Path:
     """
-    Create `checkpoint-<round>`: `write` fills a folder beside it, which is renamed when it is complete.
+    Create `checkpoint-<round>`: `write` fills a folder beside it, which is renamed when it is complete and on the disk, and then read
+    again.
 
     Args:
         output_dir (`str`):
@@ -50,71 +63,122 @@ def write_checkpoint(output_dir: str | os.PathLike, round: int, write: Callable[
         round (`int`):
             Round that has just ended.
         write (`Callable`):
-            Called with the folder to fill.
+            Called with the folder to fill. It may return digests of files in it that were computed when they were written.
 
     Returns:
         `Path`: The checkpoint.
+
+    Raises:
+        FileExistsError: If there is something of its name, or in the place of the folder beside it.
+        OSError: If it could not be written, or is not what was written.
     """
     final = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{round}"
-    beside, aside = final.with_name(f".{final.name}.tmp"), final.with_name(f".{final.name}.old")
-    for leftover in (beside, aside):  # of a run that died here before
-        shutil.rmtree(leftover, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write(beside)
-    write_json(beside / DIGESTS_NAME, _digests(beside))
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(beside, final)
-    shutil.rmtree(aside, ignore_errors=True)
+    if os.path.lexists(final):
+        raise FileExistsError(
+            f"{str(final)!r} is there already, and a run writes over nothing. Move it away, and continue with "
+            "`train(resume_from_checkpoint=True)`."
+        )
+    beside = final.with_name(f".{final.name}.tmp")
+    remove_own_folder(beside)  # of a run that died here before
+    try:
+        with writing(final.name):
+            make_own(beside)
+            known = write(beside) or {}
+            written = [path.relative_to(beside).as_posix() for path in sorted(beside.rglob("*")) if path.is_file()]
+            write_digests(beside, [name for name in written if name not in known and name != MARKER], known)
+            replace_durably(beside, final)
+            unmark(final)
+    except BaseException:
+        with suppress(OSError):
+            remove_own_folder(beside)  # a full disk needs the room
+        raise
+    if (damage := find_damage(final, clients=False)) is not None:
+        raise OSError(
+            f"{final.name} is not what was written a moment ago: {damage}. The checkpoints before it stay. See to the disk, and continue "
+            "with `train(resume_from_checkpoint=True)`."
+        )
     return final
 
 
+def remove_leftovers(output_dir: str | os.PathLike) -> None:
+    """Delete what runs that died while they wrote a checkpoint have left."""
+    for folder in sorted(Path(output_dir).glob(f".{PREFIX_CHECKPOINT_DIR}-*.tmp")):
+        remove_own_folder(folder)
+
+
 def rotate_checkpoints(output_dir: str | os.PathLike, save_total_limit: int | None) -> None:
-    """Delete the oldest checkpoints beyond `save_total_limit`; the newest always stays."""
+    """
+    Delete the oldest checkpoints beyond `save_total_limit`; the newest always stays. Only what is in their `digests.json` is deleted:
+    other files stay, and so does the folder that holds them, with a warning.
+    """
     if save_total_limit is None or save_total_limit <= 0:
         return
-    folders = sorted(_checkpoints(output_dir), key=_round_of)
-    for folder in folders[:-save_total_limit]:
-        shutil.rmtree(folder)
+    for folder in _checkpoints(output_dir)[:-save_total_limit]:
+        try:
+            remove_own_files(folder, [*read_digests(folder), MARKER])
+            left = remove_own_files(
+                folder, [DIGESTS_NAME]
+            )  # last: until then it is a checkpoint, to be deleted another time
+        except (DamagedFileError, OSError) as error:
+            logger.warning(f"{folder.name} is beyond `save_total_limit`, but stays: {error}.")
+            continue
+        if left:
+            logger.warning(
+                f"{folder.name} is beyond `save_total_limit`; of it stays what this run has not written: {', '.join(left)}."
+            )
 
 
 def find_checkpoint(
-    output_dir: str | os.PathLike, resume_from_checkpoint: str | bool, weights: str = ADAPTER_WEIGHTS
-) -> Path:
+    output_dir: str | os.PathLike,
+    resume_from_checkpoint: str | bool,
+    read: Callable[[Path], T],
+    weights: str = ADAPTER_WEIGHTS,
+) -> tuple[Path, T]:
     """
-    The folder that `train(resume_from_checkpoint=...)` means; one that is given has to hold the file `weights`.
+    The folder that `train(resume_from_checkpoint=...)` means, and what it holds; one that is given has to hold the file `weights`.
 
     With `True` it is the last one that is undamaged. Those behind it are put aside as `damaged-checkpoint-<round>`, with a warning.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+        resume_from_checkpoint (`str` or `bool`):
+            As in `train`.
+        read (`Callable`):
+            Reads a checkpoint. It raises a [`DamagedFileError`] for what cannot be read.
+        weights (`str`, *optional*, defaults to `"adapter_model.safetensors"`):
+            Name of the file with the weights.
 
     Raises:
         ValueError: If there is no undamaged checkpoint in `output_dir` (`True`), or the given folder is not one.
     """
     if resume_from_checkpoint is not True:
         folder = Path(str(resume_from_checkpoint))
-        if not (folder / weights).is_file():
+        if not os.path.lexists(folder / weights) and not os.path.lexists(folder / DIGESTS_NAME):
             raise ValueError(
                 f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
                 "folder of a federation, or `True` for the last one in `output_dir`."
             )
-        if (damage := find_damage(folder)) is not None:
+        try:
+            return folder, _read_undamaged(folder, read)
+        except DamagedFileError as damage:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} is damaged: {damage}. Pass an earlier one, or `True` for the last one in "
                 "`output_dir` that is not."
-            )
-        return folder
+            ) from damage
     damaged: list[tuple[Path, str]] = []
-    for folder in sorted(_checkpoints(output_dir), key=_round_of, reverse=True):
-        damage = find_damage(folder)
-        if damage is None:
-            for broken, why in damaged:
-                aside = broken.with_name(f"damaged-{broken.name}")
-                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-                os.replace(broken, aside)
-                logger.warning(
-                    f"{broken.name} is damaged ({why}): it is put aside as {aside.name}, {folder.name} is used."
-                )
-            return folder
-        damaged.append((folder, damage))
+    for folder in reversed(_checkpoints(output_dir)):
+        try:
+            content = _read_undamaged(folder, read)
+        except DamagedFileError as damage:
+            damaged.append((folder, str(damage)))
+            continue
+        for broken, why in damaged:
+            aside = _put_aside(broken)
+            logger.warning(
+                f"{broken.name} is damaged ({why}): it is put aside as {aside.name}, {folder.name} is used."
+            )
+        return folder, content
     if damaged:
         raise ValueError(
             f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {damaged[0][1]}). "
@@ -126,43 +190,20 @@ def find_checkpoint(
     )
 
 
-def find_damage(folder: str | os.PathLike) -> str | None:
-    """
-    What is wrong with a checkpoint, if something is: a file that is missing, or is not the one that was written.
-
-    Files of clients, of which there may be very many, are compared by their sizes, all others by SHA-256.
-    """
-    path = Path(folder) / DIGESTS_NAME
-    if not path.is_file():
-        return f"it has no {DIGESTS_NAME} (as a folder from the Hub, which can be an `initial_adapter`)"
-    try:
-        expected = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return f"{DIGESTS_NAME} is not JSON"
-    found = _digests(Path(folder))
-    for name, digest in expected.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != digest:
-            return f"{name} is not what was written"
-    return None
+def _read_undamaged(folder: Path, read: Callable[[Path], T]) -> T:
+    if (damage := find_damage(folder)) is not None:
+        raise DamagedFileError(damage)
+    return read(folder)
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    """By path within `folder`: SHA-256 of what lies in it, sizes of what lies deeper."""
-    digests = {}
-    for path in sorted(folder.rglob("*")):
-        if not path.is_file() or path.name == DIGESTS_NAME:
-            continue
-        if path.parent == folder:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
-            digests[path.name] = digest.hexdigest()
-        else:
-            digests[path.relative_to(folder).as_posix()] = f"{path.stat().st_size} bytes"
-    return digests
+def _put_aside(folder: Path) -> Path:
+    """Under a name that is free: what is damaged may be all that somebody has."""
+    aside, number = folder.with_name(f"damaged-{folder.name}"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = folder.with_name(f"damaged-{folder.name}-{number}")
+    os.replace(folder, aside)
+    return aside
 
 
 def load_adapter(folder: str | os.PathLike) -> AdapterState:
@@ -181,36 +222,75 @@ def load_adapter(folder: str | os.PathLike) -> AdapterState:
     return load_file(path)
 
 
-def died_before_its_first_checkpoint(output_dir: str | os.PathLike) -> bool:
-    """Whether `output_dir` holds the record of a run, and nothing that was trained."""
+def has_nothing_to_resume(output_dir: str | os.PathLike) -> bool:
+    """Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first checkpoint."""
     trained = [
-        *Path(output_dir).glob(f"*{PREFIX_CHECKPOINT_DIR}-*"),
-        *(Path(output_dir) / n for n in (ADAPTER_WEIGHTS, MODEL_WEIGHTS)),
+        *Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*"),
+        *_checkpoints(output_dir),
+        *(Path(output_dir) / name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS)),
     ]
-    return (Path(output_dir) / RECORD_NAME).is_file() and not any(
-        path.exists() and not path.name.startswith(".") for path in trained
-    )
+    return not any(os.path.lexists(path) for path in trained)
 
 
-def refuse_another_run(output_dir: str | os.PathLike) -> None:
+def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False) -> None:
     """
-    Raise if `output_dir` holds a run already.
+    Raise if `output_dir` holds a run already, or what this run would write over.
+
+    Args:
+        output_dir (`str`):
+            Folder of the run.
+        starts_again (`bool`, *optional*, defaults to `False`):
+            Whether the run that left nothing but its record is to be started again.
 
     Raises:
         FileExistsError: Naming what was found.
     """
-    found = [path.name for path in sorted(_checkpoints(output_dir), key=_round_of)]
+    try:
+        record = read_record(output_dir) if os.path.lexists(Path(output_dir) / RECORD_NAME) else {"rounds": []}
+    except (OSError, ValueError):
+        record = {}
+    if not isinstance(record, dict) or "rounds" not in record:
+        raise FileExistsError(
+            f"`output_dir` {str(output_dir)!r} holds a {RECORD_NAME} that is not the record of a run, which a run would write over. "
+            "Move it away, or choose another `output_dir`."
+        )
+    if foreign := _foreign_checkpoints(output_dir):
+        raise FileExistsError(
+            f"`output_dir` {str(output_dir)!r} holds {foreign[-1].name}, which is no checkpoint of a federation (it has neither "
+            f"{DIGESTS_NAME} nor {RECORD_NAME}). Move it away, or choose another `output_dir`."
+        )
+    found = [path.name for path in _checkpoints(output_dir)]
     way_on = "Continue it with `train(resume_from_checkpoint=True)`, choose"
-    if not found and died_before_its_first_checkpoint(output_dir) and read_record(output_dir).get("rounds"):
+    if not found and not starts_again and has_nothing_to_resume(output_dir) and record["rounds"]:
         found = [RECORD_NAME]
     if not found:  # an adapter saved without a run
         way_on = "Choose"
-        found = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if (Path(output_dir) / name).is_file()]
+        found = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if os.path.lexists(Path(output_dir) / name)]
     if found:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "
             f"one. {way_on} another `output_dir`, or delete it."
         )
+    if foreign_files := [name for name in WRITTEN_IN_THE_END if os.path.lexists(Path(output_dir) / name)]:
+        raise FileExistsError(
+            f"`output_dir` {str(output_dir)!r} holds {foreign_files[0]}, which this run has not written, and would write over. Move it "
+            "away, or choose another `output_dir`."
+        )
+
+
+def refuse_foreign_checkpoints(output_dir: str | os.PathLike, rounds: range) -> None:
+    """
+    Raise if something that is no checkpoint of a federation has the name of one that is to be written.
+
+    Raises:
+        FileExistsError: Naming it.
+    """
+    for path in _foreign_checkpoints(output_dir):
+        if _round_of(path) in rounds:
+            raise FileExistsError(
+                f"{str(output_dir)!r} holds {path.name}, which is no checkpoint of a federation (it has neither {DIGESTS_NAME} nor "
+                f"{RECORD_NAME}), and this run would write one of that name. Move it away."
+            )
 
 
 def refuse_later_rounds(output_dir: str | os.PathLike, round: int) -> None:
@@ -220,7 +300,7 @@ def refuse_later_rounds(output_dir: str | os.PathLike, round: int) -> None:
     Raises:
         ValueError: Naming them.
     """
-    later = [path.name for path in sorted(_checkpoints(output_dir), key=_round_of) if _round_of(path) > round]
+    later = [path.name for path in _checkpoints(output_dir) if _round_of(path) > round]
     if later:
         raise ValueError(
             f"The run is to be resumed after round {round}, but {str(output_dir)!r} holds later rounds too "
@@ -230,11 +310,21 @@ def refuse_later_rounds(output_dir: str | os.PathLike, round: int) -> None:
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    return [
-        path
-        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if path.is_dir() and path.name.rsplit("-", 1)[1].isdigit()
-    ]
+    """The checkpoints of federations, by round: of other trainers, they have neither digests nor a record."""
+    return [path for path in _by_round(output_dir) if _is_of_a_federation(path)]
+
+
+def _foreign_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    return [path for path in _by_round(output_dir) if not _is_of_a_federation(path)]
+
+
+def _by_round(output_dir: str | os.PathLike) -> list[Path]:
+    found = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((path for path in found if path.name.rsplit("-", 1)[1].isdecimal()), key=_round_of)
+
+
+def _is_of_a_federation(folder: Path) -> bool:
+    return any(os.path.lexists(folder / name) for name in (DIGESTS_NAME, RECORD_NAME))
 
 
 def _round_of(checkpoint: Path) -> int:

@@ -14,18 +14,22 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from .adapter_state import AdapterState, state_bytes, subtract
-from .aggregation import ClientUpdate
+from .aggregation import ClientUpdate, TooFewClientsError
+from .aggregation.validation import first_not_finite
 from .client_datasets import recent
-from .client_errors import ClientError
+from .client_errors import ClientError, public_reason
 from .client_evaluation import ClientEvaluationMixin
 from .client_settings import ClientSettings
 from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
 from .local_round import LocalRoundMixin
+from .model_mode import keeping_problem_type
+from .movement import Movement
 from .optimizer_state import UnkeptOptimizerError
 from .server import Server
 from .timing import timed
+from .token_counts import count_tokens
 
 
 __all__ = ["ClientTurnMixin"]
@@ -48,9 +52,11 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
     _clients: Mapping[str, Dataset]
     _client_settings: dict[str, ClientSettings]
     _prepared_clients: dict[str, Dataset]
+    _num_tokens: dict[str, int]  # of clients that have been counted, if the mean is weighted by them
     _local_keys: set[str]
     _base_digest: str | None
     _record: dict[str, Any]
+    _movement: Movement
     _bytes_in_vain: Counter[str]  # traffic of the round's clients that were left out
 
     def _client_round(
@@ -72,7 +78,9 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             try:
                 with timed(seconds, "prepare"), self._failing_together("another process could not prepare the data"):
                     dataset = self._prepared_client(client)
-                with timed(seconds, "local"):
+                    if self.server.counts_tokens and client not in self._num_tokens:
+                        self._num_tokens[client] = self._count_tokens(client, dataset)
+                with timed(seconds, "local"), keeping_problem_type(self.model, only_after_failure=True):
                     trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
                 break
             except UnkeptOptimizerError:
@@ -99,16 +107,19 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             metrics,
             num_steps=int(metrics["num_steps"]),
             base_digest=self._base_digest,
+            num_tokens=self._num_tokens.get(client),
         )
         with timed(seconds, "aggregate"):
             traffic["bytes_up"] = state_bytes(update.delta)
-            if self.server.receive(update, asked, keeps) is not None:
+            if self.server.receive(update, asked) is not None:
                 self._bytes_in_vain.update(traffic)
                 return None
+            buffers = self._live_adapter.buffers  # which a forward pass changes
+            self._movement.saw(client, {key: delta[key] for key in delta.keys() - buffers}, self._has_rate)
             if self.server.objective is not None:
                 self.server.objective.accept(remembered, keeps[OBJECTIVE])
             if self.is_world_process_zero():
-                self._store.write(client, keeps)
+                self._store.write(client, keeps, round)
         return {"num_examples": update.num_examples, **metrics, **traffic}
 
     def _train_client(
@@ -155,7 +166,17 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.args.keep_optimizer_state:
                 keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
+        self._check_finite(keeps)
         return delta, keeps, metrics
+
+    def _check_finite(self, keeps: Mapping[str, AdapterState]) -> None:
+        """What a client keeps is its own to check: once not finite, it would be so in all rounds to come."""
+        kept = {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
+        if (broken := first_not_finite(kept)) is not None:
+            self._all_have_stopped = True  # the processes keep the same
+            raise ClientError(
+                f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
+            )
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
         """What the local objective is told of the client."""
@@ -196,9 +217,40 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             return self._record["clients"][client]["num_examples"]
         return len(self._prepared_client(client))
 
+    def _count_tokens(self, client: str, dataset: Dataset) -> int:
+        rows: Any = self._remove_unused_columns(dataset, description="training")
+        seed = client_seed(self.args.seed, 0, client)
+        size = self.args.per_device_train_batch_size
+        return count_tokens(rows, self.data_collator, size, self._loss_shifts_labels, seed)
+
     def _prepared_client(self, client: str) -> Dataset:
         """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""
         return recent(self._prepared_clients, client, lambda: self._prepare_client(client), self._num_kept)
+
+    def _first_prepared(self) -> Dataset:
+        """
+        The data of the first client that can be prepared. The others before it are tried again in their turns.
+
+        Raises:
+            TooFewClientsError: If there is none, which is known before the first round then.
+        """
+        reasons: dict[str, str] = {}
+        cause = None
+        for client in self._clients:
+            try:
+                with self._failing_together("another process could not prepare the data"):
+                    return self._prepared_client(client)
+            except Exception as error:
+                cause = cause or error
+                reasons[client] = public_reason(error)
+                logger.warning(
+                    f"Client {client!r} cannot be prepared and is tried again in its turn: {reasons[client]}"
+                )
+            self._all_have_stopped = False
+        shown = "; ".join(f"{client!r}: {reason}" for client, reason in list(reasons.items())[:3])
+        raise TooFewClientsError(
+            f"None of the {len(reasons)} clients can be prepared, so there is nothing to train on. The first: {shown}"
+        ) from cause
 
     def _prepare_client(self, client: str) -> Dataset:
         raw = self._clients[client]

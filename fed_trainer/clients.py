@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from .client_datasets import one_of_each_source, rows_by_client
 from .config import FederationArguments, joins_examples
+from .held_out import advice_for, column_names
 
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "check_clients",
     "check_model_columns",
     "check_preference_columns",
+    "check_same_columns",
     "check_sft_columns",
     "client_seed",
     "held_out_sets",
@@ -32,8 +35,8 @@ class ClientSampler:
     Args:
         clients (`Sequence[str]`):
             Names of all clients.
-        clients_per_round (`float`, *optional*):
-            A number of clients (`1` or more) or a fraction of them (below `1`, rounded, at least one client). All if
+        clients_per_round (`int` or `float`, *optional*):
+            A number of clients (`int`) or a fraction of them (`float`, at most `1.0`; rounded, at least one client). All if
             `None`.
         seed (`int`):
             Seed of the run.
@@ -42,15 +45,15 @@ class ClientSampler:
         ValueError: If more clients are asked for than there are.
     """
 
-    def __init__(self, clients: Sequence[str], clients_per_round: float | None, seed: int) -> None:
+    def __init__(self, clients: Sequence[str], clients_per_round: int | float | None, seed: int) -> None:
         self.clients = sorted(clients)
         self.seed = seed
         if clients_per_round is None:
             self.num_sampled = len(self.clients)
-        elif clients_per_round < 1:
-            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
-        else:
+        elif isinstance(clients_per_round, Integral) or clients_per_round > 1:
             self.num_sampled = int(clients_per_round)
+        else:
+            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
         if self.num_sampled > len(self.clients):
             raise ValueError(
                 f"`clients_per_round` is {clients_per_round}, but there are only {len(self.clients)} clients. Set it to at "
@@ -102,7 +105,7 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "
-                "weighted by the number of examples, so it has to be known."
+                f"weighted by the number of examples, so it has to be known. {advice_for(dataset)}"
             )
         if args.label_column is not None and args.label_column not in dataset.column_names:
             raise ValueError(
@@ -189,11 +192,30 @@ def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model:
     _check_columns(clients, lambda columns: bool((inputs - {"labels"}) & columns), complaint, kind)
 
 
+def check_same_columns(clients: Mapping[str, Dataset]) -> None:
+    """
+    Refuse clients whose columns differ from client to client.
+
+    Raises:
+        ValueError: Naming two of them and their columns.
+    """
+    clients = one_of_each_source(clients)
+    first, reference = next((name, column_names(dataset)) for name, dataset in clients.items())
+    for name, dataset in clients.items():
+        columns = column_names(dataset)
+        if columns != reference:
+            raise ValueError(
+                f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "
+                "be trained on different tasks. Give all clients the same columns."
+            )
+
+
 def held_out_sets(eval_dataset: Any) -> dict[str, Dataset]:
     """Held-out sets by name whose columns have to be looked at; empty if there is none."""
     if eval_dataset is None:
         return {}
-    return one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    sets = one_of_each_source(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval_dataset": eval_dataset}
+    return {name: dataset for name, dataset in sets.items() if isinstance(dataset, (Dataset, IterableDataset))}
 
 
 def _check_columns(
@@ -201,14 +223,7 @@ def _check_columns(
 ) -> None:
     clients = one_of_each_source(clients)
     for name, dataset in clients.items():
-        columns = set(dataset.column_names)
+        columns = column_names(dataset)
         if not are_usable(columns):
             raise ValueError(f"{kind} {name!r} has the columns {sorted(columns)}, {complaint}")
-    first, reference = next((name, set(dataset.column_names)) for name, dataset in clients.items())
-    for name, dataset in clients.items():
-        columns = set(dataset.column_names)
-        if columns != reference:
-            raise ValueError(
-                f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "
-                "be trained on different tasks. Give all clients the same columns."
-            )
+    check_same_columns(clients)

@@ -3,16 +3,18 @@
 import json
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .aggregation import METHODS
 from .local_objectives import LOCAL_OBJECTIVES
+from .options import check_integer, check_number
+from .schedules import check_local_schedule, check_schedule_name, lr_factors
 from .server_optimizers import SERVER_OPTIMIZERS
 
 
@@ -32,8 +34,18 @@ REFERENCES = ("initial", "base", "round")
 
 if TYPE_CHECKING:
     _Arguments = TrainingArguments
-else:  # as a base it would bring its defaults, over those of `SFTConfig`
-    _Arguments = object
+    NumberOrFraction = int | float
+else:
+    _Arguments = object  # as a base it would bring its defaults, over those of `SFTConfig`
+
+    class NumberOrFraction:
+        """What the command line makes of a text: `1` is a number, `1.0` a fraction."""
+
+        def __new__(cls, text: str) -> int | float:
+            try:
+                return int(text)
+            except ValueError:
+                return float(text)
 
 
 _MAPPINGS = (
@@ -57,11 +69,11 @@ class FederationArguments(_Arguments):
     )
 
     num_rounds: int = field(default=10, metadata={"help": "Number of communication rounds."})
-    clients_per_round: float | None = field(
+    clients_per_round: NumberOrFraction | None = field(
         default=None,
         metadata={
-            "help": "Clients sampled per round: a number (1 or more) or a fraction of all clients (below 1). All clients "
-            "if not given."
+            "help": "Clients sampled per round: a number (1, 2, ...) or a fraction of all clients (0.1, ..., 1.0 for all). All "
+            "clients if not given."
         },
     )
     min_clients: int = field(default=1, metadata={"help": "Usable updates that a round needs."})
@@ -133,6 +145,8 @@ class FederationArguments(_Arguments):
     )
 
     def __post_init__(self) -> None:
+        for name in ("lr_scheduler_type", "round_lr_scheduler_type"):  # `TrainingArguments` would ask for evaluations
+            check_schedule_name(name, getattr(self, name))
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
@@ -140,18 +154,15 @@ class FederationArguments(_Arguments):
         for name in _MAPPINGS:
             setattr(self, name, json_mapping(name, getattr(self, name)) or None)  # an empty one is none
         for name in ("num_rounds", "min_clients", "eval_rounds", "save_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` should be at least 1 but the value passed is {getattr(self, name)!r}")
-        if self.client_retries < 0:
-            raise ValueError(f"`client_retries` should be at least 0 but the value passed is {self.client_retries!r}")
-        if self.client_timeout is not None and not self.client_timeout > 0:
-            raise ValueError(f"`client_timeout` should be positive but the value passed is {self.client_timeout!r}")
-        count = self.clients_per_round
-        if count is not None and not (0 < count < 1 or (1 <= count < math.inf and count == int(count))):
-            raise ValueError(
-                "`clients_per_round` should be a number of clients (1, 2, ...) or a fraction of them between 0 and 1, but "
-                f"the value passed is {count!r}"
+            check_integer(name, getattr(self, name), least=1)
+        check_integer("client_retries", self.client_retries, least=0)
+        if self.client_timeout is not None:
+            check_number(
+                "client_timeout", self.client_timeout, lambda value: value > 0, "a positive number of seconds"
             )
+        _check_clients_per_round(self.clients_per_round)
+        self._check_local_budget()
+        round_lr_factors(self)
         choices = (
             ("aggregation", METHODS),
             ("server_optimizer", SERVER_OPTIMIZERS),
@@ -172,19 +183,22 @@ class FederationArguments(_Arguments):
                 "saved round) or 'end'."
             )
         self._refuse_local_evaluation_and_saving()
-        self._refuse_an_empty_budget()
 
-    def _refuse_an_empty_budget(self) -> None:
-        if self.max_steps == 0 or self.max_steps < -1:
+    def _check_local_budget(self) -> None:
+        """Refuse a local round without a step, and a schedule that it could not follow."""
+        if self.max_steps != -1 and not self.max_steps >= 1:
             raise ValueError(
-                f"`max_steps={self.max_steps!r}` is no local budget. Set a number of steps per client and round, or leave it at -1 and "
-                "set `num_train_epochs`."
+                "`max_steps` is the budget of a client in a round, so it should be at least 1 (or left out, for `num_train_epochs`), but "
+                f"the value passed is {self.max_steps!r}"
             )
-        if self.max_steps == -1 and not 0 < self.num_train_epochs < math.inf:
+        if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise ValueError(
-                f"`num_train_epochs={self.num_train_epochs!r}` is no local budget, so no client would take a step. Set a positive number, "
-                "or `max_steps`."
+                "`num_train_epochs` is the budget of a client in a round, so it should be positive (or `max_steps` be set), but the value "
+                f"passed is {self.num_train_epochs!r}"
             )
+        steps = -1 if self.client_settings else self.max_steps  # a client may have a budget of its own
+        kwargs: Any = self.lr_scheduler_kwargs  # `TrainingArguments` has read its JSON
+        check_local_schedule(self.lr_scheduler_type, self.warmup_steps, kwargs, self.learning_rate, steps)
 
     def _refuse_local_evaluation_and_saving(self) -> None:
         if self.eval_strategy != "no":
@@ -212,7 +226,8 @@ class FederatedConfig(FederationArguments, SFTConfig):
     The inherited fields keep their names and describe the *local* work of one client in one round: `max_steps` or
     `num_train_epochs` is the budget per client and round, `per_device_train_batch_size` and
     `gradient_accumulation_steps` the local batch, `learning_rate` and `lr_scheduler_type` the local optimiser, which
-    starts afresh in every local round (but see `keep_optimizer_state`). `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
+    starts afresh in every local round (but see `keep_optimizer_state`). Schedules that follow metrics are refused, a budget without a
+    step too. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
     whole run.
 
     Parameters:
@@ -222,7 +237,8 @@ class FederatedConfig(FederationArguments, SFTConfig):
             Number of communication rounds.
         clients_per_round (`int` or `float`, *optional*):
             Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of clients
-            (`1` or more), or a fraction of all clients (below `1`). All clients if not given.
+            (`1`, `2`, ...), or a fraction of all clients (`0.1`; `1.0` is all of them, `1` is one client). All clients if not
+            given.
         min_clients (`int`, *optional*, defaults to `1`):
             Usable updates that a round needs. A client whose local round fails (an exception, out of memory, too slow), or
             whose update cannot be used (values that are not finite, ...), is named in the log and the record, and left out.
@@ -235,7 +251,7 @@ class FederatedConfig(FederationArguments, SFTConfig):
             local round, instead of starting afresh. The learning rate follows its schedules either way.
         round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
-            arguments (`"constant"`, `"linear"`, `"cosine"`, ...). Round `t` of `T` trains with `learning_rate` times
+            arguments (`"constant"`, `"linear"`, `"cosine"`, ...) or metrics. Round `t` of `T` trains with `learning_rate` times
             the factor of step `t - 1` of `T`.
         initial_adapter (`str`, *optional*):
             Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings its
@@ -247,9 +263,10 @@ class FederatedConfig(FederationArguments, SFTConfig):
 
         aggregation (`str`, *optional*, defaults to `"fedavg"`):
             How client updates become the next global adapter, a name in `fed_trainer.aggregation.METHODS`. `"fedavg"`: mean
-            weighted by the clients' numbers of examples (McMahan et al., 2017).
+            weighted by the clients' numbers of examples (McMahan et al., 2017), or otherwise with `weights`.
         aggregation_kwargs (`dict` or `str`, *optional*):
-            Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`.
+            Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`. Rules that are weighted
+            means take `weights`: `"examples"`, `"uniform"` (all clients alike) or `"tokens"` (those that carry a loss).
         tensor_roles (`dict` or `str`, *optional*):
             Which tensors are shared, which stay with a client and which nobody trains: fields of [`TensorRoles`], as in
             `{"local": ["classifier"]}`, in addition to what the aggregation sets. With local tensors `eval_dataset` is a
@@ -377,6 +394,15 @@ def json_mapping(name: str, value: Any) -> dict[str, Any] | None:
     return value
 
 
+def _check_clients_per_round(value: object) -> None:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if value is not None and not (0 < number < 1 or (1 <= number < math.inf and number == int(number))):
+        raise ValueError(
+            "`clients_per_round` should be a number of clients (1, 2, ...) or a fraction of them up to 1.0, which is all of them, but "
+            f"the value passed is {value!r}"
+        )
+
+
 def given(args: FederationArguments, field: str) -> dict[str, Any]:
     """What the user has put into a field that takes a dictionary; empty if nothing."""
     return getattr(args, field) or {}
@@ -394,19 +420,4 @@ def round_lr_factors(args: FederationArguments) -> list[float]:
     Raises:
         ValueError: If that is no schedule, or one that needs arguments of its own.
     """
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    try:
-        scheduler = get_scheduler(
-            args.round_lr_scheduler_type, optimizer, num_warmup_steps=0, num_training_steps=args.num_rounds
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`round_lr_scheduler_type` is {args.round_lr_scheduler_type!r}, which is no schedule over rounds ({error}). Use "
-            "'constant', 'linear', 'cosine' or another one that needs no further arguments."
-        ) from error
-    factors = []
-    for _ in range(args.num_rounds):
-        factors.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return factors
+    return lr_factors("round_lr_scheduler_type", args.round_lr_scheduler_type, args.num_rounds)

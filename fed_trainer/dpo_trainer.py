@@ -24,6 +24,7 @@ from .aggregation import METHODS
 from .base_changes import NEUTRAL_STARTS
 from .config import FederatedDPOConfig, FederationArguments
 from .live_state import live_state
+from .model_mode import evaluating
 from .record import peft_type_name
 from .trl_mixin import TRLMixin, refuse_without_log_probs
 
@@ -191,7 +192,9 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return self._precompute_ref_logps(prepared, f"client {client}", batch)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
-        with _evaluating(self.model):  # a client that is prepared in its turn finds it in train mode
+        if dataset is self._first_look:
+            return dataset
+        with evaluating(self.model):  # a client that is prepared in its turn finds it in train mode
             return super()._precompute_ref_logps(dataset, name, batch_size)
 
     # Refusals
@@ -295,17 +298,6 @@ def _weights_digest(model: nn.Module) -> torch.Tensor:
         sample = evenly_spaced(parameter).to("cpu", torch.bfloat16)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

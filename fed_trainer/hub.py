@@ -167,7 +167,13 @@ def model_card(
             "the shared part, to be trained further, and no model of any client.",
             "",
         ]
-    is_personal = num_local or record["federation"]["local_objective"] == "ditto"
+    is_ditto = record["federation"]["local_objective"] == "ditto"
+    if is_ditto:
+        lines += [
+            "Every client has trained a model of its own too (Ditto), which stays with it. This is the global one.",
+            "",
+        ]
+    is_personal = num_local or is_ditto
     evaluated = "clients' own models" if is_personal else f"global {'adapter' if method else 'model'}"
     if curve := _curve(record):
         lines += [f"## Held-out metrics of the {evaluated}", "", *curve, ""]

@@ -25,6 +25,7 @@ from .engine_deepspeed import DeepSpeedOptimizer
 from .local_figures import LocalFiguresMixin
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
+from .user_optimizer import UserSchedule, check_optimizer
 
 
 __all__ = ["ClientTimeoutError", "LocalRoundMixin"]
@@ -49,7 +50,25 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
     _trained: Collection[str] | None = None
     _optimizer_start: AdapterState | None = None
     _objective: LocalObjective | None
+    _user_schedule: UserSchedule | None = None
+    _has_rate: bool = False  # whether a step of the last local round had a learning rate that is not zero
     _checkpointing_is_on: bool = False
+
+    def _take_optimizers(self, optimizer: Any, schedule: Any) -> None:
+        """
+        What was given as `optimizers`.
+
+        Raises:
+            ValueError: If the optimiser does not hold what is trained, or the schedule cannot start afresh at each client.
+        """
+        if optimizer is not None:
+            self._check_optimizer(optimizer)
+        if schedule is not None:
+            self._user_schedule = UserSchedule(schedule, optimizer, self.args.max_steps)
+
+    def _check_optimizer(self, optimizer: Any) -> None:
+        model: Any = self.model
+        check_optimizer(optimizer, self._live_adapter.parameters(), model)
 
     def local_round(
         self,
@@ -109,6 +128,7 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         self._trained = trained
         self._objective = objective
         self._optimizer_start = optimizer_state
+        self._has_rate = False
 
         # `train()` starts a TrainerState of its own and reports every event. The federation's state and its reports are
         # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
@@ -140,6 +160,10 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         # after the last backward of an optimiser step, when the gradients are complete and not yet clipped
+        if self.accelerator.sync_gradients:
+            self._has_rate |= any(
+                group["lr"] is None or bool(group["lr"] != 0) for group in self.optimizer.param_groups
+            )
         if self._objective is not None and self.accelerator.sync_gradients:
             self._objective.add_gradients(self._live_adapter.parameters(), self.optimizer.param_groups[0]["lr"])
         return loss
@@ -151,7 +175,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         self._reset_optimizer()
         if self._objective is not None:
             self._objective.check_optimizer(self.optimizer.optimizer)
-        self.lr_scheduler = None
+        schedule: Any = None if self._user_schedule is None else self._user_schedule.restart(self._lr_factor)
+        self.lr_scheduler = schedule
         self.create_scheduler(num_training_steps=max_steps)
         for attribute in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, attribute, getattr(self, attribute))
@@ -175,6 +200,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
             self._live_adapter.write(state)  # with `bf16` its masters are made of copies that were rounded
         else:
             self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
+        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # which take none, and split what it holds
+            self._check_optimizer(self.optimizer)
         self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         self._initial_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
@@ -193,6 +220,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
             self.optimizer.load_state_dict(state)
         if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
+        if self._user_schedule is not None:
+            return  # it multiplies its own rates, which are in the initial state
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
 
@@ -273,14 +302,17 @@ class _LocalFlowCallback(DefaultFlowCallback):
 
 
 class _LocalCallbackHandler(CallbackHandler):
-    """Passes on the events of single steps only."""
+    """Passes on the events of single steps and epochs only."""
 
     STEP_EVENTS = frozenset(
-        {"on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"}
+        {
+            *("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"),
+            *("on_epoch_begin", "on_epoch_end"),
+        }
     )
 
     def __init__(self, handler: CallbackHandler, is_late: Callable[[], bool] | None) -> None:
-        others = [callback for callback in handler.callbacks if not isinstance(callback, DefaultFlowCallback)]
+        others = [callback for callback in handler.callbacks if type(callback) is not DefaultFlowCallback]
         super().__init__([_LocalFlowCallback(is_late), *others], handler.model, handler.processing_class, None, None)
 
     def call_event(

@@ -14,7 +14,7 @@ import functools
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,9 @@ import torch.distributed as dist
 from .adapter_state import AdapterState
 
 
-__all__ = ["from_first", "is_first", "rest_at_exit", "wait_for_first"]
+__all__ = ["first_alone", "from_first", "is_first", "rest_at_exit", "told_by_first", "wait_for_first"]
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=365)
 SECONDS_OF_REST = 1.0
@@ -53,26 +55,54 @@ def from_first(compute: Callable[[], tuple[AdapterState, ...]]) -> tuple[Adapter
     if not _are_several():
         return compute()
     parts: tuple[AdapterState, ...] = ()
-    error: BaseException | None = None
-    if is_first():
-        try:
-            parts = tuple({key: tensor.contiguous() for key, tensor in part.items()} for part in compute())
-        except BaseException as raised:  # an interrupt too: the others would wait for good
-            error = raised
-    layout = [{key: (tensor.shape, tensor.dtype) for key, tensor in part.items()} for part in parts]
-    told: list[Any] = [layout, None if error is None else f"{type(error).__name__}: {error}"]
-    dist.broadcast_object_list(told, src=0, group=_patient_group())
-    if error is not None:
-        raise error
-    layout, failure = told
-    if failure is not None:
-        raise RuntimeError(f"The first process failed in what it does alone: {failure}")
+
+    def layout() -> list[dict[str, Any]]:
+        nonlocal parts
+        parts = tuple({key: tensor.contiguous() for key, tensor in part.items()} for part in compute())
+        return [{key: (tensor.shape, tensor.dtype) for key, tensor in part.items()} for part in parts]
+
+    told = told_by_first(layout)
     if not is_first():
-        parts = tuple({key: torch.empty(size, dtype=dtype) for key, (size, dtype) in part.items()} for part in layout)
+        parts = tuple({key: torch.empty(size, dtype=dtype) for key, (size, dtype) in part.items()} for part in told)
     for tensor in (tensor for part in parts for tensor in part.values()):
         if tensor.numel() > 0:
             dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=_patient_group())  # gloo lacks some dtypes
     return parts
+
+
+def told_by_first(compute: Callable[[], T]) -> T:
+    """
+    What `compute` returns in the first process, in all of them. All have to call it; only the first calls `compute`.
+
+    Args:
+        compute (`Callable`):
+            Returns what can be pickled.
+
+    Raises:
+        RuntimeError: In the other processes, if `compute` has failed in the first, where the error itself is raised.
+    """
+    if not _are_several():
+        return compute()
+    told: list[Any] = [None, None]
+    error: BaseException | None = None
+    if is_first():
+        try:
+            told[0] = compute()
+        except BaseException as raised:  # an interrupt too: the others would wait for good
+            error = raised
+            told[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(told, src=0, group=_patient_group())
+    if error is not None:
+        raise error
+    result, failure = told
+    if failure is not None:
+        raise RuntimeError(f"The first process failed in what it does alone: {failure}")
+    return result
+
+
+def first_alone(act: Callable[[], None]) -> None:
+    """Let the first process `act`; the others wait, and raise a `RuntimeError` if it fails there. All have to call it."""
+    told_by_first(act)
 
 
 def rest_at_exit() -> None:

@@ -16,6 +16,7 @@ from peft import PeftConfig, PeftType
 
 from .client_datasets import column_by_client, rows_by_client
 from .described import storable
+from .disk import replace_durably, writing
 
 
 __all__ = [
@@ -67,7 +68,8 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """
-    Write strict JSON (see `storable`) beside and rename, so that a reader, or a crash, never sees half a file.
+    Write strict JSON (see `storable`) beside and rename, so that a reader, or a crash, never sees half a file; on the disk when it
+    returns.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
@@ -75,5 +77,6 @@ def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=1, allow_nan=False)
     except (TypeError, ValueError):  # a number that is not finite, or an object
         text = json.dumps(storable(content), indent=1, allow_nan=False)
-    beside.write_text(text + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with writing(path.name):
+        beside.write_text(text + "\n", encoding="utf-8")
+        replace_durably(beside, path)

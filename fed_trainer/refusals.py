@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .adapter_state import AdapterState, LiveState
 from .aggregation import FactorPair
-from .client_datasets import rows_by_client
+from .client_datasets import ClientDatasets, rows_by_client
 from .client_settings import ClientSettings
 from .config import FederationArguments
 from .server import Server
@@ -95,7 +95,12 @@ def refuse_empty_held_out(eval_dataset: Any) -> None:
     Raises:
         ValueError: Naming the set.
     """
-    for name, num_rows in rows_by_client(eval_dataset if isinstance(eval_dataset, Mapping) else {}).items():
+    sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
+    if not isinstance(sets, ClientDatasets):
+        sets = {
+            name: dataset for name, dataset in sets.items() if hasattr(dataset, "__len__")
+        }  # a stream has no length
+    for name, num_rows in rows_by_client(sets).items():
         if num_rows == 0:
             raise ValueError(f"The held-out data of {name!r} is empty. Leave it out of `eval_dataset`.")
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -16,24 +17,34 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
+from peft_scl.file_mode import follow_umask
+
 from .adapter_state import AdapterState
-from .checkpoint import load_adapter, rotate_checkpoints, write_checkpoint
-from .client_store import ClientStore
+from .checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_checkpoints, write_checkpoint
+from .client_store import CLIENTS_FOLDER, ClientStore
+from .digests import SERVER_STATE, TRAINER_STATE_NAME, read_digests
+from .disk import reading
 from .hub import publish
-from .live_model import load_model
-from .processes import wait_for_first
-from .record import write_json
+from .live_model import MODEL_WEIGHTS, load_model
+from .processes import first_alone, told_by_first, wait_for_first
+from .record import RECORD_NAME, read_record, write_json
 from .run_files import RunFilesMixin
 from .server import Server
 
 
-__all__ = ["CLIENTS_FOLDER", "TRAINER_STATE_NAME", "RoundCheckpointsMixin", "write_state"]
+__all__ = ["Checkpoint", "RoundCheckpointsMixin", "write_state"]
 
 logger = logging.get_logger(__name__)
 
-TRAINER_STATE_NAME = "trainer_state.json"
-SERVER_STATE = "server_state.safetensors"
-CLIENTS_FOLDER = "clients"
+
+class Checkpoint(NamedTuple):
+    """A checkpoint as it was read: `adapter` is empty if the state of the model is elsewhere, `parts` are those of the server's file."""
+
+    folder: Path
+    record: dict[str, Any]
+    state: TrainerState
+    adapter: AdapterState
+    parts: dict[str, AdapterState]
 
 
 def write_state(state: TrainerState, path: Path) -> None:
@@ -83,7 +94,8 @@ class RoundCheckpointsMixin(RunFilesMixin):
 
     def _write_checkpoint_files(
         self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
-    ) -> None:
+    ) -> dict[str, str]:
+        """Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep."""
         self._save(str(folder), weights)
         write_state(self.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
@@ -93,7 +105,9 @@ class RoundCheckpointsMixin(RunFilesMixin):
             entries |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
         if entries:
             save_file(entries, folder / SERVER_STATE)
-        self._store.link_into(folder / CLIENTS_FOLDER)
+            follow_umask(folder / SERVER_STATE)
+        kept = self._store.link_into(folder / CLIENTS_FOLDER)
+        return {f"{CLIENTS_FOLDER}/{name}": digest for name, digest in kept.items()}
 
     @property
     def _saved_file_is_state(self) -> bool:
@@ -106,22 +120,56 @@ class RoundCheckpointsMixin(RunFilesMixin):
         except Exception as error:  # the run, and what it has on disk, is worth more than one upload
             logger.warning(f"Round {round} could not be pushed to {self.hub_model_id}: {error}. The run goes on.")
 
-    def _load(self, folder: Path) -> None:
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool) -> Checkpoint:
+        """The checkpoint to go on from. The first process looks for it, and puts damaged ones aside."""
+        weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
+        found: list[Checkpoint] = []
+
+        def find() -> Path:
+            folder, checkpoint = find_checkpoint(self._folder, resume_from_checkpoint, self._read_checkpoint, weights)
+            found.append(checkpoint)
+            return folder
+
+        folder = told_by_first(find)
+        return found[0] if found else self._read_checkpoint(folder)
+
+    def _read_checkpoint(self, folder: Path) -> Checkpoint:
+        """
+        All of a checkpoint but what clients keep, and a whole model, which is read when it is taken over.
+
+        Raises:
+            DamagedFileError: If something of it cannot be read.
+        """
+        parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}, "reference": {}}
+        with reading(RECORD_NAME):
+            record = read_record(folder)
+            if rounds := record.get("rounds"):  # if not, it is refused as the checkpoint of no federation
+                int(rounds[-1]["round"]), record["start"]["eval"]
+        with reading(TRAINER_STATE_NAME):
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        with reading(SERVER_STATE):
+            if (folder / SERVER_STATE).is_file():
+                for entry, tensor in load_file(folder / SERVER_STATE).items():
+                    part, _, key = entry.partition(".")
+                    parts[part][key] = tensor
+        adapter: AdapterState = {}
+        if self._saved_file_is_state and isinstance(self.model, PeftModel):
+            with reading(ADAPTER_WEIGHTS):
+                adapter = load_adapter(folder)
+        return Checkpoint(folder, record, state, adapter, parts)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
         """
         Take over a checkpoint: model, server, what clients keep.
 
         Raises:
             ValueError: If it is not whole, as one that was fetched from the Hub, or does not fit.
         """
-        parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}, "reference": {}}
-        if (folder / SERVER_STATE).is_file():
-            for entry, tensor in load_file(folder / SERVER_STATE).items():
-                part, _, key = entry.partition(".")
-                parts[part][key] = tensor
+        folder, parts = checkpoint.folder, checkpoint.parts
         if not self._saved_file_is_state:
             saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"
         elif isinstance(self.model, PeftModel):
-            saved, source = load_adapter(folder), f"The adapter in {str(folder)!r}"
+            saved, source = checkpoint.adapter, f"The adapter in {str(folder)!r}"
         else:
             saved, source = load_model(folder, self.model), f"The model in {str(folder)!r}"
         if self._base_changes is not None:
@@ -131,6 +179,12 @@ class RoundCheckpointsMixin(RunFilesMixin):
             self._base_changes.load_state_dict(parts["base"])
         self.server.load_state_dict(parts["server"])
         self._load_reference(parts["reference"])
-        if self.is_world_process_zero():
-            self._store.restore(folder / CLIENTS_FOLDER)
-        wait_for_first()
+        self._store.forget()
+        first_alone(functools.partial(self._restore_clients, folder))
+
+    def _restore_clients(self, folder: Path) -> None:
+        rotate_checkpoints(self._folder, self.args.save_total_limit)  # a full disk needs the room
+        of_clients = f"{CLIENTS_FOLDER}/"
+        digests = read_digests(folder).items()
+        kept = {name.removeprefix(of_clients): digest for name, digest in digests if name.startswith(of_clients)}
+        self._store.restore(folder / CLIENTS_FOLDER, kept)

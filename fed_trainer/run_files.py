@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import get_config_model_id
+
+from peft_scl.file_mode import follow_umask
 
 from .adapter_state import AdapterState, LiveState
 from .base_changes import BaseChanges
@@ -33,6 +36,8 @@ from .settings import described_arguments, federation_settings, local_settings
 
 __all__ = ["RunFilesMixin"]
 
+WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")  # as PEFT and transformers name them
+
 
 class RunFilesMixin(Trainer):
     """Saving, model card, record and publishing of a federation; files are safetensors, JSON and Markdown only."""
@@ -46,6 +51,7 @@ class RunFilesMixin(Trainer):
     _live_adapter: LiveState
     _global_state: AdapterState
     _local_keys: set[str]
+    _owner: str | None
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _base_changes: BaseChanges | None
     _record: dict[str, Any]
@@ -54,9 +60,17 @@ class RunFilesMixin(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]. All processes have to call it; the first one writes."""
+        self._refuse_within_client_model("save")
         self._save(output_dir, self._weights_to_save())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _refuse_within_client_model(self, use: str) -> None:
+        if self._owner is not None:
+            raise ValueError(
+                f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave `client_model` first; "
+                "`save_client_model(client, folder)` saves the model of a client."
+            )
 
     def _weights_to_save(self) -> dict[str, torch.Tensor] | None:
         """What `_save_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model."""
@@ -90,6 +104,9 @@ class RunFilesMixin(Trainer):
         )
         with self._live_adapter.publishable():
             self.model.save_pretrained(str(folder), state_dict=weights, **only)
+        for path in folder.glob("*.safetensors"):
+            if WEIGHTS.fullmatch(path.name):
+                follow_umask(path)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -125,6 +142,7 @@ class RunFilesMixin(Trainer):
             kwargs (`dict[str, Any]`, *optional*):
                 Passed to [`~FederatedMixin.create_model_card`].
         """
+        self._refuse_within_client_model("publish")
         token = token if token is not None else self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)

@@ -18,6 +18,7 @@ from .aggregation import (
     METHODS,
     ClientUpdate,
     FactorPair,
+    FedAvg,
     InvalidUpdateError,
     LowRank,
     SLoRA,
@@ -40,7 +41,7 @@ __all__ = ["Server", "freeze_for_good"]
 Part = TypeVar("Part")
 
 # arguments that are not the user's to give
-NOT_OPTIONS = {"self", "pairs", "partial", "uniform", "aggregator", "num_clients", "lr"}
+NOT_OPTIONS = {"self", "pairs", "partial", "aggregator", "num_clients", "lr"}
 
 
 class Server:
@@ -88,15 +89,16 @@ class Server:
 
         self.objective = _objective(args, self.pairs, num_clients)
         self.partial = any(client.layers_to_transform is not None for client in settings.values())
-        options = {"seed": args.seed} if _takes(self.method.rule, "seed") else {}
+        options: dict[str, Any] = {"seed": args.seed} if _takes(self.method.rule, "seed") else {}
         if self.partial:
             options["partial"] = True
-        if self.objective is not None and self.objective.uniform:
-            options["uniform"] = True
         if args.aggregation == "fednova":
             options |= _momentum(args)
         options |= _options("aggregation_kwargs", args.aggregation, self.method.rule, args)
+        if self.objective is not None and self.objective.uniform:
+            options["weights"] = "uniform"
         self.rule = _built("aggregation_kwargs", lambda: self.method.build(self.pairs, **options))
+        self.counts_tokens = "tokens" in (options.get("weights"), options.get("weighting"))
         self.optimizer = _server_optimizer(args, self.objective, num_clients)
         if self.sparse_rounds >= args.num_rounds:
             raise ValueError(
@@ -237,7 +239,7 @@ class Server:
             key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous() for key, tensor in asked.items()
         }
 
-    def receive(self, update: ClientUpdate, asked: AdapterState, keeps: Mapping[str, AdapterState]) -> str | None:
+    def receive(self, update: ClientUpdate, asked: AdapterState) -> str | None:
         """
         Take an update into account.
 
@@ -246,24 +248,19 @@ class Server:
                 What came in.
             asked (`dict[str, torch.Tensor]`):
                 `asked_of` the client.
-            keeps (`dict[str, dict[str, torch.Tensor]]`):
-                What the client is to keep, by part. Once not finite, it would be so in all rounds to come.
 
         Returns:
             `str` or `None`: why it is left out, if it is.
         """
         try:
             validated(update, asked, self.taken, self.base_digest)
+            if self.counts_tokens and update.num_tokens is None:
+                raise InvalidUpdateError(
+                    update.client, "it does not say its number of tokens (`num_tokens`), which it is weighted by."
+                )
         except InvalidUpdateError as error:
             self.refused[update.client] = error.reason
             return error.reason
-        broken = first_not_finite(
-            {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
-        )
-        if broken is not None:
-            reason = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
-            self.refused[update.client] = reason
-            return reason
         if is_first():
             self.rule.add(update)
         self.taken.append(update.client)
@@ -421,8 +418,14 @@ def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clien
         options["pairs"] = pairs
     objective = _built("local_objective_kwargs", lambda: kind(**options))
     objective.check(args)
-    if objective.uniform and not _takes(METHODS[args.aggregation].rule, "uniform"):
-        names = [name for name, method in METHODS.items() if _takes(method.rule, "uniform")]
+    weights = given(args, "aggregation_kwargs").get("weights", "uniform")
+    if objective.uniform and weights != "uniform":
+        raise ValueError(
+            f"`local_objective={args.local_objective!r}` is defined for the plain mean over clients, all weighted alike, but "
+            f"`aggregation_kwargs` has `weights={weights!r}`. Leave it out."
+        )
+    if objective.uniform and METHODS[args.aggregation].rule is not FedAvg:
+        names = [name for name, method in METHODS.items() if method.rule is FedAvg]
         raise ValueError(
             f"`local_objective={args.local_objective!r}` is defined for the plain mean over clients, all weighted alike, but "
             f"`aggregation` is {args.aggregation!r}. Use one of {names}."

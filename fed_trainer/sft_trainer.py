@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
 
-from .clients import check_sft_columns, held_out_sets
+from .clients import check_same_columns, check_sft_columns, held_out_sets
 from .config import FederatedConfig
 from .trl_mixin import TRLMixin, refuse_without_log_probs
 
@@ -74,6 +74,7 @@ class FederatedTrainer(TRLMixin, SFTTrainer):
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         if kwargs.get("formatting_func") is not None:
+            check_same_columns(clients)  # from which `SFTTrainer` tells images and completions all the same
             return
         check_sft_columns(clients, self.args.dataset_text_field)
         for name, dataset in held_out_sets(eval_dataset).items():

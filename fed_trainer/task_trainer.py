@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
@@ -14,13 +13,14 @@ from transformers import Trainer
 
 from .clients import check_model_columns, held_out_sets
 from .config import FederatedTaskConfig, FederationArguments
+from .loss_probe import LossProbeMixin, states_its_loss
 from .trainer import FederatedMixin
 
 
 __all__ = ["FederatedTaskTrainer"]
 
 
-class FederatedTaskTrainer(FederatedMixin, Trainer):
+class FederatedTaskTrainer(FederatedMixin, LossProbeMixin, Trainer):
     """
     Federated training for classification and the like: a [`~transformers.Trainer`] whose training data is spread over
     clients.
@@ -72,7 +72,6 @@ class FederatedTaskTrainer(FederatedMixin, Trainer):
     """
 
     _config_class = FederatedTaskConfig
-    _probe: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -85,35 +84,12 @@ class FederatedTaskTrainer(FederatedMixin, Trainer):
     ) -> None:
         super().__init__(model, args, train_dataset, eval_dataset, peft_config, **kwargs)
         is_one_batch = self.args.world_size * self.args.gradient_accumulation_steps == 1
-        if self.model_accepts_loss_kwargs and self.compute_loss_func is None and not is_one_batch:
-            first = self._prepared_client(next(iter(self._clients)))
-            rows = self._remove_unused_columns(first.select(range(self.args.per_device_train_batch_size)))
-            self._probe = self.data_collator([rows[index] for index in range(len(rows))])  # here, as it may draw
+        counts = self.model_accepts_loss_kwargs and self.compute_loss_func is None
+        self._asks_the_loss = counts and not is_one_batch and not states_its_loss(self.model)
 
     def _build_engine(self) -> None:
         super()._build_engine()
-        if self._probe is not None and "labels" in self._probe:
-            self.model_accepts_loss_kwargs = self._loss_depends_on_count(self._probe)
-        self._probe = None
-
-    @torch.no_grad()
-    def _loss_depends_on_count(self, batch: dict[str, Any]) -> bool:
-        """
-        Whether the loss is divided by `num_items_in_batch`, the labels of a step over all processes and accumulated batches.
-
-        `Trainer` counts on it if the model takes any keyword. Many classifiers do and compute a mean over their own rows, which it
-        would multiply by the number of processes and not divide by the accumulated batches.
-        """
-        self.model_wrapped.eval()
-        first, second = (
-            self.compute_loss(
-                self.model_wrapped,
-                self._prepare_inputs(dict(batch)),
-                num_items_in_batch=torch.tensor(count, device=self.args.device),
-            )
-            for count in (1, 2)
-        )
-        return bool(first != second)
+        self._look_at_the_loss()
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         if not self.args.remove_unused_columns:  # whatever the columns are, the collator gets them

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -27,31 +28,36 @@ from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 
+from .adapter_checks import refuse_idle_adapter, refuse_unwrapped_adapter
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
+from .callbacks import refuse_callback, refuse_callbacks, remove_last
 from .checkpoint import (
-    ADAPTER_WEIGHTS,
-    died_before_its_first_checkpoint,
-    find_checkpoint,
+    has_nothing_to_resume,
     load_adapter,
     refuse_another_run,
+    refuse_foreign_checkpoints,
     refuse_later_rounds,
+    remove_leftovers,
 )
 from .client_datasets import ClientDatasets
 from .client_settings import parse_client_settings
-from .client_store import ClientStore
+from .client_store import PRIVATE_FOLDER, ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .data_digests import described_transforms, state_digest
+from .digests import TRAINER_STATE_NAME
 from .figures import held_out_metrics
+from .first_look import telling_row
+from .held_out import check_held_out
 from .hub import fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
-from .live_model import MODEL_WEIGHTS
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
-from .processes import rest_at_exit, wait_for_first
+from .movement import Movement
+from .processes import first_alone, rest_at_exit, told_by_first, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, read_record
@@ -63,8 +69,9 @@ from .refusals import (
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
-from .round_checkpoints import CLIENTS_FOLDER, TRAINER_STATE_NAME, RoundCheckpointsMixin, write_state
+from .round_checkpoints import RoundCheckpointsMixin, write_state
 from .round_report import RoundReportMixin
+from .run_lock import owning
 from .same_run import check_same_data, check_same_run
 from .server import Server, freeze_for_good
 from .settings import described_arguments
@@ -87,7 +94,10 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
     _config_class: type[FederationArguments] = FederationArguments
     _base_change_bytes = 0
+    _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
     _sparse_stage_errors: dict[str, float]
+    _takes_torch_datasets = True  # as held-out data
+    _refuses_callbacks = False  # while `Trainer.__init__` adds a bar over steps
 
     def __init__(
         self,
@@ -103,21 +113,20 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                 f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every field of "
                 f"`{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
             )
-        if any(isinstance(callback, EarlyStoppingCallback) for callback in kwargs.get("callbacks") or []):
-            raise ValueError(
-                "`EarlyStoppingCallback` follows evaluations within a training run, and a client makes none. Use a callback "
-                "that sets `control.should_training_stop` in `on_evaluate`, which is called once per evaluated round."
-            )
+        refuse_callbacks(kwargs.get("callbacks"))
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
         self._seen_side_metrics = set()
         check_launch(args)
         rest_at_exit()
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
+        check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self._arguments = described_arguments({**kwargs, "transforms": described_transforms(train_dataset)}, ())
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
+        if isinstance(model, (PreTrainedModel, PeftModel)):
+            refuse_unwrapped_adapter(model)
         adapter_folder = None
         if args.initial_adapter is not None:
             if peft_config is not None or isinstance(model, PeftModel):
@@ -137,8 +146,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._folder = Path(args.output_dir or "")
         is_sorted = isinstance(train_dataset, ClientDatasets)
         self._clients = train_dataset if is_sorted else dict(sorted(train_dataset.items()))
-        first = next(iter(self._clients))
-        first_dataset = self._clients[first]
+        self._first_look = telling_row(self._clients, getattr(args, "dataset_text_field", None))
         # held-out data by client is prepared when it is evaluated on, as there may be very many
         by_client = None
         if isinstance(eval_dataset, Mapping) and len(eval_dataset) > 0 and eval_dataset.keys() <= self._clients.keys():
@@ -146,27 +154,32 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         super().__init__(
             **self._model_arguments(model, peft_config),
             args=args,
-            train_dataset=first_dataset,
+            train_dataset=self._first_look,
             eval_dataset=dict(eval_dataset) if isinstance(eval_dataset, Mapping) else eval_dataset,
             **kwargs,
         )
         if by_client is not None:
             self.eval_dataset = by_client
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
-        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        self.remove_callback(PrinterCallback)
+        remove_last(self.callback_handler, (DEFAULT_PROGRESS_CALLBACK, PrinterCallback))
+        refuse_callbacks(self.callback_handler.callbacks)  # of `report_to`, too
+        self._refuses_callbacks = True
 
         self._prepared_clients: dict[str, Dataset] = {}
+        self._num_tokens: dict[str, int] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
-        prepared: Any = self.train_dataset  # `super().__init__` has tokenised it
-        self._check_prepared(first, len(first_dataset), len(prepared))
-        self._prepared_clients[first] = prepared
+        self._first_look = None
+        self.train_dataset = self._first_prepared()
+        refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
         self._live_adapter = live_state(self.model)
+        self._check_model()
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
             keep_differentiable(self.model.get_base_model())
         refuse_what_would_leak(self.model, self._live_adapter)
         freeze_for_good(args, self.model, self._live_adapter)
+        optimizer, schedule = kwargs.get("optimizers") or (None, None)
+        self._take_optimizers(optimizer, schedule)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         published = {} if adapter_folder is None else self._start_from(adapter_folder)
         self._initial_digest = state_digest(published) if published else None
@@ -188,9 +201,9 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             assert isinstance(self.model, PeftModel)  # others have no factor pairs
             self._base_changes = BaseChanges(self.model, self.server.pairs)
         self._sparse_stage_errors = {}
-        self._store = ClientStore(self._folder / CLIENTS_FOLDER)
+        self._store = ClientStore(self._folder / PRIVATE_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        has_optimizer = kwargs.get("optimizers", (None, None))[0] is not None
+        has_optimizer = optimizer is not None
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         if self.server.sparse_rounds and isinstance(self.model, PeftModel):
@@ -218,23 +231,37 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
                 `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died before its
-                first checkpoint starts again), a path from that checkpoint.
+                first checkpoint starts again, and one that is not there yet starts), a path from that checkpoint.
 
         Returns:
             `TrainOutput`: the number of rounds, the mean training loss over rounds, and the totals of the run.
 
         Raises:
-            FileExistsError: If `output_dir` holds a run that is not being resumed.
+            FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
+            FolderInUseError: If another run is writing into `output_dir`.
             ValueError: If the checkpoint belongs to another run.
+            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
         """
+        self._refuse_within_client_model("train")
         if trial is not None:
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
+        refuse_callbacks(self.callback_handler.callbacks)
+        if not isinstance(self._live_adapter, LiveSparseChange):  # in that stage the LoRA waits
+            self._check_model()
+        with owning(self._folder):
+            return self._run(resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _run(self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
+        first_alone(functools.partial(remove_leftovers, self._folder))
         if resume_from_checkpoint is True and self._starts_again():
+            self._claim_folder(starts_again=True)
             resume_from_checkpoint = None
+        elif not resume_from_checkpoint:
+            self._claim_folder()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             self._ensure_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
@@ -250,6 +277,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                     self._end_sparse_stage()
                 self._ensure_engine()  # what fails here is no client's fault
                 self.server.begin(self._global_state, round)
+                self._movement.begin()
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off
                 for client in self.sampler.sample(round):
@@ -261,6 +289,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                         continue
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
+                self._movement.end(round)
                 with timed(seconds, "aggregate"):
                     self._end_of_round()
 
@@ -280,6 +309,17 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                     break
         return self._end()
 
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """
+        As [`~transformers.Trainer.add_callback`].
+
+        Raises:
+            ValueError: For a callback that cannot work in a federation.
+        """
+        if self._refuses_callbacks:
+            refuse_callback(callback)
+        super().add_callback(callback)
+
     def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
         """
         Save the model of one client: the global one, with the tensors that the client keeps.
@@ -293,15 +333,10 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         Raises:
             ValueError: If there is no such client.
         """
-        if client not in self._clients:
-            raise ValueError(f"There is no client {client!r}. The clients are {sorted(self._clients)}.")
-        self._live_adapter.write(self.client_state(client))
-        try:
+        with self.client_model(client):
             weights = self._weights_to_save()
             if self.is_world_process_zero():
                 self._save_weights(Path(output_dir), weights)
-        finally:
-            self._live_adapter.write(self._global_state)
 
     # The steps of a round
 
@@ -346,6 +381,10 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
 
+    def _check_model(self) -> None:
+        """Refuse a model of which training would not reach what is trained."""
+        refuse_idle_adapter(self.model)
+
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""
         if not isinstance(model, nn.Module if peft_config is not None else (PreTrainedModel, PeftModel)):
@@ -364,24 +403,34 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     # Beginning and end
 
     def _starts_again(self) -> bool:
-        """Whether the run to be resumed has nothing to go on from; then its record, all there is of it, is deleted."""
-        starts_again = died_before_its_first_checkpoint(self._folder)
-        wait_for_first()  # all have looked
+        """Whether the run to be resumed has nothing to go on from."""
+        starts_again = told_by_first(functools.partial(has_nothing_to_resume, self._folder))
         if starts_again and self.is_world_process_zero():
-            logger.warning(f"The run in {str(self._folder)!r} died before its first checkpoint: it starts again.")
-            (self._folder / RECORD_NAME).unlink()
-        wait_for_first()
+            died = (self._folder / RECORD_NAME).is_file()
+            why = (
+                "died before its first checkpoint: it starts again" if died else "has not been started yet: it starts"
+            )
+            logger.warning(f"The run in {str(self._folder)!r} {why}.")
         return starts_again
 
+    def _claim_folder(self, starts_again: bool = False) -> None:
+        """Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it."""
+
+        def claim() -> None:
+            refuse_another_run(self._folder, starts_again)
+            self._store.clear()
+
+        self._store.forget()
+        first_alone(claim)
+
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
-        refuse_another_run(self._folder)
         self._abandon_sparse_stage()
         self.server.forget()
-        self._store.clear()
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
         self._total_train_tokens = 0
+        self._movement = Movement()
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
         self._write_record(self._folder)  # from now on there is something to resume
@@ -392,25 +441,25 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         return 0
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
-        weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
-        with self.accelerator.main_process_first():  # which puts damaged ones aside
-            folder = find_checkpoint(self._folder, resume_from_checkpoint, weights)
-        record = read_record(folder)
+        checkpoint = self._find_checkpoint(resume_from_checkpoint)
+        folder, record = checkpoint.folder, checkpoint.record
         self._abandon_sparse_stage()
         fresh = self._new_record()
         check_same_run(record, fresh, folder)
         check_same_data(record, self._clients, self.eval_dataset, self.evaluates_clients, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
+        refuse_foreign_checkpoints(self._folder, range(done + 1, self.args.num_rounds + 1))
         self._sparse_stage_errors = {}  # of a run that was stopped in its first stage
         if done <= self.server.sparse_rounds:
             state = self._live_adapter.read(include_frozen=True)  # of a later stage, if this trainer has got there
             self._live_adapter.write({pair.key_B: torch.zeros_like(state[pair.key_B]) for pair in self.server.pairs})
             self._begin_sparse_stage()
-        self._load(folder)
+        self._load(checkpoint)
         self._global_state = self._live_adapter.read()
         self._go_on_recording(record, fresh)
-        self._begin(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)))
+        self._movement = Movement(has_begun=True)
+        self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:

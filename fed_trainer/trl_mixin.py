@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import datasets
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .clients import check_preference_columns, held_out_sets
+from .config import given
 from .record import peft_type_name
 from .trainer import FederatedMixin
 
@@ -31,20 +33,45 @@ _WITHOUT_LOG_PROBS = {
 class TRLMixin(FederatedMixin):
     """[`FederatedMixin`] for the trainers of TRL."""
 
+    _takes_torch_datasets = False
     _name: str  # TRL's, as in "DPO"
+    # with the tokens that this process has been trained on, which TRL logs with an evaluation
+    _progress_figures = FederatedMixin._progress_figures | {"num_tokens"}
     # of a trainer on pairs of answers: the columns that it needs, by format
     _preference_formats: Sequence[set[str]] = ()
-    _prepare_dataset: Callable[..., Dataset]
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         trainer = f"{self._name}Trainer"
+        if "tokens" in given(self.args, "aggregation_kwargs").values():
+            raise ValueError(
+                f"`aggregation_kwargs` weights clients by their tokens, but the loss of `{trainer}` is one of pairs of answers, not of tokens. "
+                "Weight by 'examples', or all alike ('uniform')."
+            )
         check_preference_columns(clients, self._preference_formats, trainer)
         for name, dataset in held_out_sets(eval_dataset).items():
             check_preference_columns({name: dataset}, self._preference_formats, trainer, kind="Held-out set")
 
+    def _check_model(self) -> None:
+        super()._check_model()
+        model: Any = self.model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+        head = None if base is None else base.get_output_embeddings()
+        if isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper):
+            raise ValueError(
+                f"`trainable_token_indices` on embeddings that are tied to the output layer: {self._name}Trainer of TRL multiplies by the "
+                "weight of that layer itself (`fused_lm_head`), past the rows that are trained. Train them with `FederatedTaskTrainer`, on "
+                "tokenised data with labels, or take a base model whose embeddings are not tied."
+            )
+
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it
         return {"model": model, "peft_config": copy.deepcopy(peft_config)}
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """As TRL's, except for the row that the trainer is made with: clients are prepared one like another."""
+        if dataset is self._first_look:
+            return dataset
+        return super()._prepare_dataset(dataset, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_as_trl(self, dataset: Dataset, client: str, *options: Any) -> Dataset:
         """One client's data as the trainer prepares its own; `options` are what it asks for between `args` and a name."""

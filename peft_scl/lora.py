@@ -21,6 +21,7 @@ from torch import nn
 from .config import SclConfig
 from .federa.config import FederaConfig
 from .federa.layer import Embedding, FederaLayer
+from .file_mode import follow_umask
 from .layer import SclLayer, WeightChange
 from .linalg import truncated_svd
 
@@ -66,7 +67,9 @@ class LoraExport(NamedTuple):
         config = copy.copy(self.config)
         config.inference_mode = True
         config.save_pretrained(os.fspath(save_directory))
-        save_file(self.state_dict, Path(save_directory, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+        weights = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        save_file(self.state_dict, weights, metadata={"format": "pt"})
+        follow_umask(weights)
 
 
 @torch.no_grad()

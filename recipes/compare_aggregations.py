@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,7 +129,6 @@ class Comparison:
             parts = train.train_test_split(test_size=self.validation_rows, seed=0)
             train, test = parts["train"], parts["test"]
         clients, eval_dataset = prepare(recipe, args, train, test)
-        shutil.rmtree(folder, ignore_errors=True)  # a run that was cut off
         trainer = FederatedTrainer(
             model=recipe.model_name_or_path,
             args=args,
@@ -138,7 +136,7 @@ class Comparison:
             eval_dataset=eval_dataset,
             peft_config=make_peft_config(recipe),
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=True)  # one that was cut off, or has not been started, starts
         del trainer
         gc.collect()
         record = read_record(folder)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fed_trainer import checkpoint
 from fed_trainer.checkpoint import (
-    find_checkpoint,
     find_damage,
     load_adapter,
     refuse_another_run,
@@ -25,7 +25,7 @@ STATE = {"a": torch.randn(3, 2), "b": torch.randn(4).to(torch.bfloat16)}
 
 def write_state(folder: Path) -> None:
     save_file(STATE, folder / "adapter_model.safetensors")
-    (folder / "federation.json").write_text("{}")
+    (folder / "federation.json").write_text('{"rounds": []}')
 
 
 def write_half(folder: Path) -> None:
@@ -36,6 +36,12 @@ def write_half(folder: Path) -> None:
 def rounds(output_dir: Path, *numbers: int) -> None:
     for number in numbers:
         write_checkpoint(output_dir, number, write_state)
+
+
+def find_checkpoint(output_dir: str | Path, resume_from_checkpoint: str | bool) -> Path:
+    found, content = checkpoint.find_checkpoint(output_dir, resume_from_checkpoint, lambda folder: folder.name)
+    assert content == found.name
+    return found
 
 
 def names(folder: Path) -> set[str]:
@@ -96,11 +102,18 @@ def test_leftovers_do_not_end_up_in_the_next_attempt(tmp_path: Path) -> None:
     assert names(tmp_path / "checkpoint-1") == {"adapter_model.safetensors", "federation.json"}
 
 
-def test_checkpoint_of_a_round_that_is_run_again_is_replaced(tmp_path: Path) -> None:
-    rounds(tmp_path, 1, 2)
-    write_checkpoint(tmp_path, 2, lambda folder: save_file({"c": torch.ones(1)}, folder / "adapter_model.safetensors"))
-    assert names(tmp_path / "checkpoint-2") == {"adapter_model.safetensors"}
-    assert load_adapter(tmp_path / "checkpoint-2").keys() == {"c"}
+@pytest.mark.parametrize("kind", ["checkpoint", "folder", "file"])
+def test_nothing_that_is_there_is_written_over(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "checkpoint-2"
+    if kind == "checkpoint":
+        rounds(tmp_path, 2)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("of the user")
+    with pytest.raises(FileExistsError, match="checkpoint-2' is there already, and a run writes over nothing"):
+        write_checkpoint(tmp_path, 2, write_half)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 # Rotating
@@ -199,7 +212,7 @@ def test_files_of_clients_are_missed_and_measured(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
         write_state(folder)
         (folder / "clients").mkdir()
-        (folder / "clients" / "a.safetensors").write_bytes(b"12345")
+        save_file(STATE, folder / "clients" / "a.safetensors", metadata={"client": "a"})
 
     folder = write_checkpoint(tmp_path, 1, write)
     assert find_damage(folder) is None
@@ -272,6 +285,6 @@ def test_folder_without_a_run_is_fine(tmp_path: Path) -> None:
     refuse_another_run(tmp_path)
     with pytest.raises(OSError):  # died in its first round: nothing to continue
         write_checkpoint(tmp_path, 1, write_half)
-    (tmp_path / "federation.json").write_text("{}")
+    (tmp_path / "federation.json").write_text('{"rounds": []}')
     (tmp_path / "checkpoint-notes").mkdir()
     refuse_another_run(tmp_path)

@@ -135,7 +135,7 @@ def test_a_run_is_resumed_with_the_head_it_started_from(run):
             r"has the columns \['text', 'label'\], but not \['intent'\]. Set `text_column`",
         ),
         (("--method", "full", "--peft_config", '{"r": 2}'), "`method='full'` has no adapter, but `peft_config` is"),
-        (("--clients_per_round", "9"), "`clients_per_round` is 9.0, but there are only 2 clients"),
+        (("--clients_per_round", "9"), "`clients_per_round` is 9, but there are only 2 clients"),
     ],
 )
 def test_recipe_refuses_in_a_sentence(run, arguments, message):

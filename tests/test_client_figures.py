@@ -240,15 +240,6 @@ def test_a_client_that_takes_no_step_is_left_out_with_the_reason(tiny_model_dir,
     assert list(entry["clients"]) == ["big"] and "It took no step" in entry["refused"]["small"]
 
 
-@pytest.mark.parametrize("config", [FederatedConfig, FederatedDPOConfig, FederatedRewardConfig, FederatedTaskConfig])
-@pytest.mark.parametrize(
-    "budget", [{"num_train_epochs": 0}, {"num_train_epochs": -1}, {"max_steps": 0}, {"max_steps": -2}], ids=str
-)
-def test_a_budget_without_a_step_is_refused_at_the_start(config, budget, tmp_path):
-    with pytest.raises(ValueError, match="is no local budget"):
-        config(str(tmp_path), use_cpu=True, report_to="none", **budget)
-
-
 # What TRL logs in training
 
 

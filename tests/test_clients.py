@@ -95,7 +95,7 @@ def test_order_of_the_dictionary_does_not_matter(order: list[str], round: int) -
     [
         (None, 10),
         (1, 1),
-        (1.0, 1),
+        (1.0, 10),
         (7, 7),
         (7.0, 7),
         (10, 10),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from dataclasses import MISSING, fields
@@ -13,6 +14,7 @@ from trl import SFTConfig, TrlParser
 
 from fed_trainer import FederatedConfig
 from fed_trainer.aggregation import METHODS
+from fed_trainer.clients import ClientSampler
 
 
 DEFAULTS = {field.name: field.default for field in fields(FederatedConfig)}
@@ -100,10 +102,38 @@ def test_every_own_field_has_a_help_text_for_the_command_line() -> None:
 # Refusals
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"max_steps": 0},
+        {"max_steps": -2},
+        {"num_train_epochs": 0},
+        {"num_train_epochs": -1.0},
+        {"num_train_epochs": float("nan")},
+    ],
+)
+def test_a_budget_without_a_step(value: dict[str, Any]) -> None:
+    ((name, number),) = value.items()
+    with pytest.raises(
+        ValueError, match=f"`{name}` is the budget of a client in a round.* the value passed is {number}$"
+    ):
+        make_config(**value)
+    make_config(**{"max_steps": 1, "num_train_epochs": 0} | ({} if name == "max_steps" else value))
+
+
+@pytest.mark.parametrize("value", ["5", 1.5, True, None])
+@pytest.mark.parametrize("name", ["num_rounds", "min_clients", "eval_rounds", "save_rounds", "client_retries"])
+def test_counts_that_are_no_integers(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` should be an integer of at least"):
+        make_config(**{name: value})
+
+
 @pytest.mark.parametrize("name", ["num_rounds", "eval_rounds", "save_rounds"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_counts_of_rounds(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` should be at least 1 but the value passed is {value}"):
+    with pytest.raises(
+        ValueError, match=f"`{name}` should be an integer of at least 1 but the value passed is {value}"
+    ):
         make_config(**{name: value})
 
 
@@ -113,10 +143,12 @@ def test_counts_of_rounds(name: str, value: int) -> None:
         *(0, 0.0, -1, -0.5, 1.5, 2.0001),
         float("nan"),
         float("inf"),
+        *(True, False, "5", "0.5", "all", [1]),
     ],
 )
-def test_clients_per_round_that_is_neither_number_nor_fraction(value: float) -> None:
-    with pytest.raises(ValueError, match=rf"`clients_per_round` should be .* but the value passed is {value!r}$"):
+def test_clients_per_round_that_is_neither_number_nor_fraction(value: Any) -> None:
+    message = rf"`clients_per_round` should be .* but the value passed is {re.escape(repr(value))}$"
+    with pytest.raises(ValueError, match=message):
         make_config(clients_per_round=value)
 
 
@@ -182,13 +214,32 @@ def test_command_line() -> None:
     assert config.aggregation == "fedavg"
 
 
-@pytest.mark.parametrize(("text", "value"), [("5", 5), ("1", 1), ("0.25", 0.25), ("1.0", 1)])
-def test_clients_per_round_on_the_command_line_and_in_yaml(tmp_path: Path, text: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("text", "sampled"),
+    [("1", 1), ("5", 5), ("3.0", 3), ("0.25", 2), ("0.01", 1), ("1.0", 10), ("1.", 10), ("1e0", 10)],
+)
+def test_a_whole_number_of_clients_and_the_fraction_of_all(tmp_path: Path, text: str, sampled: int) -> None:
+    """`1` is one client and `1.0` all ten, wherever it is written."""
     yaml = tmp_path / "config.yaml"
     yaml.write_text(f"clients_per_round: {text}\n")
-    assert parse("--clients_per_round", text).clients_per_round == value
-    assert parse(config=yaml).clients_per_round == value
+    values = [
+        make_config(clients_per_round=ast.literal_eval(text)).clients_per_round,
+        parse("--clients_per_round", text).clients_per_round,
+        parse(config=yaml).clients_per_round,
+        parse("--clients_per_round", text, config=yaml).clients_per_round,
+    ]
+    clients = [f"client_{index}" for index in range(10)]
+    assert [ClientSampler(clients, value, seed=0).num_sampled for value in values] == [sampled] * 4
     assert parse().clients_per_round is None
+
+
+@pytest.mark.parametrize("text", ["all", "true", "nan", "-1", "1.5"])
+def test_clients_per_round_from_outside_that_is_no_number(tmp_path: Path, text: str) -> None:
+    yaml = tmp_path / "config.yaml"
+    yaml.write_text(f"clients_per_round: {text}\n")
+    for arguments in ({"config": yaml}, {"config": None}):
+        with pytest.raises((ValueError, SystemExit)):
+            parse(*([] if arguments["config"] else ["--clients_per_round", text]), **arguments)
 
 
 def test_yaml_is_overridden_by_the_command_line(tmp_path: Path) -> None:

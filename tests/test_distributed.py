@@ -192,9 +192,9 @@ def test_the_slowest_process_decides_whether_a_client_is_too_slow(kind, run_of):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
-    folders = [run_of(kind).folder / "fedsa_lora" / part for part in ("clients", "checkpoint-2/clients")]
+    folders = [run_of(kind).folder / "fedsa_lora" / part for part in (".fed_clients", "checkpoint-2/clients")]
     for folder in folders:
-        assert [path.stem for path in sorted(folder.iterdir())] == ["client_0", "client_1", "client_2"]
+        assert [path.stem for path in sorted(folder.glob("*.safetensors"))] == ["client_0", "client_1", "client_2"]
 
 
 @pytest.mark.timeout(900)

@@ -124,10 +124,10 @@ def test_every_client_is_evaluated_with_its_own_model_on_its_own_data(make_train
 
     losses = {}
     for client in clients:
-        trainer._live_adapter.write(trainer.client_state(client))
-        losses[client] = SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"]
-        trainer._live_adapter.write(trainer.client_state("client_0" if client != "client_0" else "client_1"))
-        assert SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"] != losses[client]
+        with trainer.client_model(client):
+            losses[client] = SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"]
+        with trainer.client_model("client_0" if client != "client_0" else "client_1"):
+            assert SFTTrainer.evaluate(trainer, held_out(clients)[client])["eval_loss"] != losses[client]
     assert {name: figures["eval_loss"] for name, figures in entry["client_eval"].items()} == pytest.approx(losses)
     mean = (4 * losses["client_0"] + 6 * losses["client_1"] + 8 * losses["client_2"]) / 18
     assert entry["eval"]["eval_loss"] == pytest.approx(mean)
@@ -571,6 +571,62 @@ def test_a_client_whose_own_model_diverges_is_left_out(make_trainer, monkeypatch
         r"lora_A.weight \(personal\), which stays with the client, has values that are not finite", refused["client_1"]
     )
     assert not trainer._store.read("client_1")
+
+
+KEPT = {
+    "local": {"aggregation": "fedsa_lora"},
+    "personal": {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}},
+    "objective": {"local_objective": "scaffold", "optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1},
+    "optimizer": {"keep_optimizer_state": True},
+    "personal_optimizer": {
+        "local_objective": "ditto",
+        "local_objective_kwargs": {"mu": 0.1},
+        "keep_optimizer_state": True,
+    },
+}
+
+
+def spoils(trainer, monkeypatch, part, times):
+    """What client_1 is to keep in `part`, and nothing that it sends, is infinite in its first `times` attempts."""
+    whose, left = {}, [times]
+    client_round, check = trainer._client_round, trainer._check_finite
+
+    def remembered(client, *args):
+        whose["turn"] = client
+        return client_round(client, *args)
+
+    def spoilt(train_loss, keeps):
+        if whose["turn"] == "client_1" and left[0]:
+            left[0] -= 1
+            next(tensor for tensor in keeps[part].values() if tensor.numel() > 1).view(-1)[0] = float("inf")
+        return check(train_loss, keeps)
+
+    monkeypatch.setattr(trainer, "_client_round", remembered)
+    monkeypatch.setattr(trainer, "_check_finite", spoilt)
+
+
+@pytest.mark.parametrize("part", KEPT)
+def test_what_a_client_keeps_is_checked_in_its_turn_and_the_turn_tried_again(make_trainer, monkeypatch, part):
+    received = []
+    for output, times in (("once", 1), ("twice", 2)):
+        trainer = make_trainer(output, num_rounds=1, client_retries=1, **KEPT[part])
+        spoils(trainer, monkeypatch, part, times)
+        receive = trainer.server.receive
+        monkeypatch.setattr(
+            trainer.server, "receive", lambda *args, receive=receive: received.append(args) or receive(*args)
+        )
+        trainer.train()
+        refused = trainer._record["rounds"][0]["refused"]
+        if times == 1:
+            assert refused == {} and trainer._store.read("client_1")[part]
+        else:
+            assert list(refused) == ["client_1"] and not trainer._store.read("client_1")
+            assert refused["client_1"].startswith("its local round failed with ClientError: ")
+            assert f"({part}), which stays with the client, has values that are not finite" in refused["client_1"]
+    assert [update.client for update, _ in received] == [*trainer._clients, "client_0", "client_2"]
+    shared = {key for key in trainer._global_state if key not in trainer._local_keys}
+    for update, asked in received:  # all that the server is handed
+        assert update.delta.keys() == asked.keys() == shared
 
 
 def test_a_change_of_the_base_that_is_not_finite_ends_the_run(make_trainer, monkeypatch):

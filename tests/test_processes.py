@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fed_trainer.processes import SECONDS_OF_REST, from_first, is_first, rest_at_exit, wait_for_first
+from fed_trainer.run_lock import FolderInUseError, owning
 
 
 # Ends while there is a thread that acts in the rest only, and rests until it is done.
@@ -94,6 +95,9 @@ def process(rank, address, folder):
     assert calls == [0] * (1 - rank)
     with pytest.raises(ValueError if rank == 0 else RuntimeError, match="no update"):
         from_first(broken)
+    refused = pytest.raises(FolderInUseError if rank == 0 else RuntimeError, match="is in use by")
+    with owning(folder), refused, owning(folder):
+        pass
     if rank == 0:
         time.sleep(7)
         (folder / "written").touch()

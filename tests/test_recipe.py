@@ -110,7 +110,7 @@ def test_recipe_runs_under_accelerate_launch(workspace, tiny_model_dir):
     ("arguments", "message"),
     [
         (("--partition_column", "hospital"), "`partition_column` is 'hospital', but the columns of"),
-        (("--clients_per_round", "9"), "`clients_per_round` is 9.0, but there are only 3 clients"),
+        (("--clients_per_round", "9"), "`clients_per_round` is 9, but there are only 3 clients"),
     ],
 )
 def test_recipe_refuses_in_a_sentence(workspace, tiny_model_dir, arguments, message):

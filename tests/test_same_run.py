@@ -100,7 +100,7 @@ def test_what_an_older_record_does_not_hold_is_not_compared(tmp_path):
     theirs = dict(ours, settings={"max_steps": -1}, federation={})
     for name in ("arguments", "initial_digest"):
         del theirs[name]
-    ours = _record_of(FederatedTaskConfig(output_dir=str(tmp_path), server_lr=0.5, warmup_steps=3, **PLAIN))
+    ours = _record_of(FederatedTaskConfig(output_dir=str(tmp_path), server_lr=0.5, weight_decay=0.3, **PLAIN))
     check_same_run(theirs, ours, tmp_path)
     # but a record that is complete has the default of a setting that there was not yet
     del (newer := dict(ours["federation"]))["server_lr"]
@@ -297,7 +297,7 @@ def begun(tmp_path_factory):
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "a field of the user's own": ({"temperature": 2.0}, "temperature: 1.0 there, 2.0 here"),
-    "a field of transformers": ({"warmup_steps": 3}, "warmup_steps: 0 there, 3 here"),
+    "a field of transformers": ({"weight_decay": 0.3}, "weight_decay: 0.0 there, 0.3 here"),
     "a field of the federation": ({"server_lr": 0.5}, "server_lr: None there, 0.5 here"),
     "the adapter": ({"peft_config": LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2, lora_alpha=1)}, "lora_alpha"),
     "optimizer_cls_and_kwargs": ({"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1})}, "`optimizer_cls_and_kwargs`"),

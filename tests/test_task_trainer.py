@@ -498,5 +498,5 @@ def test_the_config_differs_from_training_arguments_where_it_says_so(tmp_path):
     assert {"num_rounds", "clients_per_round", "aggregation", "eval_rounds", "save_rounds", "label_column"} <= added
     differing = {key for key, value in plain.to_dict().items() if config.to_dict()[key] != value}
     assert differing == {"lr_scheduler_type", "eval_on_start"}
-    with pytest.raises(ValueError, match="`num_rounds` should be at least 1"):
+    with pytest.raises(ValueError, match="`num_rounds` should be an integer of at least 1"):
         FederatedTaskConfig(output_dir=str(tmp_path), num_rounds=0)

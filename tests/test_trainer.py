@@ -401,18 +401,6 @@ def test_gradient_checkpointing_changes_nothing_and_hooks_do_not_pile_up(make_tr
     assert hooks(longer) == after_one
 
 
-def test_a_client_without_a_trainable_token_is_refused_or_left_out(make_trainer, make_clients):
-    clients = make_clients(num_clients=3)
-    long = {name: rows.map(lambda row: {"prompt": row["prompt"] * 20}) for name, rows in clients.items()}
-    with pytest.raises(ValueError, match="Client 'client_0' has 16 examples, but none is left after preparation"):
-        make_trainer(clients={**clients, "client_0": long["client_0"]}, eval_dataset=False)
-    trainer = make_trainer(clients={**clients, "client_2": long["client_2"]}, num_rounds=1)
-    trainer.train()
-    refused = trainer._record["rounds"][0]["refused"]
-    assert list(refused) == ["client_2"]
-    assert "Client 'client_2' has 16 examples, but none is left after preparation" in refused["client_2"]
-
-
 def test_resuming_from_further_back_does_not_mix_with_later_rounds(make_trainer, tmp_path):
     make_trainer(num_rounds=3).train()
     with pytest.raises(ValueError, match=r"holds later rounds too \(checkpoint-2, checkpoint-3\)"):
@@ -482,7 +470,7 @@ def test_more_refusals(make_trainer, make_clients, tiny_model_dir, tmp_path):
         make_trainer(clients=DatasetDict(make_clients(num_clients=2)))
     with pytest.raises(ValueError, match="`EarlyStoppingCallback` follows evaluations"):
         make_trainer(callbacks=[EarlyStoppingCallback()])
-    with pytest.raises(ValueError, match="`round_lr_scheduler_type` is 'cosin', which is no schedule"):
+    with pytest.raises(ValueError, match="`round_lr_scheduler_type` should be one of .* is 'cosin'"):
         make_trainer(round_lr_scheduler_type="cosin")
     with pytest.raises(ValueError, match="neither a folder here nor a Hub id"):
         make_trainer(initial_adapter=str(tmp_path / "nowhere"))

@@ -12,6 +12,8 @@ from .low_rank import LowRank
 
 __all__ = ["Aggregator", "ClientUpdate"]
 
+WEIGHTS = ("examples", "uniform", "tokens")
+
 
 @dataclass
 class ClientUpdate:
@@ -33,6 +35,8 @@ class ClientUpdate:
             The client's own `lora_alpha / r` by module, where its rank and therefore its scaling is not the server's.
         base_digest (`str`, *optional*):
             [`base_digest`] of the base model the client trained on.
+        num_tokens (`int`, *optional*):
+            Number of tokens that carry a loss in what the client holds, for rules with `weights="tokens"`.
     """
 
     client: str
@@ -42,6 +46,7 @@ class ClientUpdate:
     num_steps: int | None = None
     scalings: dict[str, float] | None = None
     base_digest: str | None = None
+    num_tokens: int | None = None
 
 
 class Aggregator(ABC):
@@ -81,6 +86,37 @@ class Aggregator(ABC):
         the scaling in them. Empty for most rules.
         """
         return {}
+
+
+def check_weights(weights: object, name: str = "weights", choices: tuple[str, ...] = WEIGHTS) -> None:
+    """Refuse what is no way to weight clients."""
+    if weights not in choices:
+        raise ValueError(f"`{name}` should be one of {list(choices)} but the value passed is {weights!r}")
+
+
+def weight_of(update: ClientUpdate, weights: str) -> int:
+    """
+    The weight of a client in a mean.
+
+    Args:
+        update ([`ClientUpdate`]):
+            Its update.
+        weights (`str`):
+            `"examples"`: its number of examples, `"uniform"`: 1, `"tokens"`: its number of tokens that carry a loss.
+
+    Raises:
+        ValueError: If it does not say its number of tokens.
+    """
+    if weights == "uniform":
+        return 1
+    if weights == "examples":
+        return update.num_examples
+    if update.num_tokens is None:
+        raise ValueError(
+            f"`weights='tokens'`, but client {update.client!r} does not say its number of tokens (`num_tokens`). Fill it in where the update "
+            "is made, or weight by examples."
+        )
+    return update.num_tokens
 
 
 def check_tensors(update: ClientUpdate, reference: AdapterState, partial: bool = False) -> None:

@@ -24,7 +24,7 @@ from peft_scl.linalg import full_precision
 
 from ..adapter_state import AdapterState
 from ..options import check_integer
-from .base import Aggregator, ClientUpdate
+from .base import Aggregator, ClientUpdate, weight_of
 from .fedavg import FedAvg
 from .low_rank import LowRank
 
@@ -353,12 +353,15 @@ class FactorAggregator(Aggregator):
             The factor pairs of the adapter.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules; the rule then is over the clients that have the module.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
-    def __init__(self, pairs: Sequence[FactorPair], partial: bool = False) -> None:
+    def __init__(self, pairs: Sequence[FactorPair], partial: bool = False, weights: str = "examples") -> None:
         self.pairs = list(pairs)
         self.partial = partial
-        self._others = FedAvg(partial)
+        self.weights = weights
+        self._others = FedAvg(partial, weights)
         self._base_change: dict[str, LowRank] = {}
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
@@ -380,7 +383,10 @@ class FactorAggregator(Aggregator):
         self._others.add(update)
         for pair in pairs:
             self._add_pair(pair, update)
-            self._weights[pair.module] += update.num_examples
+            self._weights[pair.module] += self._weight(update)
+
+    def _weight(self, update: ClientUpdate) -> int:
+        return weight_of(update, self.weights)
 
     def _checked(self, update: ClientUpdate) -> list[FactorPair]:
         """The pairs that the update has, after all of it has been checked."""

@@ -6,7 +6,7 @@ import torch
 
 from ..adapter_state import AdapterState
 from ..options import check_flag, check_number
-from .base import Aggregator, ClientUpdate, check_tensors
+from .base import Aggregator, ClientUpdate, check_tensors, check_weights, weight_of
 
 
 __all__ = ["FedAvg", "FedNova"]
@@ -15,7 +15,7 @@ __all__ = ["FedAvg", "FedNova"]
 class FedAvg(Aggregator):
     """
     Mean of the client deltas weighted by numbers of examples (McMahan et al., 2017, https://huggingface.co/papers/1602.05629,
-    algorithm 1): `Delta = sum_k n_k Delta_k / sum_k n_k`, per tensor, summed in float32.
+    algorithm 1): `Delta = sum_k n_k Delta_k / sum_k n_k`, per tensor, summed in float32. Other weights `n_k` by `weights`.
 
     For LoRA this is FedIT: the factors are averaged one by one, and their product is not the mean of the products. Where all
     clients hold the same frozen factor (FFA-LoRA, RoLoRA) it is.
@@ -24,24 +24,25 @@ class FedAvg(Aggregator):
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack tensors, as one that trains a subset of the layers does. The mean of a tensor is then
             over the clients that sent it; one that nobody sent stays as it is.
-        uniform (`bool`, *optional*, defaults to `False`):
-            Weight all clients alike, as SCAFFOLD and FedDyn do.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            What `n_k` is: `"examples"`, `"tokens"` (those that carry a loss), or `"uniform"`: all clients alike, as in SCAFFOLD and
+            FedDyn.
     """
 
     _sum: AdapterState | None = None
 
-    def __init__(self, partial: bool = False, uniform: bool = False) -> None:
+    def __init__(self, partial: bool = False, weights: str = "examples") -> None:
         check_flag("partial", partial)
-        check_flag("uniform", uniform)
+        check_weights(weights)
         self.partial = partial
-        self.uniform = uniform
+        self.weights = weights
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
         self._sum = {key: torch.zeros_like(tensor, dtype=torch.float32) for key, tensor in state.items()}
         self._weights = dict.fromkeys(state, 0.0)
 
     def add(self, update: ClientUpdate) -> None:
-        self._add(update, 1 if self.uniform else update.num_examples)
+        self._add(update, weight_of(update, self.weights))
 
     def finish(self) -> AdapterState:
         self._open_sum()
@@ -89,11 +90,13 @@ class FedNova(FedAvg):
             Momentum of the local SGD.
         partial (`bool`, *optional*, defaults to `False`):
             As in [`FedAvg`]; both sums then are over the clients that sent the tensor.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`]: `p_k` is the client's share of them.
     """
 
-    def __init__(self, momentum: float = 0.0, partial: bool = False) -> None:
+    def __init__(self, momentum: float = 0.0, partial: bool = False, weights: str = "examples") -> None:
         check_number("momentum", momentum, lambda value: 0 <= value < 1, "in [0, 1)")
-        super().__init__(partial)
+        super().__init__(partial, weights)
         self.momentum = momentum
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
@@ -107,9 +110,10 @@ class FedNova(FedAvg):
                 f"`num_steps={update.num_steps}`. Fill it in where the update is made."
             )
         steps = effective_steps(update.num_steps, self.momentum)
-        self._add(update, update.num_examples, 1 / steps)
+        weight = weight_of(update, self.weights)
+        self._add(update, weight, 1 / steps)
         for key in self._weighted_steps.keys() & update.delta.keys():
-            self._weighted_steps[key] += update.num_examples * steps
+            self._weighted_steps[key] += weight * steps
 
     def finish(self) -> AdapterState:
         mean = super().finish()

@@ -26,8 +26,14 @@ class MeanOfFactors(FactorAggregator):
 
     aggregation = ""
 
-    def __init__(self, pairs: Sequence[FactorPair], max_columns: int | None = None, partial: bool = False) -> None:
-        super().__init__(pairs, partial)
+    def __init__(
+        self,
+        pairs: Sequence[FactorPair],
+        max_columns: int | None = None,
+        partial: bool = False,
+        weights: str = "examples",
+    ) -> None:
+        super().__init__(pairs, partial, weights)
         check_integer("max_columns", max_columns, least=1, optional=True)
         self.max_columns = max_columns
 
@@ -51,9 +57,10 @@ class MeanOfFactors(FactorAggregator):
             return
         (reference_A, reference_B), (total_A, total_B) = self._references[pair.module], self._offsets[pair.module]
         A, B = A - reference_A, B - reference_B
-        total_A.add_(A, alpha=update.num_examples)
-        total_B.add_(B, alpha=update.num_examples)
-        self._sums[pair.module].add(B * update.num_examples, A)
+        weight = self._weight(update)
+        total_A.add_(A, alpha=weight)
+        total_B.add_(B, alpha=weight)
+        self._sums[pair.module].add(B * weight, A)
 
     def finish(self) -> AdapterState:
         delta = self._finish_others()
@@ -100,6 +107,8 @@ class FedExLoRA(MeanOfFactors):
             Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
     aggregation = "fedex_lora"
@@ -110,9 +119,10 @@ class FedExLoRA(MeanOfFactors):
         max_rank: int | None = None,
         max_columns: int | None = None,
         partial: bool = False,
+        weights: str = "examples",
     ) -> None:
         check_foldable(pairs, self.aggregation)
-        super().__init__(pairs, max_columns, partial)
+        super().__init__(pairs, max_columns, partial, weights)
         check_integer("max_rank", max_rank, least=1, optional=True)
         self.max_rank = max_rank
 
@@ -143,6 +153,8 @@ class LoRAFair(MeanOfFactors):
             Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
     aggregation = "lora_fair"
@@ -153,9 +165,10 @@ class LoRAFair(MeanOfFactors):
         ridge: float = 0.01,
         max_columns: int | None = None,
         partial: bool = False,
+        weights: str = "examples",
     ) -> None:
         check_number("ridge", ridge, lambda value: value > 0, "positive and finite")
-        super().__init__(pairs, max_columns, partial)
+        super().__init__(pairs, max_columns, partial, weights)
         self.ridge = ridge
 
     def _corrected(

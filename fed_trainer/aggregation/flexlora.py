@@ -34,6 +34,8 @@ class FlexLoRA(MeanOfProducts):
             Columns to cut back to, while clients arrive, whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
     def _new_factors(

@@ -41,13 +41,20 @@ class FLoRA(MeanOfProducts):
             Columns to cut a stack back to whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
     def __init__(
-        self, pairs: Sequence[FactorPair], seed: int = 0, max_columns: int | None = None, partial: bool = False
+        self,
+        pairs: Sequence[FactorPair],
+        seed: int = 0,
+        max_columns: int | None = None,
+        partial: bool = False,
+        weights: str = "examples",
     ) -> None:
         check_foldable(pairs, "flora")
-        super().__init__(pairs, max_columns, partial)
+        super().__init__(pairs, max_columns, partial, weights)
         check_integer("seed", seed, least=0)
         self.seed = seed
 

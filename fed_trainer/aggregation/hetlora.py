@@ -9,7 +9,7 @@ import torch
 
 from ..adapter_state import AdapterState
 from ..options import check_number
-from .base import ClientUpdate
+from .base import WEIGHTS, ClientUpdate, check_weights
 from .factors import FactorAggregator, FactorPair
 from .low_rank import product_norm
 
@@ -36,13 +36,12 @@ class HetLoRA(FactorAggregator):
         pairs (`Sequence[FactorPair]`):
             The factor pairs of the adapter; its ranks are the largest of the clients'.
         weighting (`str`, *optional*, defaults to `"norm"`):
-            `"norm"` as above, or `"examples"`: FedAvg with zero-padding.
+            `"norm"` as above, or one of the `weights` of [`FedAvg`], which is then FedAvg with zero-padding.
     """
 
     def __init__(self, pairs: Sequence[FactorPair], weighting: str = "norm") -> None:
-        if weighting not in ("norm", "examples"):
-            raise ValueError(f"`weighting` should be 'norm' or 'examples' but the value passed is {weighting!r}")
-        super().__init__(pairs)
+        check_weights(weighting, "weighting", ("norm", *WEIGHTS))
+        super().__init__(pairs, weights="examples" if weighting == "norm" else weighting)
         self.weighting = weighting
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
@@ -58,7 +57,7 @@ class HetLoRA(FactorAggregator):
         if update.num_examples == 0:
             return
         local = [self._local(pair, update) for pair in self.pairs]
-        weight = float(update.num_examples)
+        weight = float(self._weight(update))
         if self.weighting == "norm":
             weight = math.hypot(
                 *(s * product_norm(*pair.change(A, B)) for pair, (A, B, s) in zip(self.pairs, local, strict=True))

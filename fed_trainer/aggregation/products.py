@@ -29,10 +29,18 @@ class MeanOfProducts(FactorAggregator):
             Columns to cut a stack back to whenever there are more than twice as many.
         partial (`bool`, *optional*, defaults to `False`):
             Whether a client may lack modules.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
-    def __init__(self, pairs: Sequence[FactorPair], max_columns: int | None = None, partial: bool = False) -> None:
-        super().__init__(pairs, partial)
+    def __init__(
+        self,
+        pairs: Sequence[FactorPair],
+        max_columns: int | None = None,
+        partial: bool = False,
+        weights: str = "examples",
+    ) -> None:
+        super().__init__(pairs, partial, weights)
         check_integer("max_columns", max_columns, least=1, optional=True)
         self.max_columns = max_columns
 
@@ -43,7 +51,7 @@ class MeanOfProducts(FactorAggregator):
 
     def _add_pair(self, pair: FactorPair, update: ClientUpdate) -> None:
         A, B, scaling = self._local(pair, update)
-        self._sums[pair.module].add(B * (update.num_examples * scaling), A)
+        self._sums[pair.module].add(B * (self._weight(update) * scaling), A)
 
     def finish(self) -> AdapterState:
         delta = self._finish_others()

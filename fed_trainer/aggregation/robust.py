@@ -5,7 +5,7 @@ Rules that bear a number of arbitrary, finite updates. All but [`NormBounding`] 
 the round: memory is the number of clients times the adapter, in the dtype it was sent in, plus blocks of a fixed size.
 
 Updates are compared as they travel, integer buffers (counts of batches) aside. For LoRA that means factor by factor, of which the caution about means of factors holds
-too. Only [`NormBounding`] and [`GeometricMedian`] look at numbers of examples, which a client could lie about.
+too. Only [`NormBounding`] and [`GeometricMedian`] look at numbers of examples or tokens, which a client could lie about.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from ..adapter_state import AdapterState
 from ..options import check_integer, check_number
-from .base import Aggregator, ClientUpdate, check_tensors
+from .base import Aggregator, ClientUpdate, check_tensors, check_weights, weight_of
 from .fedavg import FedAvg
 from .low_rank import LowRank
 
@@ -141,18 +141,32 @@ class GeometricMedian(_KeepingAggregator):
             Stop when the weights change by less than this.
         max_iterations (`int`, *optional*, defaults to `100`):
             Stop then at the latest; each passes over all updates once.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`]: `p_k` is the client's share of them.
     """
 
-    def __init__(self, smoothing: float = 1e-6, tolerance: float = 1e-6, max_iterations: int = 100) -> None:
+    def __init__(
+        self,
+        smoothing: float = 1e-6,
+        tolerance: float = 1e-6,
+        max_iterations: int = 100,
+        weights: str = "examples",
+    ) -> None:
+        check_weights(weights)
         check_number("smoothing", smoothing, lambda value: value > 0, "positive and finite")
         check_number("tolerance", tolerance, lambda value: value >= 0, "0 or more")
         check_integer("max_iterations", max_iterations, least=1)
         self.smoothing = smoothing
         self.tolerance = tolerance
         self.max_iterations = max_iterations
+        self.weights = weights
+
+    def add(self, update: ClientUpdate) -> None:
+        weight_of(update, self.weights)  # refuses one that does not say it
+        super().add(update)
 
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
-        shares = torch.tensor([update.num_examples for update in updates], dtype=torch.float64)
+        shares = torch.tensor([weight_of(update, self.weights) for update in updates], dtype=torch.float64)
         if shares.sum() == 0:
             raise ValueError("No client update with examples arrived in this round, so there is nothing to weight by.")
         shares = shares / shares.sum()
@@ -251,16 +265,19 @@ class NormBounding(Aggregator):
             Bound on the Euclidean norm of an update.
         aggregator ([`Aggregator`], *optional*):
             The rule that gets the bounded updates, FedAvg if not given.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            Those of that FedAvg.
     """
 
-    def __init__(self, max_norm: float, aggregator: Aggregator | None = None) -> None:
+    def __init__(self, max_norm: float, aggregator: Aggregator | None = None, weights: str = "examples") -> None:
         check_number("max_norm", max_norm, lambda value: value > 0, "positive and finite")
         if aggregator is not None and not isinstance(aggregator, Aggregator):
             raise ValueError(
                 f"`aggregator` should be an Aggregator, such as `FedAvg()`, but the value passed is {aggregator!r}"
             )
         self.max_norm = max_norm
-        self.aggregator = aggregator or FedAvg()
+        self.weights = weights
+        self.aggregator = aggregator or FedAvg(weights=weights)
 
     @property
     def min_updates(self) -> int:

@@ -34,12 +34,14 @@ class SLoRA(FedAvg):
             Rounds of the first stage.
         density (`float`, *optional*, defaults to `0.01`):
             Share of every target weight that the first stage trains.
+        weights (`str`, *optional*, defaults to `"examples"`):
+            As in [`FedAvg`].
     """
 
-    def __init__(self, sparse_rounds: int, density: float = 0.01) -> None:
+    def __init__(self, sparse_rounds: int, density: float = 0.01, weights: str = "examples") -> None:
         check_integer("sparse_rounds", sparse_rounds, 1)
         check_number("density", density, lambda value: 0 < value <= 1, "a number in (0, 1]")
-        super().__init__()
+        super().__init__(weights=weights)
         self.sparse_rounds, self.density = sparse_rounds, density
 
 

@@ -141,6 +141,8 @@ def _fault(
         return f"`num_examples` is {update.num_examples!r}, but it should be a positive integer: it is the weight in the mean."
     if update.num_steps is not None and not _is_count(update.num_steps):
         return f"`num_steps` is {update.num_steps!r}, but it should be a positive integer. Send what the local round counted."
+    if update.num_tokens is not None and not _is_count(update.num_tokens):
+        return f"`num_tokens` is {update.num_tokens!r}, but it should be a positive integer: it may be the weight in the mean."
     for module, scaling in (update.scalings or {}).items():
         if not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
             return (

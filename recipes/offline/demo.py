@@ -11,7 +11,6 @@ prompt with and without it.
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +50,22 @@ def answer(adapter_dir: str, prompt: str) -> None:
     print(f"prompt  {prompt.strip()}\nbefore  {before}\nafter   {generate()}")
 
 
+def free_folder(output_dir: str) -> str:
+    """`output_dir`, or with a number behind it if that holds a federation already, of the demo or of anybody: nothing is deleted."""
+    folder, number = output_dir, 1
+    while (Path(folder) / RECORD_NAME).is_file():
+        number += 1
+        folder = f"{output_dir}-{number}"
+    if folder != output_dir:
+        print(f"{output_dir} holds a federation already (--resume continues it), so this one goes to {folder}\n")
+    return folder
+
+
 def train(config_path: Path, arguments: list[str], fresh: bool) -> None:
     parser = TrlParser([FederatedConfig])  # type: ignore[list-item]
     (args,) = parser.parse_args_and_config(["--config", str(config_path), *arguments])
-    if fresh and (Path(args.output_dir) / RECORD_NAME).is_file():  # an earlier demo; a folder of anything else stays
-        shutil.rmtree(args.output_dir)
+    if fresh:
+        args.output_dir = free_folder(str(args.output_dir))
 
     clients, held_out = build_clients()
     print(partition_summary(clients, args.label_column), end="\n\n")

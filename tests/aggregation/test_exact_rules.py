@@ -748,10 +748,13 @@ def test_rank_below_one_is_refused() -> None:
         (lambda: LoRAFair([], ridge=math.inf), "`ridge` should be positive and finite but the value passed is inf"),
         (lambda: LoRAFair([], ridge=math.nan), "`ridge` should be positive and finite but the value passed is nan"),
         (lambda: LoRAFair([], ridge=0), "`ridge` should be positive and finite but the value passed is 0"),
-        (lambda: HetLoRA([], weighting="norms"), "`weighting` should be 'norm' or 'examples' .* is 'norms'"),
-        (lambda: HetLoRA([], weighting=["norm"]), r"`weighting` should be 'norm' or 'examples' .* is \['norm'\]"),
+        (lambda: HetLoRA([], weighting="norms"), "`weighting` should be one of .* is 'norms'"),
+        (lambda: HetLoRA([], weighting=["norm"]), r"`weighting` should be one of .* is \['norm'\]"),
         (lambda: FLoRA([], partial="false"), "`partial` should be True or False but the value passed is 'false'"),
-        (lambda: METHODS["fedavg"].build(uniform=1), "`uniform` should be True or False but the value passed is 1"),
+        (
+            lambda: METHODS["fedavg"].build(weights="rows"),
+            "`weights` should be one of .* but the value passed is 'rows'",
+        ),
     ],
 )
 def test_settings_out_of_range_or_of_a_wrong_type_are_refused(build, message: str) -> None:

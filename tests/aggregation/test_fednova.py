@@ -110,6 +110,6 @@ def test_tensor_that_no_client_has_stays_as_it_is() -> None:
 
 def test_uniform_weights_do_not_look_at_numbers_of_examples() -> None:
     state, updates = random_state(LORA, "global"), updates_of(LORA, NUM_EXAMPLES)
-    new, _ = aggregate(FedAvg(uniform=True), state, updates)
+    new, _ = aggregate(FedAvg(weights="uniform"), state, updates)
     for key, tensor in new.items():
         assert_close(tensor, state[key] + sum(update.delta[key].double() for update in updates) / 3)

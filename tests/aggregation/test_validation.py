@@ -156,3 +156,28 @@ def test_digest_covers_names_shapes_dtypes_and_every_value() -> None:
     digests = {state_digest(entry) for entry in [state, *others]}
     assert len(digests) == 5
     assert state_digest(dict(reversed(state.items()))) == state_digest(state)
+
+
+# The limit of values
+
+
+@pytest.mark.parametrize("key", [A, B])
+@pytest.mark.parametrize("exponent", range(39))
+def test_of_values_that_are_taken_the_weighted_product_is_a_float32(exponent: int, key: str) -> None:
+    """Rules multiply two factors and weight them by the examples, which may be a million; what is ordinary is never refused."""
+    million = 10**6
+    for mantissa in (1.0, 1.9, 3.0):
+        value = mantissa * 10.0**exponent
+        if value > torch.finfo(torch.float32).max:
+            continue
+        both = update(million, A=torch.full((2, 3), value), B=torch.full((4, 2), -value))
+        single = update(million, **{"A" if key == A else "B": torch.full_like(REFERENCE[key], value)})
+        try:
+            validated(both, REFERENCE)
+            validated(single, REFERENCE)
+        except InvalidUpdateError as error:
+            assert exponent >= 5, error
+            assert "alice" in str(error)
+        else:
+            weighted = million * (both.delta[B].double() @ both.delta[A].double())
+            assert weighted.float().isfinite().all(), f"{value} is taken"

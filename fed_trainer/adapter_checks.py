@@ -1,0 +1,68 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in a state in which training would not reach them."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+__all__ = ["refuse_idle_adapter", "refuse_unwrapped_adapter"]
+
+
+def refuse_unwrapped_adapter(model: nn.Module) -> None:
+    """
+    Refuse an adapter that was put on the model without a [`~peft.PeftModel`] around it, as by `model.add_adapter(...)` of transformers.
+
+    Raises:
+        ValueError: Naming a module.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = [] if isinstance(model, PeftModel) else _tuned(base)
+    if names or getattr(base, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"The {type(base).__name__} that was given has an adapter already{f' (at {names[0]})' if names else ''} without a `PeftModel` around "
+            "it, as transformers' `add_adapter` and `from_pretrained` of an adapter make it: its config would be neither compared nor saved. "
+            "Load the base model and give a `peft_config`; or wrap it by `get_peft_model`; a saved adapter is an `initial_adapter`."
+        )
+
+
+def refuse_idle_adapter(model: nn.Module) -> None:
+    """
+    Refuse an adapter that is merged or switched off, at all modules or at some: nothing, or a part only, would be trained.
+
+    Raises:
+        ValueError: Naming a module.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    name = model.active_adapters[0]
+    for path, module in model.named_modules():
+        if not isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        if isinstance(module, BaseTunerLayer) and module.merged:
+            raise ValueError(
+                f"The adapter {name!r} is merged into the base weights (at {path}), where training does not reach it. Call "
+                "`model.unmerge_adapter()` first."
+            )
+        if module.disable_adapters:
+            raise ValueError(
+                f"The adapter {name!r} is switched off (at {path}), so nothing would be trained. Call "
+                "`model.base_model.enable_adapter_layers()` first."
+            )
+        if name in _adapters_of(module) and list(module.active_adapters) != [name]:
+            raise ValueError(
+                f"At {path} the adapters {list(module.active_adapters)} are active, but {name!r} is the adapter that is trained. Call "
+                f"`model.set_adapter({name!r})` first."
+            )
+
+
+def _adapters_of(module: BaseTunerLayer | AuxiliaryTrainingWrapper) -> set[str]:
+    return set(module._get_available_adapters())
+
+
+def _tuned(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,72 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens of a client carry a loss, for means that weight clients by them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from .client_errors import ClientError
+
+
+__all__ = ["count_tokens"]
+
+_IGNORED = -100  # in labels
+
+
+def count_tokens(
+    dataset: Dataset, collate: Callable[[list[Any]], dict[str, Any]], batch_size: int, shifts_labels: bool, seed: int
+) -> int:
+    """
+    Labels that are not ignored, as the collator makes them and `Trainer` counts them.
+
+    Args:
+        dataset (`Dataset`):
+            Prepared data, with the columns that the collator is to see.
+        collate (`Callable`):
+            The collator. What it draws is drawn from `seed`, and no generator is moved by it.
+        batch_size (`int`):
+            Rows to collate at once.
+        shifts_labels (`bool`):
+            Whether the loss compares a token with the label of the next, so that the first label counts for nothing.
+        seed (`int`):
+            Seed of the collator.
+
+    Raises:
+        ClientError: If the batches have no labels, or none of them counts.
+    """
+    total = 0
+    with _own_random_numbers(seed):
+        for first in range(0, len(dataset), batch_size):
+            batch = collate([dataset[row] for row in range(first, min(first + batch_size, len(dataset)))])
+            labels = batch.get("shift_labels", batch.get("labels"))
+            if not isinstance(labels, torch.Tensor):
+                raise ClientError(
+                    "its batches have no `labels`, so there are no tokens to weight it by. Use `weights='examples'` or 'uniform'"
+                )
+            if shifts_labels and "shift_labels" not in batch:
+                labels = labels[..., 1:]
+            total += int((labels != _IGNORED).sum())
+    if total == 0:
+        raise ClientError("none of its tokens carries a loss, so it has no weight in a mean by tokens")
+    return total
+
+
+@contextmanager
+def _own_random_numbers(seed: int) -> Iterator[None]:
+    """Within, random numbers follow from `seed`; afterwards they go on as before."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
