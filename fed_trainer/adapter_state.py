@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
@@ -24,7 +25,16 @@ from .engine_deepspeed import gather, is_split, write_master, write_split
 from .engine_fsdp import FSDPModule, discard_whole_copies, named_tensors, sharded_modules, whole, write_whole
 
 
-__all__ = ["AdapterState", "LiveAdapter", "LiveState", "base_digest", "check_same_layout", "state_bytes", "subtract"]
+__all__ = [
+    "AdapterState",
+    "LiveAdapter",
+    "LiveState",
+    "base_digest",
+    "check_same_layout",
+    "first_lacking",
+    "state_bytes",
+    "subtract",
+]
 
 
 AdapterState = dict[str, torch.Tensor]  # on CPU, contiguous, keyed as PEFT saves it
@@ -122,6 +132,20 @@ class LiveState:
     def publishable(self) -> Iterator[None]:
         """Within, `save_pretrained` of the model writes what it computes."""
         yield
+
+    def lacking(self, saved: Mapping[str, tuple[int, ...]]) -> str | None:
+        """
+        What a file that is to hold this state lacks, if it does.
+
+        Args:
+            saved (`Mapping[str, tuple[int, ...]]`):
+                Names and shapes of the tensors in the file.
+        """
+        return first_lacking(self._saved_layout(), saved)
+
+    def _saved_layout(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what `save_pretrained` writes of the state."""
+        return {key: _whole_shape(tensor) for key, tensor in self._tensors.items()}
 
     def saved(self) -> AdapterState:
         """All that is saved, in the form that `load` takes."""
@@ -238,6 +262,22 @@ class LiveAdapter(LiveState):
             else:
                 self._frozen.add(key)
 
+    def _saved_layout(self) -> dict[str, tuple[int, ...]]:
+        layout = super()._saved_layout()
+        if not self._is_federa:
+            return layout
+        starts = {key: layout.pop(key) for key in list(layout) if ".lora_start_" in key}
+        for key, start in starts.items():  # below and beside the factors
+            module, _, letter = key.rpartition(".lora_start_")
+            factor = next(
+                name
+                for name in (f"{module}.lora_{letter}.weight", f"{module}.lora_embedding_{letter}")
+                if name in layout
+            )
+            rows, columns = layout[factor]
+            layout[factor] = (rows + start[0], columns) if letter == "A" else (rows, columns + start[1])
+        return layout
+
     def saved(self) -> AdapterState:
         """The adapter as PEFT saves it."""
         if not self._is_federa:
@@ -262,6 +302,20 @@ class LiveAdapter(LiveState):
             if isinstance(layer, FederaLayer) and self._name in layer.keep_base:
                 start_A, start_B = (state[f"{name}.lora_start_{letter}"] for letter in "AB")
                 layer.load_start(self._name, start_A, start_B)
+
+
+def first_lacking(layout: Mapping[str, tuple[int, ...]], saved: Mapping[str, tuple[int, ...]]) -> str | None:
+    """In words, the first tensor of `layout` that is not in `saved` with its shape."""
+    for key, shape in layout.items():
+        if key not in saved:
+            return f"{sum(name not in saved for name in layout)} tensors are missing (the first: {key})"
+        if saved[key] != shape:
+            return f"{key} has the shape {saved[key]} instead of {shape}"
+    return None
+
+
+def _whole_shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(tensor.ds_shape if is_split(tensor) else tensor.shape)
 
 
 def subtract(local: AdapterState, start: AdapterState) -> AdapterState:

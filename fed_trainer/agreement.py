@@ -13,12 +13,15 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
+from transformers.utils import logging
 
 from .client_errors import ClientError, public_reason
 from .engine_deepspeed import DeepSpeedOptimizer
 
 
 __all__ = ["AgreementMixin", "FailedAloneError", "OtherProcessFailedError"]
+
+logger = logging.get_logger(__name__)
 
 
 class OtherProcessFailedError(ClientError):
@@ -92,10 +95,11 @@ class AgreementMixin(Trainer):
             return reason
         process = self.accelerator.process_index
         if not self._all_have_stopped:
+            logger.warning(f"Round {round}, client {client!r}, process {process}: {reason}", exc_info=error)
             raise FailedAloneError(
                 f"In round {round}, client {client!r}, process {process} failed with {reason}. This happened where the other processes "
                 "wait for it, so the run ends. `train(resume_from_checkpoint=True)` continues it from its last checkpoint."
-            ) from error
+            ) from None  # its message can quote a row: it stays in the log of this process
         reasons = gather_object([None if isinstance(error, OtherProcessFailedError) else reason])
         failed = [index for index, other in enumerate(reasons) if other is not None]
         where = "" if len(failed) == len(reasons) else f" (process {failed[0]})"

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,6 +161,15 @@ class BaseChanges:
         fan_in_fan_out = any(pair.transposed and not is_embedding(pair) for pair in self._pairs.values())
         base: Any = self._model.get_base_model()
         return lora_export(base, config, self._whole_changes(state), others, fan_in_fan_out, dtype)
+
+    def lacking(self, saved: Mapping[str, tuple[int, ...]]) -> str | None:
+        """What a file that is to hold the result of `to_lora` lacks, in words, if it does."""
+        for module, pair in self._pairs.items():
+            for letter in "AB":
+                factor = f"lora_embedding_{letter}" if is_embedding(pair) else f"lora_{letter}.weight"
+                if 0 in saved.get(key := f"{PREFIX}{module}.{factor}", (0,)):
+                    return f"{key} is missing or empty"
+        return None
 
     def _whole_changes(self, state: AdapterState) -> Iterator[LoraModule]:
         for module, pair in self._pairs.items():

@@ -224,12 +224,8 @@ def load_adapter(folder: str | os.PathLike) -> AdapterState:
 
 def has_nothing_to_resume(output_dir: str | os.PathLike) -> bool:
     """Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first checkpoint."""
-    trained = [
-        *Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*"),
-        *_checkpoints(output_dir),
-        *(Path(output_dir) / name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS)),
-    ]
-    return not any(os.path.lexists(path) for path in trained)
+    damaged = Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*")
+    return not any(damaged) and not _checkpoints(output_dir) and not _saved_weights(Path(output_dir))
 
 
 def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False) -> None:
@@ -265,7 +261,7 @@ def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False
         found = [RECORD_NAME]
     if not found:  # an adapter saved without a run
         way_on = "Choose"
-        found = [name for name in (ADAPTER_WEIGHTS, MODEL_WEIGHTS) if os.path.lexists(Path(output_dir) / name)]
+        found = _saved_weights(Path(output_dir))
     if found:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "
@@ -307,6 +303,12 @@ def refuse_later_rounds(output_dir: str | os.PathLike, round: int) -> None:
             f"({', '.join(later)}), which would be mixed with the new ones. Delete them, or start a run in another "
             "`output_dir` with this checkpoint as `initial_adapter`."
         )
+
+
+def _saved_weights(folder: Path) -> list[str]:
+    """Files of weights, or the index of those into which transformers splits large ones."""
+    names = (ADAPTER_WEIGHTS, MODEL_WEIGHTS, f"{MODEL_WEIGHTS}.index.json")
+    return [name for name in names if os.path.lexists(folder / name)]
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:

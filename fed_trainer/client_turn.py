@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .adapter_state import AdapterState, state_bytes, subtract
 from .aggregation import ClientUpdate, TooFewClientsError
 from .aggregation.validation import first_not_finite
+from .between_rounds import BetweenRoundsMixin
 from .client_datasets import recent
 from .client_errors import ClientError, public_reason
 from .client_evaluation import ClientEvaluationMixin
@@ -23,10 +24,9 @@ from .client_settings import ClientSettings
 from .client_store import ClientStore
 from .clients import ClientSampler, client_seed, local_batch
 from .config import FederationArguments, joins_examples
-from .local_round import LocalRoundMixin
-from .model_mode import keeping_problem_type
 from .movement import Movement
 from .optimizer_state import UnkeptOptimizerError
+from .put_back import PutBack, remember_problem_type, remember_random_state, restoring
 from .server import Server
 from .timing import timed
 from .token_counts import count_tokens
@@ -42,7 +42,7 @@ LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
 
 
-class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
+class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     """The turn of a client within a round, on the live model."""
 
     args: FederationArguments
@@ -76,12 +76,16 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
         trained = None
         for attempt in range(1 + self.args.client_retries):
             try:
-                with timed(seconds, "prepare"), self._failing_together("another process could not prepare the data"):
-                    dataset = self._prepared_client(client)
-                    if self.server.counts_tokens and client not in self._num_tokens:
-                        self._num_tokens[client] = self._count_tokens(client, dataset)
-                with timed(seconds, "local"), keeping_problem_type(self.model, only_after_failure=True):
-                    trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
+                with restoring(*self._remember_turn(), only_after_failure=True):
+                    with (
+                        timed(seconds, "prepare"),
+                        self._failing_together("another process could not prepare the data"),
+                    ):
+                        dataset = self._prepared_client(client)
+                        if self.server.counts_tokens and client not in self._num_tokens:
+                            self._num_tokens[client] = self._count_tokens(client, dataset)
+                    with timed(seconds, "local"):
+                        trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
                 break
             except UnkeptOptimizerError:
                 raise  # no client's fault
@@ -121,6 +125,10 @@ class ClientTurnMixin(LocalRoundMixin, ClientEvaluationMixin):
             if self.is_world_process_zero():
                 self._store.write(client, keeps, round)
         return {"num_examples": update.num_examples, **metrics, **traffic}
+
+    def _remember_turn(self) -> list[PutBack]:
+        """What a turn that breaks off must not have moved on, beside what its local rounds put back."""
+        return [remember_random_state(), remember_problem_type(self.model), self._remember_figures()]
 
     def _train_client(
         self,

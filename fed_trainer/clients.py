@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import unicodedata
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -96,12 +97,8 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
             f"{' without entries' if isinstance(clients, Mapping) else ''}. The functions of `fed_trainer.partition` make one "
             "from a single dataset."
         )
+    _check_names(clients)
     for name, dataset in one_of_each_source(clients).items():
-        if not isinstance(name, str):
-            raise ValueError(
-                f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they stand in "
-                f"files. Use {str(name)!r}."
-            )
         if not isinstance(dataset, Dataset):
             raise ValueError(
                 f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "
@@ -124,6 +121,39 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
                 f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
                 f"{args.gradient_accumulation_steps} x {args.world_size} processes), so its steps would not be the steps that "
                 "were configured. Lower the batch size, leave the client out, or split with a larger `min_examples`."
+            )
+
+
+def _check_names(names: Iterable[Any]) -> None:
+    """
+    Refuse names that cannot stand in files and logs, or be told apart there.
+
+    Raises:
+        ValueError: Naming the client.
+    """
+    alike: dict[str, str] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they stand in "
+                f"files. Use {str(name)!r}."
+            )
+        reason = None
+        if not name.strip():
+            reason = "is empty"
+        elif any("\ud800" <= character <= "\udfff" for character in name):
+            reason = "has half of a surrogate pair, which UTF-8 cannot hold"
+        elif any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in name):
+            reason = "has a control character or a line break"
+        if reason is not None:
+            raise ValueError(
+                f"The name of client {name!r} {reason}, but it stands in files and logs. Give the client another name."
+            )
+        known = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if known != name:
+            raise ValueError(
+                f"The clients {known!r} and {name!r} differ only in upper and lower case or in how letters are composed, which some file "
+                "systems do not tell apart. Give one of them another name."
             )
 
 

@@ -143,6 +143,17 @@ class FederationArguments(_Arguments):
     label_column: str | None = field(
         default=None, metadata={"help": "Column counted per client for the record and the heat map of the split."}
     )
+    publish_client_names: bool = field(
+        default=False, metadata={"help": "Whether what is pushed to the Hub names the clients."}
+    )
+    publish_client_metrics: bool = field(
+        default=False,
+        metadata={"help": "Whether what is pushed to the Hub has the figures and sizes of single clients."},
+    )
+    publish_label_counts: bool = field(
+        default=False,
+        metadata={"help": "Whether what is pushed to the Hub has the counts of `label_column` by client."},
+    )
 
     def __post_init__(self) -> None:
         for name in ("lr_scheduler_type", "round_lr_scheduler_type"):  # `TrainingArguments` would ask for evaluations
@@ -210,6 +221,11 @@ class FederationArguments(_Arguments):
             raise ValueError(
                 "`load_best_model_at_end=True` is not supported by a federation. Every round is kept in "
                 "`checkpoint-<round>`, with its evaluation in `federation.json`: load the one you want."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` would save in the middle of a client's local steps. Leave it out: a run that is stopped goes on "
+                "from its last round with `train(resume_from_checkpoint=True)`."
             )
         if self.auto_find_batch_size:
             raise ValueError(
@@ -302,6 +318,16 @@ class FederatedConfig(FederationArguments, SFTConfig):
         label_column (`str`, *optional*):
             Column whose values are counted per client for the record and the heat map of the split. Nothing is counted
             if not given: such counts leave the clients.
+
+        > Parameters that control what is published (the files in `output_dir` have it all)
+
+        publish_client_names (`bool`, *optional*, defaults to `False`):
+            Whether `push_to_hub` publishes the names of the clients, in the record and which of them took part in a round.
+        publish_client_metrics (`bool`, *optional*, defaults to `False`):
+            Whether `push_to_hub` publishes figures of single clients: sizes, losses, steps, seconds, bytes, evaluations. With the names
+            also why clients were left out, and `client_settings`.
+        publish_label_counts (`bool`, *optional*, defaults to `False`):
+            Whether `push_to_hub` publishes how often each value of `label_column` occurs at each client, of which the sum is its size.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:

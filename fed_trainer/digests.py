@@ -79,6 +79,8 @@ def find_damage(folder: str | os.PathLike, clients: bool = True) -> str | None:
         return f"it has no {DIGESTS_NAME} (as a folder from the Hub, which can be an `initial_adapter`)"
     try:
         digests = read_digests(folder)
+        if RECORD_NAME not in digests and os.path.lexists(folder / RECORD_NAME):
+            return f"{DIGESTS_NAME} has no {RECORD_NAME}, as in the result of a run, which can be an `initial_adapter` but lacks the state to go on"
         for name, digest in digests.items():
             if clients or not _is_of_client(name):
                 _check_file(folder, name, digest)

@@ -24,7 +24,7 @@ from .aggregation import METHODS
 from .base_changes import NEUTRAL_STARTS
 from .config import FederatedDPOConfig, FederationArguments
 from .live_state import live_state
-from .model_mode import evaluating
+from .put_back import evaluating, remember_hooks, restoring
 from .record import peft_type_name
 from .trl_mixin import TRLMixin, refuse_without_log_probs
 
@@ -173,12 +173,19 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
             )
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        with _keeping_what_is_trained(self.model):
+        with self._switching_policies():
             return super()._compute_loss(model, inputs, return_outputs)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        with _keeping_what_is_trained(self.model):
+        with self._switching_policies():
             return super().compute_ref_log_probs(model, inputs)
+
+    @contextmanager
+    def _switching_policies(self) -> Iterator[None]:
+        """Within, TRL takes the reference and goes back to the policy, for which it switches on too much."""
+        # checkpointing is off for the reference, and each time that it is on again, there is one more hook
+        with restoring(remember_hooks(self.model)), _keeping_what_is_trained(self.model):
+            yield
 
     # Data
 

@@ -4,28 +4,35 @@
 
 from __future__ import annotations
 
-import functools
+import fnmatch
+import glob
+import html
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, snapshot_download
+from transformers.utils import logging
 
 from peft_scl.card import IMPORT_LINE, LOADERS
 
 from .figures import evaluations
+from .owned import MARKER, make_own, remove_own_folder
 
 
-__all__ = ["PUBLISHED_FILES", "fetch_adapter", "model_card", "publish"]
+__all__ = ["discard_stages", "fetch_adapter", "model_card", "publish"]
 
 
-# what a run writes, by name: `output_dir` may hold files of the user's too
-PUBLISHED_FILES = [
-    "README.md", "adapter_config.json", "adapter_model.safetensors", "federation.json", "trainer_state.json",
-    "config.json", "generation_config.json", "model.safetensors",  # without an adapter
-    "added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-]  # fmt: skip
+# pickles, and what else runs when it is read; safetensors, JSON and text do not
+_NEVER = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.joblib", "*.so", "*.dll", "*.exe", "*.pyc")
+_STAGES = ".publishing"  # in the folder of the run
+
+logger = logging.get_logger(__name__)
 
 
 def fetch_adapter(source: str, revision: str | None = None, token: str | None = None) -> Path:
@@ -59,24 +66,100 @@ def fetch_adapter(source: str, revision: str | None = None, token: str | None = 
 
 def publish(
     folder: str | os.PathLike,
+    names: Collection[str],
+    documents: Mapping[str, str],
     repo_id: str,
     commit_message: str | None,
     token: str | None,
     revision: str | None,
     blocking: bool = True,
 ) -> CommitInfo | Future[CommitInfo]:
-    """Upload the safetensors, JSON and Markdown files of `folder` (not of folders in it) as one commit."""
+    """
+    Upload files of `folder` as one commit.
+
+    They are linked into a folder of their own first, so that a run may go on while they are uploaded.
+
+    Args:
+        folder (`str`):
+            Where the files are.
+        names (`Collection[str]`):
+            Their paths within it: what the run has written. Pickles are left out, with a warning.
+        documents (`Mapping[str, str]`):
+            Text files of the commit that are not in the folder, or say more there than is published, by name.
+        repo_id (`str`):
+            The repository.
+        commit_message, token, revision (`str`, *optional*):
+            As in [`~huggingface_hub.HfApi.upload_folder`].
+        blocking (`bool`, *optional*, defaults to `True`):
+            Whether to wait for the upload. If not, a future is returned.
+    """
+    stage = _staged(Path(folder), names, documents)
     api = HfApi(token=token)
-    upload = functools.partial(
-        api.upload_folder,
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message=commit_message,
-        revision=revision,
-        allow_patterns=PUBLISHED_FILES,
-        ignore_patterns=["*/*"],
-    )
+
+    def upload() -> CommitInfo:
+        try:
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=stage,
+                commit_message=commit_message,
+                revision=revision,
+                allow_patterns=[glob.escape(name) for name in _files_of(stage)],
+                ignore_patterns=list(_NEVER),
+            )
+        finally:
+            _discard(stage)
+
     return upload() if blocking else api.run_as_future(upload)
+
+
+def discard_stages(folder: Path) -> None:
+    """Remove what uploads of processes that are no more have left in the folder of a run."""
+    for stage in (folder / _STAGES).glob("*-*"):
+        if not stage.name.startswith(f"{os.getpid()}-"):
+            _discard(stage)
+
+
+def _discard(stage: Path) -> None:
+    remove_own_folder(stage)
+    if {path.name for path in stage.parent.iterdir()} == {MARKER}:
+        remove_own_folder(stage.parent)
+
+
+def _staged(folder: Path, names: Collection[str], documents: Mapping[str, str]) -> Path:
+    """A folder with hard links to the files `names`, which their successors do not change, and with the documents."""
+    make_own(folder / _STAGES)
+    stage = Path(tempfile.mkdtemp(dir=folder / _STAGES, prefix=f"{os.getpid()}-"))
+    make_own(stage)
+    for name in sorted(set(names) - documents.keys()):
+        if _is_pickle(folder / name):
+            logger.warning(
+                f"{name} is not published: it is a pickle or a program, which whoever loads the model would run."
+            )
+            continue
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(folder / name, stage / name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(folder / name, stage / name)
+    for name, text in documents.items():
+        (stage / name).write_text(text, encoding="utf-8")
+    return stage
+
+
+def _files_of(folder: Path) -> list[str]:
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(name for name in names if name != MARKER)
+
+
+def _is_pickle(path: Path) -> bool:
+    """By its name, or by how pickles and the archives of `torch.save` begin."""
+    with path.open("rb") as file:
+        begin = file.read(4)
+    return (
+        any(fnmatch.fnmatch(path.name, pattern) for pattern in _NEVER)
+        or begin[:1] == b"\x80"
+        or begin == b"PK\x03\x04"
+    )
 
 
 def model_card(
@@ -95,7 +178,7 @@ def model_card(
 
     Args:
         record (`dict`):
-            The content of `federation.json`.
+            The record as it is published ([`published_record`]).
         task_type (`str`, *optional*):
             PEFT task type, which decides the class in the example.
         repo_id (`str`, *optional*):
@@ -126,7 +209,7 @@ def model_card(
         datasets=dataset_name,
         tags=own_tags + [tag for tag in tags or [] if tag not in own_tags],
     )
-    base = f"`{record['base_model']}`" if record["base_model"] else "an unnamed base model"
+    base = _code(record["base_model"]) if record["base_model"] else "an unnamed base model"
     rounds = record["rounds"]
     methods = {
         "SCL": "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
@@ -134,9 +217,8 @@ def model_card(
         "FEDERA": "FeDeRA ([arXiv 2404.18848](https://huggingface.co/papers/2404.18848)), trained with `peft_scl` and saved as a "
         "plain LoRA",
     }
-    per_client = [client["num_examples"] for client in record["clients"].values()]
     lines = [
-        f"# {model_name or (repo_id or 'Federated adapter').split('/')[-1]}",
+        f"# {_text(model_name or (repo_id or 'Federated adapter').split('/')[-1])}",
         "",
         f"{f'A {method} adapter for {base}' if method else f'{model_class} from {base}'}, fine-tuned by federated learning with `fed_trainer`.",
         "",
@@ -146,9 +228,9 @@ def model_card(
         f"| method | {methods.get(method, method or 'fine-tuning without an adapter')} |",
         f"| aggregation | `{record['aggregation']}`{_beside(record['federation'])} |",
         f"| rounds | {len(rounds)} of {record['num_rounds']} |",
-        f"| clients | {len(per_client)}, {record['num_sampled']} per round |",
-        f"| split | {record['partition'] or 'not stated'} |",
-        f"| examples per client | {min(per_client)} to {max(per_client)}, {sum(per_client)} in all |",
+        f"| clients | {len(record['clients'])}, {record['num_sampled']} per round |",
+        f"| split | {_text(record['partition'] or 'not stated')} |",
+        _examples(record),
         f"| trainable parameters | {record['num_trainable_parameters']:,} |",
         f"| sent per client and round | {_megabytes(rounds)} |",
         f"| seed | {record['seed']} |",
@@ -177,7 +259,7 @@ def model_card(
     evaluated = "clients' own models" if is_personal else f"global {'adapter' if method else 'model'}"
     if curve := _curve(record):
         lines += [f"## Held-out metrics of the {evaluated}", "", *curve, ""]
-    lines += ["The whole record of the run is in `federation.json`.", ""]
+    lines += ["A record of the run is in `federation.json`.", ""]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
 
 
@@ -223,8 +305,28 @@ def _beside(federation: dict[str, Any]) -> str:
     return "".join(f", {name}" for name in named)
 
 
+def _examples(record: dict[str, Any]) -> str:
+    """The row on the numbers of examples, as far as they are let out."""
+    sizes = [client["num_examples"] for client in record["clients"].values()]
+    if None not in sizes:
+        return f"| examples per client | {min(sizes)} to {max(sizes)}, {sum(sizes)} in all |"
+    return f"| examples | {'not stated' if record['num_examples'] is None else record['num_examples']} |"
+
+
+def _text(text: str) -> str:
+    """Free text on one line, with what Markdown and HTML would make of it taken literally."""
+    line = html.escape(" ".join(text.encode("utf-8", "replace").decode().split()), quote=False)
+    # an underscore within a word stands for itself
+    return re.sub(r"([\\`*\[\]|~#]|(?<!\w)_|_(?!\w))", r"\\\1", line)
+
+
+def _code(text: str) -> str:
+    """`text` as code, if it has no signs that code would not hold in the cell of a table."""
+    return _text(text) if re.search(r"[`|<>&\ud800-\udfff]|[^\S ]", text) else f"`{text}`"
+
+
 def _megabytes(rounds: list[dict[str, Any]]) -> str:
-    if not rounds:
+    if not rounds or rounds[-1]["bytes_up"] is None:
         return "-"
     sent, received, clients = rounds[-1]["bytes_up"], rounds[-1]["bytes_down"], len(rounds[-1]["clients"])
     return f"{sent / clients / 1e6:.3f} MB up, {received / clients / 1e6:.3f} MB down"
@@ -239,7 +341,11 @@ def _curve(record: dict[str, Any]) -> list[str]:
         " | ".join([str(round), *(_cell(metrics[key]) if key in metrics else "-" for key in keys)])
         for round, metrics in measured.items()
     ]
-    return [f"| round | {' | '.join(keys)} |", "|---" * (1 + len(keys)) + "|", *(f"| {row} |" for row in rows)]
+    return [
+        f"| round | {' | '.join(map(_text, keys))} |",
+        "|---" * (1 + len(keys)) + "|",
+        *(f"| {row} |" for row in rows),
+    ]
 
 
 def _cell(value: float | str) -> str:

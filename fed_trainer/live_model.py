@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -37,12 +39,22 @@ class LiveModel(LiveState):
         first_name = {id(tensor): key for key, tensor in reversed(saved.items())}
         # a tied parameter has several names and travels once
         self._tensors = {key: tensor for key, tensor in saved.items() if first_name[id(tensor)] == key}
+        self._unsaved = set(model._keys_to_ignore_on_save or ())
         parameters = {id(parameter) for parameter in model.parameters()}
         self._frozen = {
             key
             for key, tensor in self._tensors.items()
             if not (tensor.requires_grad if id(tensor) in parameters else tensor.is_floating_point())
         }
+
+    def _saved_layout(self) -> dict[str, tuple[int, ...]]:
+        unsaved = self._unsaved & self._frozen
+        return {key: shape for key, shape in super()._saved_layout().items() if key not in unsaved}
+
+    def lacking(self, saved: Mapping[str, tuple[int, ...]]) -> str | None:
+        # by number: transformers saves some models under other names, and joins or splits their tensors
+        needed, found = (sum(map(math.prod, layout.values())) for layout in (self._saved_layout(), saved))
+        return f"it holds {found:,} of {needed:,} values" if found < needed else None
 
 
 def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterState:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -18,9 +18,10 @@ __all__ = ["LivePrompt", "check_prompt_arguments"]
 
 
 _PREFIX = "prompt_encoder."
+_PROMPTS = "prompt_embeddings"
 # in a file of PEFT, and in the encoder
 _NAMES = {
-    "prompt_embeddings": "embedding.weight",
+    _PROMPTS: "embedding.weight",
     "prefix_task_cols": "prefix_task_cols",
     "prefix_task_rows": "prefix_task_rows",
 }
@@ -73,6 +74,15 @@ class LivePrompt(LiveState):
             yield
         finally:
             self._encoder.train(was_training)
+
+    def _saved_layout(self) -> dict[str, tuple[int, ...]]:
+        """Without the prompts, which are computed; `lacking` looks for them."""
+        return {key: shape for key, shape in super()._saved_layout().items() if not key.startswith(_PREFIX)}
+
+    def lacking(self, saved: Mapping[str, tuple[int, ...]]) -> str | None:
+        if 0 in saved.get(_PROMPTS, (0,)):
+            return f"{_PROMPTS} is missing or empty"
+        return super().lacking(saved)
 
     def from_saved(self, saved: AdapterState, source: str) -> AdapterState:
         state = {f"{_PREFIX}{_NAMES[key]}" if key in _NAMES else key: tensor for key, tensor in saved.items()}

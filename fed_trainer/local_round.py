@@ -7,16 +7,17 @@ from __future__ import annotations
 import copy
 import gc
 import time
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.utils.data import Dataset
-from transformers import TrainerControl, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl, TrainingArguments, set_seed
+from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import align_special_tokens
 
 from .adapter_state import AdapterState, LiveState
 from .agreement import AgreementMixin
@@ -25,6 +26,7 @@ from .engine_deepspeed import DeepSpeedOptimizer
 from .local_figures import LocalFiguresMixin
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
+from .put_back import PutBack, remember_flags, remember_hooks, restoring
 from .user_optimizer import UserSchedule, check_optimizer
 
 
@@ -52,7 +54,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
     _objective: LocalObjective | None
     _user_schedule: UserSchedule | None = None
     _has_rate: bool = False  # whether a step of the last local round had a learning rate that is not zero
-    _checkpointing_is_on: bool = False
+    _is_switched_on: bool = False  # what `train()` switches on for good
+    _has_liger_kernels: bool = False
 
     def _take_optimizers(self, optimizer: Any, schedule: Any) -> None:
         """
@@ -130,26 +133,68 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         self._optimizer_start = optimizer_state
         self._has_rate = False
 
-        # `train()` starts a TrainerState of its own and reports every event. The federation's state and its reports are
-        # put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
-        federation = self.state, self.control, self.callback_handler
-        self.control = TrainerControl()
         is_late = None if timeout is None else lambda: self._any_stops(time.perf_counter() > start + timeout)
-        self.callback_handler = _LocalCallbackHandler(federation[2], is_late)
-        checkpointing, budget = self.args.activation_checkpointing, self.args.max_steps
-        if max_steps is not None:
-            self.args.max_steps = max_steps
-        if self._checkpointing_is_on:
-            self.args.activation_checkpointing = False  # every switching on adds a hook
-        try:
-            with self._measuring() as measured, self._agreeing_in_forward():
-                output = super().train()
-        finally:
-            self.state, self.control, self.callback_handler = federation
-            self.args.activation_checkpointing, self.args.max_steps = checkpointing, budget
-        self._checkpointing_is_on = True
+        with (
+            self._own_state(max_steps, is_late),
+            self._breaking_off(),
+            self._measuring() as measured,
+            self._agreeing_in_forward(),
+        ):
+            output = super().train()
+        self._is_switched_on = True
+        if self._switches_weights():
+            self.optimizer.eval()
         metrics = self._figures(output, measured) | {"seconds": time.perf_counter() - start}
         return self._live_adapter.read(), metrics
+
+    @contextmanager
+    def _own_state(self, max_steps: int | None, is_late: Callable[[], bool] | None) -> Iterator[None]:
+        """
+        Within, `train()` is that of a client. It starts a TrainerState of its own and reports every event, so the federation's state and
+        its reports are put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
+        """
+        federation = self.state, self.control, self.callback_handler
+        self.control = TrainerControl()
+        self.callback_handler = _LocalCallbackHandler(self.callback_handler, is_late)
+        own: dict[str, Any] = {"use_liger_kernel": False}  # the engine has done it
+        if max_steps is not None:
+            own["max_steps"] = max_steps
+        if self._is_switched_on:  # every time it is asked to, `train()` adds hooks
+            own |= {"activation_checkpointing": False, "debug": []}
+        given = {name: getattr(self.args, name) for name in own}
+        try:
+            for name, value in own.items():
+                setattr(self.args, name, value)
+            yield
+        finally:
+            for name, value in given.items():
+                setattr(self.args, name, value)
+            self.state, self.control, self.callback_handler = federation
+            self.is_in_train = False
+            self._free_local_round()  # the data loader, with its workers
+
+    @contextmanager
+    def _breaking_off(self) -> Iterator[None]:
+        """After what breaks off within, wherever it does, model, optimiser and process are as the next local round has to find them."""
+        assert self.model is not None
+        with restoring(
+            remember_flags(),
+            remember_hooks(self.model),
+            self._put_engine_in_order,
+            only_after_failure=True,
+        ):
+            yield
+
+    def _remember_figures(self) -> PutBack:
+        """What the trainer counts over local rounds and measures; a turn that breaks off is not to be counted."""
+        flos = self.current_flos
+
+        def put_back() -> None:
+            self.current_flos = flos
+            # with `skip_memory_metrics=False` a thread measures from the beginning of a training or an evaluation to its end
+            self._memory_tracker.peak_monitoring, self._memory_tracker.cur_stage = False, None
+
+        return put_back
 
     def optimizer_state(self) -> AdapterState:
         """What the optimiser remembers of the tensors that the last local round has trained; see `read_optimizer`."""
@@ -192,6 +237,13 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         """What `Trainer` builds at the beginning of a training: wrapped model and optimiser."""
         self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
         model: Any = self.model
+        # An evaluation before the first local round needs these too. The kernels replace what the engine wraps, such as a forward in
+        # mixed precision, so they have to come before it.
+        if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)) and hasattr(model, "config"):
+            align_special_tokens(model, self.processing_class)
+        if self.args.use_liger_kernel and not self._has_liger_kernels:
+            apply_liger_kernel(model, self.args.liger_kernel_config)
+            self._has_liger_kernels = True
         state = self._live_adapter.read() if self.is_deepspeed_enabled else {}
         with self._live_adapter.following(model) if self.is_fsdp_enabled else nullcontext():
             super()._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
@@ -220,10 +272,16 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
             self.optimizer.load_state_dict(state)
         if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
+            self.accelerator.scaler._per_optimizer_states.clear()  # of a step that was broken off: gradients are unscaled once
+            self.optimizer._accelerate_step_called = self.optimizer._is_overflow = False
         if self._user_schedule is not None:
             return  # it multiplies its own rates, which are in the initial state
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
+
+    def _switches_weights(self) -> bool:
+        """Whether the optimiser trains other weights than those to be used, as schedule-free ones do: `eval()` puts these in place."""
+        return any(callable(getattr(self.optimizer.optimizer, name, None)) for name in ("train", "eval"))
 
     def _drop_engine(self) -> None:
         """
@@ -241,25 +299,24 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         del self.accelerator.free_memory
         self.accelerator.free_memory()
 
-    def _recover(self) -> None:
-        """Put the engine in order after a local round that broke off in the middle of a step."""
-        self.is_in_train = self._all_have_stopped = False
+    def _put_engine_in_order(self) -> None:
+        """After a step that was broken off: gradients, moments and the like are forgotten."""
         for parameter in self._live_adapter.parameters().values():
             parameter.grad = None
         if self._deepspeed_optimizer is not None:
             self._deepspeed_optimizer.discard_gradients()
+        else:
+            self._optimizer_start = None
+            self._reset_optimizer()
         self.accelerator.gradient_state._set_sync_gradients(True)
+
+    def _recover(self) -> None:
+        """After a local round that broke off, when nothing holds on to its exception any more."""
+        self._all_have_stopped = False
         self._free_local_round()
-        gc.collect()  # the exception holds on to activations
+        gc.collect()  # the exception held on to activations, and to the workers of a data loader
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As [`~transformers.Trainer.evaluation_loop`], with the engine of the local rounds."""
-        # `Trainer` would prepare the model for evaluation alone, and then not wrap it any more: each process of DDP would train
-        # for itself. For DeepSpeed it would build an engine without an optimiser.
-        self._ensure_engine()
-        return super().evaluation_loop(*args, **kwargs)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """What `train()` calls to evaluate, also for `eval_on_start`: a matter of the run, not of each client."""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .agreement import AgreementMixin
-from .model_mode import evaluating, keeping_problem_type, keeping_random_state
+from .put_back import evaluating, remember_flags, remember_problem_type, remember_random_state, restoring
 
 
 __all__ = ["LossProbeMixin", "states_its_loss"]
@@ -45,7 +45,7 @@ class LossProbeMixin(AgreementMixin):
         if not self._asks_the_loss:
             return
         self._asks_the_loss = False
-        with keeping_random_state(self.args.device), evaluating(self.model_wrapped):
+        with restoring(remember_random_state()), evaluating(self.model_wrapped):
             for batch in self._labelled_batches():
                 if batch is None:
                     return
@@ -84,7 +84,7 @@ class LossProbeMixin(AgreementMixin):
     def _loss_depends_on_count(self, batch: dict[str, Any]) -> bool | None:
         """Whether the loss of this batch follows the count; `None` if it cannot tell, as its values are zero or not finite."""
         try:
-            with self._agreeing_in_forward(), keeping_problem_type(self.model):
+            with self._agreeing_in_forward(), restoring(remember_problem_type(self.model), remember_flags()):
                 first, second = (self._loss_with_count(batch, count) for count in (1, 2))
         except Exception:  # a matter of the client's turn
             self._all_have_stopped = False

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from transformers.training_args import OptimizerNames
+
+from peft_scl.adapter_names import called_like_a_module
 
 from .adapter_state import AdapterState, LiveState
 from .aggregation import FactorPair
@@ -21,9 +25,11 @@ from .sparse_change import check_sparse_change
 
 
 __all__ = [
+    "refuse_adapter_names",
     "refuse_empty_held_out",
     "refuse_kept_optimizers",
     "refuse_one_evaluation",
+    "refuse_other_weights_in_evaluation",
     "refuse_sparse_start",
     "refuse_turns_that_differ",
     "refuse_what_would_leak",
@@ -85,6 +91,30 @@ def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
             f"The running statistics of {cumulative[0]} are a cumulative average, since it has `momentum=None`: its weights "
             "follow from the number of batches seen, which a mean over clients has no meaning for. Set a momentum, such "
             "as 0.1."
+        )
+
+
+def refuse_adapter_names(model: PeftModel) -> None:
+    """
+    Refuse names of adapters under which PEFT would not save what is trained, or elsewhere.
+
+    Raises:
+        ValueError: Naming the adapter.
+    """
+    active = model.active_adapters
+    for name in model.peft_config:
+        if name in active and re.search(r"[/\\\x00]", name):
+            raise ValueError(
+                f"The adapter is called {name!r}, and PEFT saves it into a folder of that name. Give it a name without slashes: "
+                "`get_peft_model(model, config, adapter_name=...)`."
+            )
+    # "default" alone is what everybody has: a module of that name does not harm it
+    named = [name for name in model.peft_config if name != "default" or len(model.peft_config) > 1]
+    clashing = called_like_a_module(model, named)
+    if clashing:
+        raise ValueError(
+            f"The adapter {clashing[0]!r} is called like a module of the model, so PEFT would leave tensors out of the files of the others, "
+            "or save them under other names. Give it another name."
         )
 
 
@@ -158,6 +188,40 @@ def refuse_one_evaluation(eval_dataset: Any, local_keys: Collection[str]) -> Non
         f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from clients to "
         "their held-out data."
     )
+
+
+def refuse_other_weights_in_evaluation(args: FederationArguments, model: nn.Module, is_split: bool) -> None:
+    """
+    Refuse what gives the model other weights for an evaluation, where it could not be given its own back.
+
+    Args:
+        args ([`FederationArguments`]):
+            The settings.
+        model (`nn.Module`):
+            The model.
+        is_split (`bool`):
+            Whether DeepSpeed or FSDP2 holds its weights.
+
+    Raises:
+        NotImplementedError: Naming the setting.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_quantized = getattr(base, "is_quantized", False)
+    where = (
+        "under DeepSpeed and FSDP2, which hold the weights"
+        if is_split
+        else "with a quantised model, which is not cast"
+    )
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        if getattr(args, name) and (is_split or is_quantized):
+            raise NotImplementedError(
+                f"`{name}=True` casts the model for an evaluation and does not work {where}. Leave it out."
+            )
+    if is_split and args.optim.startswith("schedule_free"):
+        raise NotImplementedError(
+            f"`optim={OptimizerNames(args.optim).value!r}` trains other weights than those to be used and exchanges them after a local round, which does "
+            f"not work {where}. Set `optim='adamw_torch'`."
+        )
 
 
 def refuse_turns_that_differ(args: FederationArguments, server: Server, state: AdapterState) -> None:

@@ -75,9 +75,9 @@ def round_table(federation: dict[str, Any]) -> str:
                 str(len(entry["clients"])),
                 _number(entry["train_loss"], 4),
                 *_metric_cells(measured.get(entry["round"], {}), keys),
-                _number(entry["bytes_up"] / 1e6, 3),
-                _number(entry["bytes_down"] / 1e6, 3),
-                _number(sum(entry["seconds"].values()), 1),
+                _number(entry["bytes_up"], 3, 1e-6),
+                _number(entry["bytes_down"], 3, 1e-6),
+                _number(None if entry["seconds"] is None else sum(entry["seconds"].values()), 1),
             ]
         )
     return format_table(header, rows)
@@ -129,10 +129,11 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     axes = panels[0]
     # Points that touch would hide the dashes. They stay visible, since a loss measured once is a point without a line.
     marker_size = 4 if len(rounds) <= MAX_LARGE_POINTS else 2
-    if rounds:
+    losses = {entry["round"]: entry["train_loss"] for entry in rounds if entry["train_loss"] is not None}
+    if losses:
         axes.plot(
-            [entry["round"] for entry in rounds],
-            [entry["train_loss"] for entry in rounds],
+            losses.keys(),
+            losses.values(),
             color="black",
             marker="o",
             markersize=marker_size,
@@ -337,10 +338,10 @@ def _compositions(federation: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {name: client["composition"] for name, client in federation["clients"].items() if client["composition"]}
 
 
-def _number(value: float | str | None, digits: int) -> str:
+def _number(value: float | str | None, digits: int, factor: float = 1.0) -> str:
     if isinstance(value, str):  # "nan" and the like
         return value
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value * factor:.{digits}f}"
 
 
 def _cut(name: str) -> str:

@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from peft_scl.file_mode import follow_umask
@@ -24,7 +23,6 @@ from .checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_c
 from .client_store import CLIENTS_FOLDER, ClientStore
 from .digests import SERVER_STATE, TRAINER_STATE_NAME, read_digests
 from .disk import reading
-from .hub import publish
 from .live_model import MODEL_WEIGHTS, load_model
 from .processes import first_alone, told_by_first, wait_for_first
 from .record import RECORD_NAME, read_record, write_json
@@ -73,7 +71,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
             folder = write_checkpoint(self._folder, round, write)
             rotate_checkpoints(self._folder, self.args.save_total_limit)
             is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
-            if self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END and not is_last:
+            if self._publishes_rounds and not is_last:
                 self._publish_round(folder, round)
         wait_for_first()
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
@@ -96,7 +94,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
         self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
     ) -> dict[str, str]:
         """Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep."""
-        self._save(str(folder), weights)
+        self._save_files(folder, weights)
         write_state(self.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
         entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
@@ -116,7 +114,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
 
     def _publish_round(self, folder: Path, round: int) -> None:
         try:
-            publish(folder, self.hub_model_id, f"Round {round}", self.args.hub_token, self.args.hub_revision)
+            self._publish(folder, f"Round {round}", self.args.hub_token, self.args.hub_revision)
         except Exception as error:  # the run, and what it has on disk, is worth more than one upload
             logger.warning(f"Round {round} could not be pushed to {self.hub_model_id}: {error}. The run goes on.")
 

@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
-
-from peft_scl.file_mode import follow_umask
 
 from .adapter_state import AdapterState, LiveState
 from .base_changes import BaseChanges
 from .clients import ClientSampler
 from .config import FederationArguments
+from .digests import TRAINER_STATE_NAME, write_digests
 from .hub import model_card, publish
+from .owned import remove_own_files
+from .published import Openings, clients_between, published_log, published_record
 from .record import (
     RECORD_NAME,
     client_sizes,
@@ -31,16 +34,19 @@ from .record import (
     peft_type_name,
     write_json,
 )
+from .saved_files import fresh_folder, move_into_place, raise_contents, remove_superseded, saved_shapes
 from .settings import described_arguments, federation_settings, local_settings
 
 
 __all__ = ["RunFilesMixin"]
 
-WEIGHTS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")  # as PEFT and transformers name them
+logger = logging.get_logger(__name__)
+
+CARD_NAME = "README.md"
 
 
 class RunFilesMixin(Trainer):
-    """Saving, model card, record and publishing of a federation; files are safetensors, JSON and Markdown only."""
+    """Saving, model card, record and publishing of a federation; nothing is pickled."""
 
     args: FederationArguments
     model: PeftModel | PreTrainedModel
@@ -57,6 +63,11 @@ class RunFilesMixin(Trainer):
     _record: dict[str, Any]
     _arguments: dict[str, Any]  # what the trainer was given, described
     _initial_digest: str | None  # of `initial_adapter`
+    _saved_names: Sequence[str] = ()
+    """What the last save has written: paths of the model and of what is needed to load it."""
+    _published_round: int = 0
+    """The round after which the model was published last."""
+    _is_warned: bool = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]. All processes have to call it; the first one writes."""
@@ -85,28 +96,49 @@ class RunFilesMixin(Trainer):
         folder = Path(output_dir) if output_dir is not None else self._folder
         if not self.args.should_save:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._save_weights(folder, state_dict)
-        if self.processing_class is not None:
-            # the chat template goes into the JSON: only safetensors, JSON and Markdown are published
-            self.processing_class.save_pretrained(str(folder), save_jinja_files=False)
+        self._save_files(folder, state_dict)
+        remove_superseded(folder, self._saved_names)
+        write_digests(folder, self._saved_names)
+
+    def _save_files(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """Write the model, what is needed to load it, the record and the card; `_saved_names` are the files of the first two."""
+        with fresh_folder(folder) as beside:
+            self._save_weights(beside, weights)
+            if self.processing_class is not None:
+                # the chat template goes into the JSON, as in the tokenizers that older versions load
+                self.processing_class.save_pretrained(str(beside), save_jinja_files=False)
+            self._saved_names = move_into_place(beside, folder)
         self._write_record(folder)
-        self._card().save(folder / "README.md")
+        self._card().save(folder / CARD_NAME)
 
     def _save_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        """
+        Write the model into an empty folder.
+
+        Raises:
+            ValueError: If the files lack something that is trained.
+        """
         if self._base_changes is not None:
             assert weights is not None
             self._base_changes.to_lora(weights).save_pretrained(folder)
-            return
-        # of several adapters, such as the reference of DPO, only the one that is trained
-        only: dict[str, Any] = (
-            {"selected_adapters": self.model.active_adapters} if isinstance(self.model, PeftModel) else {}
-        )
-        with self._live_adapter.publishable():
-            self.model.save_pretrained(str(folder), state_dict=weights, **only)
-        for path in folder.glob("*.safetensors"):
-            if WEIGHTS.fullmatch(path.name):
-                follow_umask(path)
+            lacking = self._base_changes.lacking(saved_shapes(folder))
+        else:
+            with self._live_adapter.publishable():
+                if isinstance(self.model, PeftModel):
+                    # of several adapters, such as the reference of DPO, only the one that is trained
+                    name = self.model.active_adapters[0]
+                    self.model.save_pretrained(str(folder), state_dict=weights, selected_adapters=[name])
+                    if name != "default":
+                        raise_contents(folder, name)
+                else:
+                    self.model.save_pretrained(str(folder), state_dict=weights)
+            lacking = self._live_adapter.lacking(saved_shapes(folder))
+        remove_own_files(folder, [CARD_NAME])  # PEFT's
+        if lacking is not None:
+            raise ValueError(
+                f"What `save_pretrained` of {type(self.model).__name__} has written is not what is trained: {lacking}. Nothing was saved in its "
+                "place. Another library may have changed the model or how it is saved: leave it out, or report it."
+            )
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -114,7 +146,7 @@ class RunFilesMixin(Trainer):
         """Write the model card of the federation to `output_dir`; the arguments are those of TRL's trainers."""
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            self._card(model_name, dataset_name, tags).save(self._folder / "README.md")
+            self._card(model_name, dataset_name, tags).save(self._folder / CARD_NAME)
 
     def push_to_hub(
         self,
@@ -126,7 +158,7 @@ class RunFilesMixin(Trainer):
         **kwargs: Any,
     ) -> Any:
         """
-        Publish the global adapter: safetensors, JSON and Markdown only.
+        Publish the global adapter, what is needed to load it, its card, and of the record and the log what [`Openings`] let out.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`):
@@ -151,7 +183,46 @@ class RunFilesMixin(Trainer):
             return None
         self.create_model_card(**kwargs)
         revision = revision if revision is not None else self.args.hub_revision
-        return publish(self._folder, self.hub_model_id, commit_message, token, revision, blocking)
+        return self._publish(self._folder, commit_message, token, revision, blocking)
+
+    def _publish(
+        self, folder: Path, commit_message: str | None, token: str | None, revision: str | None, blocking: bool = True
+    ) -> Any:
+        """Upload what the last save has written into `folder`, with the record and the log as they are published."""
+        openings = self._openings
+        contents = {RECORD_NAME: published_record(self._record, openings)}
+        if (folder / TRAINER_STATE_NAME).is_file():
+            state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            contents[TRAINER_STATE_NAME] = published_log(state, self._record, openings)
+        documents = {name: json.dumps(content, indent=1) + "\n" for name, content in contents.items()}
+        rounds = self._record["rounds"]
+        behind = clients_between(self._record, self._published_round)
+        if len(behind) == 1 and not self._is_warned:
+            logger.warning(
+                f"Round {rounds[-1]['round']} is published, and the difference from what was published before is the update of a single "
+                "client. Whoever has both has the update. Let more clients count in a round, or publish less often (`save_rounds`)."
+            )
+        self._published_round = rounds[-1]["round"] if rounds else 0
+        names = [*self._saved_names, CARD_NAME]
+        return publish(folder, names, documents, self.hub_model_id, commit_message, token, revision, blocking)
+
+    def _warn_of_single_clients(self) -> None:
+        """At the start of a run each of whose rounds is going to be the update of a client, for all to see."""
+        if self._publishes_rounds and self.sampler.num_sampled == 1 and self.is_world_process_zero():
+            logger.warning(
+                "Each round has a single client and is published, so the difference of two published rounds is the update of a client. "
+                "Raise `clients_per_round`, or set `hub_strategy='end'`."
+            )
+            self._is_warned = True
+
+    @property
+    def _publishes_rounds(self) -> bool:
+        return self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+
+    @property
+    def _openings(self) -> Openings:
+        args = self.args
+        return Openings(args.publish_client_names, args.publish_client_metrics, args.publish_label_counts)
 
     def _card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
@@ -162,7 +233,7 @@ class RunFilesMixin(Trainer):
         if self._base_changes is not None:  # what is published is a LoRA, whatever was trained
             record = {**record, "peft_type": peft_type_name(LoraConfig())}
         return model_card(
-            record,
+            published_record(record, self._openings),
             peft_config.task_type if peft_config is not None else None,
             self.hub_model_id,
             base if base and not os.path.isdir(base) else None,

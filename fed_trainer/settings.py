@@ -34,6 +34,7 @@ MAY_DIFFER = MappingProxyType(
             "trackio_static_space_id", "log_level", "log_level_replica", "log_on_each_node",
             "include_num_input_tokens_seen", "skip_memory_metrics", "debug", "push_to_hub", "hub_token",
             "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision",
+            "publish_client_names", "publish_client_metrics", "publish_label_counts",
         ),
         "no effect in a federation, or refused by its config": (
             "logging_strategy", "logging_steps", "logging_first_step", "eval_strategy", "eval_steps", "eval_delay",

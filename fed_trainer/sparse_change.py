@@ -161,6 +161,9 @@ class LiveSparseChange(LiveAdapter):
             self.write(waiting)
             self._attach()
 
+    def _saved_layout(self) -> dict[str, tuple[int, ...]]:
+        return {key: shape for key, shape in super()._saved_layout().items() if not key.endswith(".sparse_values")}
+
     @property
     def _factor_keys(self) -> set[str]:
         return {key for pair in self._pairs for key in (pair.key_A, pair.key_B)}

@@ -52,7 +52,7 @@ from .digests import TRAINER_STATE_NAME
 from .figures import held_out_metrics
 from .first_look import telling_row
 from .held_out import check_held_out
-from .hub import fetch_adapter
+from .hub import discard_stages, fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_prompt import check_prompt_arguments
 from .live_state import live_state
@@ -62,9 +62,11 @@ from .progress import RoundProgress
 from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, read_record
 from .refusals import (
+    refuse_adapter_names,
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
+    refuse_other_weights_in_evaluation,
     refuse_sparse_start,
     refuse_turns_that_differ,
     refuse_what_would_leak,
@@ -73,6 +75,7 @@ from .round_checkpoints import RoundCheckpointsMixin, write_state
 from .round_report import RoundReportMixin
 from .run_lock import owning
 from .same_run import check_same_data, check_same_run
+from .saved_files import fresh_folder, move_into_place
 from .server import Server, freeze_for_good
 from .settings import described_arguments
 from .sparse_change import LiveSparseChange
@@ -171,6 +174,8 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._first_look = None
         self.train_dataset = self._first_prepared()
         refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
+        if isinstance(self.model, PeftModel):
+            refuse_adapter_names(self.model)
         self._live_adapter = live_state(self.model)
         self._check_model()
         if isinstance(self.model, PeftModel):
@@ -206,6 +211,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         has_optimizer = optimizer is not None
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
+        refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
         if self.server.sparse_rounds and isinstance(self.model, PeftModel):
             refuse_sparse_start(args, self.model, self.server.pairs, has_optimizer)
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
@@ -336,7 +342,9 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         with self.client_model(client):
             weights = self._weights_to_save()
             if self.is_world_process_zero():
-                self._save_weights(Path(output_dir), weights)
+                with fresh_folder(Path(output_dir)) as beside:
+                    self._save_weights(beside, weights)
+                    move_into_place(beside, Path(output_dir))
 
     # The steps of a round
 
@@ -431,6 +439,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._record = self._new_record()
         self._total_train_tokens = 0
         self._movement = Movement()
+        self._published_round = 0
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
         self._write_record(self._folder)  # from now on there is something to resume
@@ -459,10 +468,14 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._global_state = self._live_adapter.read()
         self._go_on_recording(record, fresh)
         self._movement = Movement(has_begun=True)
+        self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:
+        if self.is_world_process_zero():
+            discard_stages(self._folder)
+        self._warn_of_single_clients()
         self.state = state
         self.state.max_steps = self.args.num_rounds
         self.state.is_local_process_zero = self.is_local_process_zero()

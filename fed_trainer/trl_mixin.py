@@ -17,6 +17,7 @@ from torch import nn
 
 from .clients import check_preference_columns, held_out_sets
 from .config import given
+from .put_back import PutBack
 from .record import peft_type_name
 from .trainer import FederatedMixin
 
@@ -39,6 +40,8 @@ class TRLMixin(FederatedMixin):
     _progress_figures = FederatedMixin._progress_figures | {"num_tokens"}
     # of a trainer on pairs of answers: the columns that it needs, by format
     _preference_formats: Sequence[set[str]] = ()
+    _metrics: dict[str, Any]
+    _total_train_tokens: int
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         trainer = f"{self._name}Trainer"
@@ -66,6 +69,16 @@ class TRLMixin(FederatedMixin):
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         # a copy: for a reward model PEFT adds the head to `modules_to_save` of the config, each time it gets it
         return {"model": model, "peft_config": copy.deepcopy(peft_config)}
+
+    def _remember_figures(self) -> PutBack:
+        put_back_those_of_trainer = super()._remember_figures()
+        metrics, tokens = copy.deepcopy(self._metrics), self._total_train_tokens
+
+        def put_back() -> None:
+            put_back_those_of_trainer()
+            self._metrics, self._total_train_tokens = metrics, tokens
+
+        return put_back
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """As TRL's, except for the row that the trainer is made with: clients are prepared one like another."""

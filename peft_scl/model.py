@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .adapter_names import restore_dropped, without_name, without_others
 from .card import TAG
 from .combine import combined_config, set_combined_weights
 from .config import SclConfig
@@ -241,7 +242,9 @@ class SclModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        restore_dropped(model, adapter_name, state_dict, unwanted_adapter_names)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = without_others(model, selected, unwanted_adapter_names)
         empty = sorted(key for key, tensor in selected.items() if tensor.numel() == 0)
         if empty:
             raise ValueError(
@@ -250,6 +253,10 @@ class SclModel(BaseTuner):
                 "`Trainer.save_model`, or pass the gathered `state_dict`."
             )
         return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_name(key, adapter_name, cls.prefix)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

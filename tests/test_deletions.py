@@ -27,6 +27,13 @@ ALLOWED = {
     ("fed_trainer/owned.py", "remove_own_files", "parent.rmdir"): "folders that are empty",
     ("fed_trainer/owned.py", "remove_own_folder", "shutil.rmtree"): "a folder that is marked",
     ("fed_trainer/owned.py", "unmark", "unlink"): "the mark itself",
+    (
+        "fed_trainer/saved_files.py",
+        "move_into_place",
+        "os.replace",
+    ): "what a save has written, over what an earlier one has",
+    ("fed_trainer/saved_files.py", "raise_contents", "os.replace"): "within a marked folder",
+    ("fed_trainer/saved_files.py", "raise_contents", "below.rmdir"): "an empty folder within a marked folder",
 }
 
 

@@ -208,27 +208,33 @@ def test_failed_upload_at_the_end_is_an_error_with_all_on_disk(hub: HubServer, m
     assert titles(hub) == ["End of training"]
 
 
-def test_publish_sends_three_kinds_of_files_and_no_folders(hub: HubServer, tmp_path: Path) -> None:
-    kept = {"adapter_model.safetensors", "federation.json", "README.md"}
-    others = {
-        "credentials.json",
-        "notes.md",
-        "training_args.bin",
-        "optimizer.pt",
-        "loss.png",
-        "run.jinja",
-        "checkpoint-1/a.safetensors",
-        "runs/x.json",
-    }
-    for name in kept | others:
+def test_publish_sends_what_it_is_told_and_no_pickles(
+    hub: HubServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = {"adapter_model.safetensors", "federation.json", "README.md", "spiece.model", "additional/a[1].jinja"}
+    pickles = {"vocab.bin": b"text", "vocab.model": b"\x80\x04N.", "state": b"PK\x03\x04", "code.so": b"\x7fELF"}
+    others = {"credentials.json", "notes.md", "loss.png", "checkpoint-1/a.safetensors", "a1.jinja"}
+    contents = {name: name.encode() for name in kept | others} | pickles
+    for name, content in contents.items():
         path = tmp_path / "run" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
+        path.write_bytes(content)
     huggingface_hub.create_repo(REPO)
-    info = publish(tmp_path / "run", REPO, "One", token=None, revision=None)
+    documents = {"federation.json": "{}", "other.json": "[]"}
+    with caplog.at_level(logging.WARNING, "fed_trainer"):
+        info = publish(tmp_path / "run", [*kept, *pickles], documents, REPO, "One", token=None, revision=None)
     assert titles(hub) == ["One"]
-    assert hub.commits(REPO)[-1][2].keys() == kept | {".gitattributes"}
+    files = hub.commits(REPO)[-1][2]
+    assert files.keys() == kept | {"other.json", ".gitattributes"}
+    assert files["spiece.model"] == b"spiece.model" and files["federation.json"] == b"{}"
     assert info.oid == hub.commits(REPO)[-1][0]
+    assert {record.getMessage().split()[0] for record in caplog.records if "pickle" in record.getMessage()} == set(
+        pickles
+    )
+    assert {
+        path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file()
+    } == (contents.keys())
+    assert not (tmp_path / "run" / ".publishing").exists()
 
 
 # The model card
@@ -248,7 +254,7 @@ def test_card_of_a_run(hub: HubServer, tiny_model_dir: Path, make_trainer: MakeT
         "| rounds | 2 of 2 |",
         "| clients | 2, 2 per round |",
         "| split | dirichlet(alpha=0.1) over topic |",
-        "| examples per client | 8 to 8, 16 in all |",
+        "| examples | 16 |",
         "| aggregation | `fedavg` |",
         "| seed | 42 |",
     ):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..adapter_names import restore_dropped, without_name, without_others
 from ..card import FEDERA_TAG
 from .checks import check_target, layer_class
 from .config import FederaConfig
@@ -140,7 +141,9 @@ class FederaModel(LoraModel):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
+        restore_dropped(model, adapter_name, state_dict, unwanted_adapter_names)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = without_others(model, selected, unwanted_adapter_names)
         selected = stack_start(selected, adapter_name)
         # If an embedding is targeted, PEFT takes everything below it from `state_dict` again, which is its own copy:
         # there, too, the factors have to be those of the plain LoRA, and a residual is not the base that it is for.
@@ -152,6 +155,10 @@ class FederaModel(LoraModel):
                 if not all(module.keep_base.values()):
                     state_dict.pop(f"{name}.base_layer.weight", None)
         return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return without_name(key, adapter_name, cls.prefix)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -54,7 +54,8 @@ def stack_start(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> di
         if not key.endswith((f".lora_start_A.{adapter_name}", f".lora_start_B.{adapter_name}")):
             continue
         start = stacked.pop(key)
-        module, letter = key.rsplit(".lora_start_", 1)[0], key[-len(adapter_name) - 2]
+        place = key.removesuffix(f".{adapter_name}")
+        module, letter = place[: -len(".lora_start_A")], place[-1]
         trained = f"{module}.lora_{letter}.{adapter_name}.weight"
         if trained not in stacked:
             trained = f"{module}.lora_embedding_{letter}.{adapter_name}"
