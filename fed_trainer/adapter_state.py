@@ -19,7 +19,8 @@ from torch import nn
 
 from peft_scl import FederaConfig, FederaLayer, federa_state_dict
 from peft_scl.federa.layer import evenly_spaced
-from peft_scl.federa.state import unstack_start
+from peft_scl.federa.state import stacked_shapes, unstack_start
+from peft_scl.foreign_files import check_shapes
 
 from .engine_deepspeed import gather, is_split, write_master, write_split
 from .engine_fsdp import FSDPModule, discard_whole_copies, named_tensors, sharded_modules, whole, write_whole
@@ -32,6 +33,7 @@ __all__ = [
     "base_digest",
     "check_same_layout",
     "first_lacking",
+    "foreign_kind",
     "state_bytes",
     "subtract",
 ]
@@ -122,6 +124,10 @@ class LiveState:
             for key, tensor in tensors.items()
         }
 
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By key the dtype in which the model holds the tensor."""
+        return {key: tensor.dtype for key, tensor in self._tensors.items()}
+
     def model_state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """`model.state_dict()` with what is saved whole, for `save_pretrained` of a model whose weights are split."""
         state = self.read(include_frozen=True)
@@ -146,6 +152,10 @@ class LiveState:
     def _saved_layout(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what `save_pretrained` writes of the state."""
         return {key: _whole_shape(tensor) for key, tensor in self._tensors.items()}
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Shapes of what `save_pretrained` writes of it, by name in the file; `None` if that is not known beforehand."""
+        return None
 
     def saved(self) -> AdapterState:
         """All that is saved, in the form that `load` takes."""
@@ -249,6 +259,9 @@ class LiveAdapter(LiveState):
                     "Set `ensure_weight_tying=False`, or target one of the layers."
                 )
             self._tensors[key] = owner
+        self._shapes = {
+            key: tuple(tensor.shape) for key, tensor in self._tensors.items()
+        }  # before anything splits them
         # What no client trains is the same everywhere and does not travel: frozen parameters, and buffers, which hold what a
         # method starts from or projects with. Only those of `modules_to_save`, such as running statistics, change.
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -264,19 +277,10 @@ class LiveAdapter(LiveState):
 
     def _saved_layout(self) -> dict[str, tuple[int, ...]]:
         layout = super()._saved_layout()
-        if not self._is_federa:
-            return layout
-        starts = {key: layout.pop(key) for key in list(layout) if ".lora_start_" in key}
-        for key, start in starts.items():  # below and beside the factors
-            module, _, letter = key.rpartition(".lora_start_")
-            factor = next(
-                name
-                for name in (f"{module}.lora_{letter}.weight", f"{module}.lora_embedding_{letter}")
-                if name in layout
-            )
-            rows, columns = layout[factor]
-            layout[factor] = (rows + start[0], columns) if letter == "A" else (rows, columns + start[1])
-        return layout
+        return stacked_shapes(layout) if self._is_federa else layout
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        return self._saved_layout()
 
     def saved(self) -> AdapterState:
         """The adapter as PEFT saves it."""
@@ -290,6 +294,8 @@ class LiveAdapter(LiveState):
         if not self._is_federa:
             super().load(saved, source)
             return
+        check_plain(saved, source)
+        check_shapes({key: tuple(tensor.shape) for key, tensor in saved.items()}, stacked_shapes(self._shapes), source)
         state, here = unstack_start(saved), self.read(include_frozen=True)
         check_same_layout(state, here, source)
         if not all(torch.equal(state[key].to(here[key].dtype), here[key]) for key in self._frozen):
@@ -330,7 +336,7 @@ def state_bytes(state: AdapterState) -> int:
 
 def check_same_layout(state: AdapterState, reference: AdapterState, source: str) -> None:
     """
-    Raise unless `state` has the keys and shapes of `reference` and only finite values.
+    Raise unless `state` has the keys and shapes of `reference`, and plain tensors of values that are finite in its dtypes.
 
     Args:
         state (`dict[str, torch.Tensor]`):
@@ -343,22 +349,59 @@ def check_same_layout(state: AdapterState, reference: AdapterState, source: str)
     Raises:
         ValueError: Naming `source`, the first offending tensor and what is wrong with it.
     """
-    missing, unexpected = sorted(reference.keys() - state.keys()), sorted(state.keys() - reference.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{source} does not fit: {len(missing)} tensors are missing (the first: {missing[:1]}) and {len(unexpected)} are "
-            f"unexpected (the first: {unexpected[:1]}). It belongs to another base model or another PEFT config."
-        )
+    check_plain(state, source)
+    found, expected = ({key: tuple(tensor.shape) for key, tensor in part.items()} for part in (state, reference))
+    check_shapes(found, expected, source)
     for key, tensor in state.items():
-        if tensor.shape != reference[key].shape:
+        dtype = reference[key].dtype
+        if not (is_trainable_kind(tensor.dtype) and dtype.is_floating_point) and tensor.dtype != dtype:
             raise ValueError(
-                f"{source} does not fit: {key} has the shape {tuple(tensor.shape)} instead of "
-                f"{tuple(reference[key].shape)}. It belongs to another base model or another PEFT config."
+                f"{source} does not fit: {key} is {tensor.dtype}, which cannot stand for the {dtype} of the model. It was not written by "
+                "a training run."
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(
                 f"{source} has values that are not finite in {key}. Lower `learning_rate`, or set `max_grad_norm`."
             )
+        if not torch.isfinite(tensor.to(dtype)).all():
+            raise ValueError(
+                f"{source} has values in {key} that {dtype}, in which the model holds it, cannot represent. Load the model in a wider "
+                "dtype."
+            )
+
+
+def check_plain(state: AdapterState, source: str) -> None:
+    """
+    Raises:
+        ValueError: If something in `state` is no plain tensor in memory.
+    """
+    for key, value in state.items():
+        if (kind := foreign_kind(value)) is not None:
+            raise ValueError(f"{source} does not fit: {key} is {kind}, but it should be a plain tensor in memory.")
+
+
+def is_trainable_kind(dtype: torch.dtype) -> bool:
+    """Whether values of this dtype can be what training gave: not float8, whose values are nothing without a scale."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def foreign_kind(tensor: object) -> str | None:
+    """What something is, if it is no tensor whose values can be read as they are."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter):  # a subclass may answer what it likes
+        return f"of type {type(tensor).__name__}"
+    assert isinstance(tensor, torch.Tensor)
+    if tensor.is_nested:
+        return "a nested tensor"
+    if tensor.layout != torch.strided:
+        return f"of the layout {tensor.layout}"
+    if tensor.device.type != "cpu":
+        return f"on the device {tensor.device.type!r}"
+    if tensor.is_quantized or tensor.is_complex():
+        return f"of the dtype {tensor.dtype}"
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() > 0 and tensor.untyped_storage().nbytes() < (tensor.storage_offset() + reach) * tensor.itemsize:
+        return "without the memory that it claims"
+    return None
 
 
 def base_digest(model: PeftModel) -> str | None:

@@ -17,6 +17,7 @@ from peft_scl.lora import PREFIX, LoraExport, LoraModule, lora_export, other_ten
 from .adapter_state import AdapterState
 from .aggregation import FactorPair, LowRank, add_to_base
 from .aggregation.low_rank import bounded, stacked
+from .broken_state import WAY_BACK, BrokenStateError
 
 
 __all__ = ["BaseChanges"]
@@ -64,6 +65,9 @@ class BaseChanges:
         Args:
             change (`dict[str, LowRank]`):
                 `Aggregator.base_change`: by module `left (out, k)` and `right (k, in)`.
+
+        Raises:
+            BrokenStateError: If a weight can no longer be represented.
         """
         for module, (left, right) in change.items():
             terms = [LowRank(left.to("cpu", torch.float32), right.to("cpu", torch.float32))]
@@ -71,6 +75,12 @@ class BaseChanges:
                 terms.insert(0, self._sums[module])
             self._sums[module] = bounded(stacked(terms))
         self._apply(change)
+        for module in change:
+            if not torch.isfinite(self._weight(module)).all():
+                raise BrokenStateError(
+                    f"With the change of this round the base weight of {module}, in {self._weight(module).dtype}, has values that are "
+                    f"not finite. {WAY_BACK}"
+                )
 
     def reset(self) -> None:
         """Forget everything and put `W0` back, bit for bit."""

@@ -10,9 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from peft_scl.foreign_files import read_tensors
 
 from .adapter_state import AdapterState
 from .digests import DIGESTS_NAME, TRAINER_STATE_NAME, find_damage, read_digests, write_digests
@@ -206,12 +207,19 @@ def _put_aside(folder: Path) -> Path:
     return aside
 
 
-def load_adapter(folder: str | os.PathLike) -> AdapterState:
+def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ...]] | None = None) -> AdapterState:
     """
     The tensors of an adapter saved by PEFT, on CPU. Only safetensors are read: nothing is unpickled.
 
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where `save_pretrained` has written it.
+        expected (`Mapping[str, tuple[int, ...]]`, *optional*):
+            The shapes that the model has room for ([`LiveState.saved_shapes`]), compared before anything is read.
+
     Raises:
         FileNotFoundError: If `folder` has no `adapter_model.safetensors`.
+        ValueError: If the file is damaged, or does not fit.
     """
     path = Path(folder) / ADAPTER_WEIGHTS
     if not path.is_file():
@@ -219,7 +227,7 @@ def load_adapter(folder: str | os.PathLike) -> AdapterState:
             f"There is no {ADAPTER_WEIGHTS} in {str(folder)!r}. Give the folder of an adapter saved by `save_pretrained` with "
             "safetensors; a pickled `adapter_model.bin` is not read."
         )
-    return load_file(path)
+    return read_tensors(path, expected=expected)
 
 
 def has_nothing_to_resume(output_dir: str | os.PathLike) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
-from .adapter_state import AdapterState, state_bytes, subtract
+from .adapter_state import AdapterState, subtract
 from .aggregation import ClientUpdate, TooFewClientsError
 from .aggregation.validation import first_not_finite
 from .between_rounds import BetweenRoundsMixin
@@ -30,6 +30,7 @@ from .put_back import PutBack, remember_problem_type, remember_random_state, res
 from .server import Server
 from .timing import timed
 from .token_counts import count_tokens
+from .traffic import download_bytes, upload_bytes
 
 
 __all__ = ["ClientTurnMixin"]
@@ -97,13 +98,12 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
                 )
             with timed(seconds, "local"):
                 self._recover()  # here the error no longer holds on to activations
-        traffic = {"bytes_down": self._download_bytes(client, settings)}
+        traffic = {"bytes_down": download_bytes(self.server, client, settings, self._record["rounds"])}
         if trained is None:
             self._bytes_in_vain.update(traffic)
             self.server.leave_out(client, reason)
             return None
-        delta, keeps, metrics = trained
-        remembered = self._remembered(kept, settings)
+        delta, keeps, extras, metrics = trained
         update = ClientUpdate(
             client,
             self._num_examples(client),
@@ -112,16 +112,15 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             num_steps=int(metrics["num_steps"]),
             base_digest=self._base_digest,
             num_tokens=self._num_tokens.get(client),
+            extras=extras,
         )
         with timed(seconds, "aggregate"):
-            traffic["bytes_up"] = state_bytes(update.delta)
+            traffic["bytes_up"] = upload_bytes(self.server, update)
             if self.server.receive(update, asked) is not None:
                 self._bytes_in_vain.update(traffic)
                 return None
             buffers = self._live_adapter.buffers  # which a forward pass changes
             self._movement.saw(client, {key: delta[key] for key in delta.keys() - buffers}, self._has_rate)
-            if self.server.objective is not None:
-                self.server.objective.accept(remembered, keeps[OBJECTIVE])
             if self.is_world_process_zero():
                 self._store.write(client, keeps, round)
         return {"num_examples": update.num_examples, **metrics, **traffic}
@@ -140,8 +139,11 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         start: AdapterState,
         shared: AdapterState,
         kept: dict[str, AdapterState],
-    ) -> tuple[AdapterState, dict[str, AdapterState], dict[str, Any]]:
-        """The client's update in the shape of the live model, what it is to keep, and its figures; nothing is changed yet."""
+    ) -> tuple[AdapterState, dict[str, AdapterState], AdapterState, dict[str, Any]]:
+        """
+        The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and its figures;
+        nothing is changed yet.
+        """
         train = functools.partial(
             self.local_round,
             dataset=dataset,
@@ -159,12 +161,13 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         local, metrics = train(
             start, objective=None if is_personal else objective, optimizer_state=kept.get(OPTIMIZER)
         )
-        delta = subtract(local, start)
-        keeps = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
+        delta, extras = subtract(local, start), {}
+        keeps: dict[str, AdapterState] = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
         if self.args.keep_optimizer_state:
             keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **self.optimizer_state()}
         if objective is not None:
             keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
+            extras = objective.to_server()
         if is_personal:
             keeps[PERSONAL], personal = train(
                 {**start, **kept.get(PERSONAL, {})},
@@ -175,7 +178,7 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
                 keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
         self._check_finite(keeps)
-        return delta, keeps, metrics
+        return delta, keeps, extras, metrics
 
     def _check_finite(self, keeps: Mapping[str, AdapterState]) -> None:
         """What a client keeps is its own to check: once not finite, it would be so in all rounds to come."""
@@ -194,16 +197,6 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         settings = self._client_settings.get(client, ClientSettings())
         rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
         return settings if rank is None else dataclasses.replace(settings, r=int(rank))
-
-    def _download_bytes(self, client: str, settings: ClientSettings) -> int:
-        """What the client is sent, and what has been added to the base model since it was last here."""
-        sent = self.server.sent_to(settings)
-        missed = state_bytes({key: sent[key] for key in sent.keys() - self.server.drawn_keys})
-        for entry in reversed(self._record["rounds"]):
-            missed += entry["base_change_bytes"]
-            if client in entry["clients"] or client in entry["refused"]:
-                break  # it came to that round with all that was added before
-        return missed
 
     @property
     def has_personal_models(self) -> bool:

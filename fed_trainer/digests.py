@@ -42,7 +42,7 @@ def write_digests(folder: Path, names: Iterable[str], known: Mapping[str, str] |
         known (`Mapping[str, str]`, *optional*):
             Further files whose digests were computed when they were written, and which are on the disk.
     """
-    digests = {name: file_digest(folder / name, durably=True) for name in names}
+    digests = {name: file_digest(folder / name, durably=True) for name in names if name != DIGESTS_NAME}
     write_json(folder / DIGESTS_NAME, dict(sorted({**digests, **(known or {})}.items())))
 
 

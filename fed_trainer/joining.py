@@ -81,6 +81,7 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
         ValueError: If the client holds another base model or has another PEFT config, or the adapter does not fit; `model`
             is unchanged.
     """
+    _check_invitation(invitation, client)
     ours = base_digest(model)
     if ours is not None and invitation.base_digest is not None and ours != invitation.base_digest:
         raise ValueError(
@@ -101,3 +102,18 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
                 "Make it with the server's PEFT config."
             )
     live_state(model).load(invitation.adapter, f"The adapter that the server sent to client {client!r}")
+
+
+def _check_invitation(invitation: Invitation, client: str) -> None:
+    """What came over a network may be of any kind."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "base_digest": (str, type(None)), "peft_type": (str,), "peft_config": (dict,), "adapter": (dict,),
+    }  # fmt: skip
+    for field, types in kinds.items():
+        value = getattr(invitation, field)
+        if not isinstance(value, types) or (
+            isinstance(value, dict) and not all(isinstance(key, str) for key in value)
+        ):
+            raise ValueError(
+                f"The invitation of client {client!r} has a `{field}` of type {type(value).__name__}. Send what `invite` returns."
+            )

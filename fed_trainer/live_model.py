@@ -8,10 +8,13 @@ import functools
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from peft_scl.foreign_files import read_json, read_shapes
 
 from .adapter_state import AdapterState, LiveState
 
@@ -64,6 +67,10 @@ def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterStat
     It is loaded as a model, since the names in the file need not be those in memory, in the widest dtype that `model` holds:
     a float32 head on a bfloat16 body must not be rounded. Only safetensors are read.
     """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        read_shapes(path)
+    for path in sorted(Path(folder).glob("*config.json")):
+        read_json(path)
     dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())
     loaded: Any = type(model).from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, dtype=functools.reduce(torch.promote_types, dtypes)

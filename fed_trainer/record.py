@@ -14,6 +14,8 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftConfig, PeftType
 
+from peft_scl.foreign_files import read_json
+
 from .client_datasets import column_by_client, rows_by_client
 from .described import storable
 from .disk import replace_durably, writing
@@ -61,9 +63,14 @@ def peft_fields(peft_config: PeftConfig) -> dict[str, Any]:
 
 
 def read_record(folder: str | os.PathLike) -> dict[str, Any]:
-    """The record in `folder`; empty if there is none."""
+    """
+    The record in `folder`; empty if there is none.
+
+    Raises:
+        ValueError: If it is no JSON, or holds no dictionary.
+    """
     path = Path(folder) / RECORD_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:

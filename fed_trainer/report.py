@@ -12,11 +12,12 @@ clients were counted. The plots need matplotlib; the table does not.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from peft_scl.foreign_files import read_json
 
 from .figures import evaluations, held_out_metrics
 from .partition import format_table
@@ -282,16 +283,12 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
             "a run that has started to train."
         )
     try:
-        federation = json.loads(path.read_text(encoding="utf-8"))
+        federation = read_json(path)
     except ValueError as error:
+        raise ValueError(f"The run cannot be reported: {error} Or resume the run, which writes it again.") from error
+    if federation.get("format") != FORMAT:
         raise ValueError(
-            f"'{path}' is not valid JSON ({error}), so the run cannot be reported: restore the file, or resume the "
-            "run, which writes it again."
-        ) from error
-    if not isinstance(federation, dict) or federation.get("format") != FORMAT:
-        given = federation.get("format") if isinstance(federation, dict) else type(federation).__name__
-        raise ValueError(
-            f"'{path}' has format {given!r}, but this version reads format {FORMAT}: use the version of peft-scl that "
+            f"'{path}' has format {federation.get('format')!r}, but this version reads format {FORMAT}: use the version of peft-scl that "
             "wrote it."
         )
     missing = sorted({"aggregation", "clients", "label_column", "peft_type", "rounds", "start"} - federation.keys())

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from peft_scl.file_mode import follow_umask
+from peft_scl.foreign_files import read_tensors
 
 from .adapter_state import AdapterState
 from .checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_checkpoints, write_checkpoint
@@ -147,7 +148,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
             state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         with reading(SERVER_STATE):
             if (folder / SERVER_STATE).is_file():
-                for entry, tensor in load_file(folder / SERVER_STATE).items():
+                for entry, tensor in read_tensors(folder / SERVER_STATE).items():
                     part, _, key = entry.partition(".")
                     parts[part][key] = tensor
         adapter: AdapterState = {}

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,7 +27,9 @@ from .aggregation import (
     truncate_ranks,
     validated,
 )
+from .aggregation.limits import MOST_STEPS, largest_product, product_limit, value_limits
 from .aggregation.validation import first_not_finite
+from .broken_state import WAY_BACK, BrokenStateError
 from .client_settings import ClientSettings
 from .config import FederationArguments, given
 from .local_objectives import LOCAL_OBJECTIVES, FedDynRegularizer, LocalObjective, RankPruning
@@ -82,6 +84,8 @@ class Server:
         self.base_digest = base_digest
         self._user_roles = _user_roles(args)
         self._buffers = live.buffers
+        self._most_steps = _most_steps(args, settings)
+        self._base_dtypes = _base_dtypes(model, self.pairs)
         state = live.read()
         self._check_settings(args.aggregation, settings, state)
         if args.aggregation == "hetlora":
@@ -198,12 +202,26 @@ class Server:
 
     # A round
 
-    def begin(self, state: AdapterState, round: int) -> None:
-        """Start a round from the global state (all that is trained, whatever its role)."""
-        roles = self.roles(round)
-        self._state = state
-        self._shared = {key: tensor for key, tensor in state.items() if roles.role(key) == "shared"}
+    def begin(self, state: AdapterState, round: int, sampled: Collection[str] | None = None) -> None:
+        """
+        Start a round.
+
+        Args:
+            state (`dict[str, torch.Tensor]`):
+                The global state: all that is trained, whatever its role.
+            round (`int`):
+                Number of the round, from 1.
+            sampled (`Collection[str]`, *optional*):
+                Clients of the round; an update of another one is refused. Any if not given.
+        """
+        self._shared_in = {number: self._shared_keys(state, number) for number in range(max(1, round - 2), round + 1)}
+        self._round, self.state = round, state
+        self._sampled = None if sampled is None else set(sampled)
+        self._faulty: set[str] = set()  # clients whose update was refused
+        self._shared = {key: tensor for key, tensor in state.items() if key in self._shared_in[round]}
         self.rule.begin(self._shared, round)
+        self._limits = value_limits(self._shared, self.rule.largest_value(self._shared), self._buffers)
+        self._product_limits = self._limits_of_products()
         self.taken: list[str] = []
         self.refused: dict[str, str] = {}
 
@@ -213,6 +231,19 @@ class Server:
         not train too: it computes with them.
         """
         return self._shared if settings.r is None else truncate_ranks(self._shared, self.pairs, settings.r)
+
+    def changed_since(self, round: int | None) -> set[str]:
+        """
+        Names of the tensors that have changed since a client came to round number `round`; for a client that has not been here
+        (`None`) all that is or was shared. Roles repeat every two rounds at most.
+        """
+        first = 1 if round is None else round
+        now = self._shared_in[self._round] if round is None else set()
+        return now.union(*(keys for number, keys in self._shared_in.items() if first <= number < self._round))
+
+    def _shared_keys(self, state: AdapterState, round: int) -> set[str]:
+        roles = self.roles(round)
+        return {key for key in state if roles.role(key) == "shared"}
 
     def asked_of(self, settings: ClientSettings) -> AdapterState:
         """What a client with these settings is to send an update of, as it has been sent."""
@@ -241,7 +272,7 @@ class Server:
 
     def receive(self, update: ClientUpdate, asked: AdapterState) -> str | None:
         """
-        Take an update into account.
+        Take an update into account. Whatever came in, nothing is raised.
 
         Args:
             update ([`ClientUpdate`]):
@@ -252,19 +283,71 @@ class Server:
         Returns:
             `str` or `None`: why it is left out, if it is.
         """
+        sends = {} if self.objective is None else self.objective.sends
         try:
-            validated(update, asked, self.taken, self.base_digest)
+            update = validated(
+                update,
+                asked,
+                self.taken,
+                self.base_digest,
+                sampled=self._sampled,
+                limits=self._limits,
+                most_steps=self._most_steps,
+                sends=sends,
+            )
+            trained = {key: tensor for key, tensor in update.delta.items() if key not in self._buffers}
+            if (fault := self._fault_of(update, trained)) is not None:
+                raise InvalidUpdateError(update.client, fault)
             if self.counts_tokens and update.num_tokens is None:
                 raise InvalidUpdateError(
                     update.client, "it does not say its number of tokens (`num_tokens`), which it is weighted by."
                 )
         except InvalidUpdateError as error:
-            self.refused[update.client] = error.reason
+            client, is_known = error.client, self._sampled is None or error.client in self._sampled
+            if is_known and client not in self.taken:
+                self._faulty.add(client)
+            self.refused[client if is_known else ascii(client)[:80]] = error.reason
             return error.reason
         if is_first():
             self.rule.add(update)
+        if self.objective is not None:
+            self.objective.accept(update.extras, trained)
         self.taken.append(update.client)
+        self._faulty.discard(update.client)
         return None
+
+    def _fault_of(self, update: ClientUpdate, trained: AdapterState) -> str | None:
+        """What the rule or the local objective could not compute with, in an update that is valid in itself."""
+        try:
+            self.rule.check(update)
+        except ValueError as error:
+            return str(error)
+        for pair in self.pairs if self.method.uses_pairs else ():
+            if pair.key_A in update.delta and pair.key_B in update.delta:
+                A, B = self._factors_of(pair, update.delta)
+                size, limit = largest_product(pair.scaling, A, B), self._product_limits[pair.module]
+                if not size <= limit:
+                    return (
+                        f"the product of its factors of {pair.module} may reach {size:.3g}, beyond {limit:.3g}, beside which the base "
+                        "weight would not count, or which it cannot hold. Lower `learning_rate`."
+                    )
+        return None if self.objective is None else self.objective.fault_of(update.extras, trained)
+
+    def _factors_of(self, pair: FactorPair, delta: AdapterState) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a client ended with."""
+        delta_A, delta_B = delta[pair.key_A], delta[pair.key_B]
+        rank = len(delta_A)
+        A, B = self._shared[pair.key_A][:rank].float() + delta_A, self._shared[pair.key_B][:, :rank].float() + delta_B
+        return pair.whole(A, B)
+
+    def _limits_of_products(self) -> dict[str, float]:
+        limits = {}
+        for pair in self.pairs:
+            if pair.key_A in self._shared and pair.key_B in self._shared:
+                present = pair.whole(self._shared[pair.key_A], self._shared[pair.key_B])
+                dtypes = self._base_dtypes.get(pair.module, ())
+                limits[pair.module] = product_limit(dtypes, largest_product(pair.scaling, *present))
+        return limits
 
     def leave_out(self, client: str, reason: str) -> None:
         """A client that was sampled sends nothing."""
@@ -276,8 +359,9 @@ class Server:
 
         Raises:
             TooFewClientsError: If fewer updates can be used than `min_clients`, or than the rule needs.
-            ValueError: If the result is not finite.
+            BrokenStateError: If the result is not finite.
         """
+        self.rule.bear(len(self._faulty))
         require_clients(self.taken, self.refused, max(self.min_clients, self.rule.min_updates))
         state, left, right = from_first(self._combine)
         if self.objective is not None:
@@ -289,7 +373,7 @@ class Server:
         delta = self.rule.finish()
         counts = {key: value for key, value in delta.items() if key in self._buffers}
         steps = {key: value for key, value in delta.items() if key not in self._buffers}
-        state = self.optimizer.step(self._state, steps, len(self.taken))
+        state = self.optimizer.step(self.state, steps, len(self.taken))
         state = PLAIN.step(state, counts)  # running statistics are averages, not parameters
         added = {
             f"the change of {module} ({side})": factor
@@ -298,9 +382,8 @@ class Server:
         }
         broken = first_not_finite(state | added)
         if broken is not None:
-            raise ValueError(
-                f"The step of the server has values that are not finite in {broken}, although no update had. Lower "
-                "`learning_rate` or `server_lr`; the last global state that is finite is in the last checkpoint."
+            raise BrokenStateError(
+                f"The step of the server has values that are not finite in {broken}, although no update had. {WAY_BACK}"
             )
         left, right = ({module: change[side] for module, change in self.rule.base_change.items()} for side in (0, 1))
         return state, left, right
@@ -385,6 +468,22 @@ def _momentum(args: FederationArguments) -> dict[str, Any]:
             f"`optim_args={args.optim_args!r}`). Leave it out: it is read from there."
         )
     return {"momentum": used}
+
+
+def _most_steps(args: FederationArguments, settings: Mapping[str, ClientSettings]) -> int:
+    """Local steps that no client of the run exceeds."""
+    if args.max_steps <= 0:
+        return MOST_STEPS
+    return max([args.max_steps, *(client.max_steps for client in settings.values() if client.max_steps is not None)])
+
+
+def _base_dtypes(model: nn.Module, pairs: Sequence[FactorPair]) -> dict[str, tuple[torch.dtype, ...]]:
+    """By module the dtype of its base weight, if it is one of floating-point numbers; a quantised weight takes no addition."""
+    if not isinstance(model, PeftModel):
+        return {}
+    base: Any = model.get_base_model()
+    dtypes = {pair.module: base.get_submodule(pair.module).get_base_layer().weight.dtype for pair in pairs}
+    return {module: (dtype,) for module, dtype in dtypes.items() if dtype.is_floating_point}
 
 
 def _check_largest_rank(settings: Mapping[str, ClientSettings], num_clients: int, largest: int) -> None:

@@ -8,6 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from peft_scl.patterns import PLACES, check_pattern
+
 from .adapter_state import AdapterState
 
 
@@ -54,7 +56,8 @@ class TensorRoles:
             Role of a tensor that no pattern matches.
 
     Raises:
-        ValueError: For a role that does not exist, a string in the place of a tuple, or a pattern that is no regular expression.
+        ValueError: For a role that does not exist, a string in the place of a tuple, a pattern that is no regular expression, or one that
+            could match for hours.
     """
 
     shared: tuple[str, ...] = ()
@@ -73,12 +76,11 @@ class TensorRoles:
                     f"`{role}` should be a tuple of patterns but the value passed is {patterns!r}. Put a single pattern in a tuple."
                 )
         for pattern in (*self.shared, *self.local, *self.frozen):
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
+            if not isinstance(pattern, str):
                 raise ValueError(
-                    f"The pattern {pattern!r} is not a regular expression ({error}). Escape special characters."
-                ) from error
+                    f"The pattern {pattern!r} is not a regular expression: it is no string. Put it in quotes."
+                )
+            check_pattern(pattern, "The pattern", factor=PLACES)  # it is searched from every place of a name
 
     def joined(self, other: TensorRoles) -> TensorRoles:
         r"""

@@ -27,11 +27,13 @@ from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
+from peft_scl.foreign_files import check_adapter_files, read_peft_config
 
 from .adapter_checks import refuse_idle_adapter, refuse_unwrapped_adapter
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
 from .aggregation import SLoRA, TooFewClientsError
 from .base_changes import BaseChanges
+from .broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 from .callbacks import refuse_callback, refuse_callbacks, remove_last
 from .checkpoint import (
     has_nothing_to_resume,
@@ -143,7 +145,8 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                     f"`initial_adapter` takes adapters only, but {args.initial_adapter!r} has no {CONFIG_NAME}. To start from a "
                     f"whole model, load it with `from_pretrained({args.initial_adapter!r})` and pass it as `model`."
                 )
-            peft_config = PeftConfig.from_pretrained(str(adapter_folder))
+            check_adapter_files(adapter_folder)
+            peft_config = read_peft_config(PeftConfig, adapter_folder)
             peft_config.inference_mode = False
 
         self._folder = Path(args.output_dir or "")
@@ -249,6 +252,8 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
+            BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live model holds
+                that of the round before.
         """
         self._refuse_within_client_model("train")
         if trial is not None:
@@ -282,11 +287,12 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
                 self._ensure_engine()  # what fails here is no client's fault
-                self.server.begin(self._global_state, round)
+                sampled = self.sampler.sample(round)
+                self.server.begin(self._global_state, round, sampled)
                 self._movement.begin()
                 if self.is_world_process_zero():
                     self._store.discard()  # of a round that was broken off
-                for client in self.sampler.sample(round):
+                for client in sampled:
                     metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
                     if metrics is None:
                         logger.warning(
@@ -296,14 +302,16 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                     clients[client] = metrics
                     progress.client(round, client, int(metrics["num_examples"]), metrics)
                 self._movement.end(round)
-                with timed(seconds, "aggregate"):
+                before = self._turn_back_to()
+                with timed(seconds, "aggregate"), self._turning_back(before):
                     self._end_of_round()
 
                 self.state.global_step = self.state.epoch = round
                 evaluation = None
                 if self._is_due(round, self.args.eval_rounds) and self.eval_dataset is not None:
-                    with timed(seconds, "evaluate"):
+                    with timed(seconds, "evaluate"), self._turning_back(before):
                         evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
+                        refuse_broken_loss(evaluation, self._earlier_evaluations)
                 self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
                 if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
                     with timed(seconds, "checkpoint"):
@@ -350,6 +358,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
+        refuse_overflow(self._global_state, self._live_adapter.dtypes())
         if self.is_world_process_zero():
             self._store.commit()
         wait_for_first()
@@ -357,6 +366,25 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.add(base_change)
         self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
+
+    def _turn_back_to(self) -> tuple[AdapterState, AdapterState]:
+        """The global state, and what is in the base weights; neither is copied, as nothing changes them in place."""
+        return self._global_state, {} if self._base_changes is None else self._base_changes.state_dict()
+
+    @contextmanager
+    def _turning_back(self, before: tuple[AdapterState, AdapterState]) -> Iterator[None]:
+        """After a state that the model cannot compute with, the live model holds that of the round before."""
+        try:
+            yield
+        except BrokenStateError:
+            self._global_state, base = before
+            if self._base_changes is not None:
+                self._base_changes.load_state_dict(base)
+            raise
+
+    @property
+    def _earlier_evaluations(self) -> list[dict[str, float] | None]:
+        return [self._record["start"]["eval"], *(entry["eval"] for entry in self._record["rounds"])]
 
     def _begin_sparse_stage(self) -> None:
         """SLoRA begins with a sparse change of the base weights."""
@@ -553,7 +581,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
     def _start_from(self, folder: Path) -> AdapterState:
         source = f"The adapter {self.args.initial_adapter!r}"
-        state = self._live_adapter.from_saved(load_adapter(folder), source)
+        state = self._live_adapter.from_saved(load_adapter(folder, self._live_adapter.saved_shapes()), source)
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
         record = read_record(folder)
         theirs, ours = record.get("base_digest"), self._base_digest

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from .config import SclConfig
 from .federa import FEDERA_CONFIG_NAME, FederaConfig, load_federa
+from .foreign_files import check_adapter_files, check_shapes, read_peft_config, read_shapes
 from .lora import LoraExport, to_lora
 
 
@@ -80,8 +82,9 @@ def _load(adapter: str, base_model: str | None) -> PeftModel:
     """The adapter on its base model, in the dtype the base model is stored in."""
     if not os.path.isdir(adapter):
         adapter = snapshot_download(adapter, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"])
+    check_adapter_files(adapter)
     is_federa = Path(adapter, FEDERA_CONFIG_NAME).is_file()
-    config = FederaConfig.from_pretrained(adapter) if is_federa else PeftConfig.from_pretrained(adapter)
+    config: Any = read_peft_config(FederaConfig if is_federa else PeftConfig, adapter)
     if not isinstance(config, (SclConfig, FederaConfig)):
         raise ValueError(
             f"{adapter!r} holds an adapter of type {config.peft_type.value}, not one that SCL or FeDeRA has saved."
@@ -97,7 +100,18 @@ def _load(adapter: str, base_model: str | None) -> PeftModel:
         vocabulary = len(transformers.AutoTokenizer.from_pretrained(adapter))
         if vocabulary > base.get_input_embeddings().weight.shape[0]:
             base.resize_token_embeddings(vocabulary)
-    return load_federa(base, adapter) if is_federa else PeftModel.from_pretrained(base, adapter, config=config)
+    check_adapter_files(adapter, base)
+    try:
+        model = load_federa(base, adapter) if is_federa else PeftModel.from_pretrained(base, adapter, config=config)
+    except (RuntimeError, ValueError) as error:  # torch and PEFT say which tensor, but not of which adapter
+        raise ValueError(f"The adapter {adapter!r} does not fit its base model: {error}") from error
+    weights = Path(adapter, SAFETENSORS_WEIGHTS_NAME)
+    if weights.is_file():  # of tensors that a file lacks PEFT only warns
+        state = get_peft_model_state_dict(model)
+        expected = {key: tuple(tensor.shape) for key, tensor in state.items() if ".scl_" in key or ".lora_" in key}
+        found = {key: shape for key, shape in read_shapes(weights).items() if key in expected}
+        check_shapes(found, expected, f"The adapter {adapter!r}")
+    return model
 
 
 def _model_class(config: SclConfig | FederaConfig) -> Any:

@@ -286,7 +286,7 @@ def test_the_reference_is_neither_trained_nor_sent_nor_published(
     trainer.train()
     sizes = [tensor.numel() for tensor in adapter(sft_adapter).values()]
     assert trainer._record["num_trainable_parameters"] == sum(sizes)
-    assert trainer._record["rounds"][0]["bytes_up"] == 2 * 4 * sum(sizes)
+    assert trainer._record["rounds"][0]["bytes_up"] == 2 * (4 * sum(sizes) + 8)
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert len(trained) == len(sizes) and all(".default." in name for name in trained)
     assert not any(path.is_dir() for path in (tmp_path / "out").iterdir() if path.name != "checkpoint-1")

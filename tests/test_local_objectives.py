@@ -177,7 +177,7 @@ def test_server_control_is_the_mean_over_all_clients_also_those_not_sampled_or_r
             scaffold.add_gradients(parameters_of(random_state(7)), lr=0.1)
             new = scaffold.finish(random_state(10 * round + client))
             if client not in refused:
-                scaffold.accept(stored.get(client), new)
+                scaffold.accept(scaffold.to_server(), random_state(10 * round + client))
                 stored[client] = new
             assert all(torch.equal(scaffold.state_dict()[key], before[key]) for key in before), "c moved in a round"
         scaffold.end_round()
@@ -189,14 +189,14 @@ def test_server_control_is_the_mean_over_all_clients_also_those_not_sampled_or_r
 
 def test_server_control_goes_through_a_file(tmp_path: Path) -> None:
     scaffold = Scaffold(num_clients=2)
-    scaffold.accept(None, random_state(0))
+    scaffold.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(0))
     scaffold.end_round()
     save_file(scaffold.state_dict(), tmp_path / "control.safetensors")
     other = Scaffold(num_clients=2)
-    other.accept(None, random_state(1))  # of a round that died
+    other.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(1))  # of a round that died
     other.load_state_dict(load_file(tmp_path / "control.safetensors"))
     for objective in (scaffold, other):
-        objective.accept(random_state(2), random_state(3))
+        objective.accept({"sum_of_lrs": torch.tensor(0.2)}, random_state(3))
         objective.end_round()
     for key, tensor in scaffold.state_dict().items():
         assert torch.equal(other.state_dict()[key], tensor)
@@ -342,7 +342,7 @@ def test_fedavg_ends_beside_the_common_optimum_and_scaffold_and_feddyn_at_it() -
                 objective.begin(state_of(state), previous)
                 deltas.append(local_steps(client, state, objective, steps=steps) - state)
                 stored[client] = objective.finish(state_of(deltas[-1]))
-                objective.accept(previous, stored[client])
+                objective.accept(objective.to_server(), state_of(deltas[-1]))
             objective.end_round()
             mean = sum(deltas) / 2
             state = state + mean if server is None else server.step(state_of(state), state_of(mean))["w"].item()

@@ -190,7 +190,7 @@ def test_scaffold_equals_option_two_in_float64_over_rounds(make_federation) -> N
             y, gradients = federation.local_in_float64(x, lambda v, own=own, c=c: {k: c[k] - own[k] for k in v}, lrs)
             if (round, client) in REFUSED:
                 continue
-            scaffold.accept(previous, new)
+            scaffold.accept(scaffold.to_server(), delta)
             stored[client] = new
             deltas.append(delta)
             expected_deltas.append(subtract(y, x))
@@ -226,7 +226,7 @@ def test_feddyn_equals_the_paper_in_float64_over_rounds(make_federation) -> None
             )
             if (round, client) in REFUSED:
                 continue
-            objective.accept(previous, new)
+            objective.accept(objective.to_server(), delta)
             stored[client] = new
             deltas.append(delta)
             expected_deltas.append(subtract(v, w))

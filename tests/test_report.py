@@ -282,8 +282,8 @@ class TestWriteReport:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ('{"format": 1', "is not valid JSON .* restore the file"),
-            ("[]", "has format 'list', but this version reads format 1"),
+            ('{"format": 1', "cannot be reported: The file .* is not JSON .* Or resume the run"),
+            ("[]", r"it holds \[\], not a dictionary"),
             ("{}", "has format None, but this version reads format 1"),
             ('{"format": 2}', "has format 2, but this version reads format 1: use the version"),
             (
@@ -299,7 +299,7 @@ class TestWriteReport:
 
     def test_bytes_that_are_no_text(self, tmp_path):
         (tmp_path / "federation.json").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(ValueError, match="is not valid JSON"):
+        with pytest.raises(ValueError, match="it is not JSON"):
             write_report(tmp_path)
 
     def test_missing_matplotlib(self, federation, no_matplotlib, tmp_path):

@@ -71,7 +71,9 @@ def make_sft(tiny_model_dir, make_clients, tmp_path):
 
 
 def files_in(folder):
-    return {path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file()}
+    """But for the lock of the run."""
+    files = (path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith(".fed_run."))
+    return {path.relative_to(folder).as_posix() for path in files}
 
 
 def weights(folder):

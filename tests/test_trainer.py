@@ -194,7 +194,7 @@ def test_federa_resumes_exactly_and_ends_as_a_plain_lora(make_trainer, tiny_mode
     assert same(whole.model.state_dict(), parts.model.state_dict())
     # clients and server exchange factors of rank 4; what is saved has their start beside them
     sent = sum(tensor.numel() * tensor.element_size() for tensor in whole._global_state.values())
-    assert whole._record["rounds"][0]["bytes_up"] == 3 * sent
+    assert whole._record["rounds"][0]["bytes_up"] == 3 * (sent + 8)
     assert sum(tensor.numel() for tensor in adapter(tmp_path / "whole").values()) * 4 == 2 * sent
 
     loss = whole.evaluate()["eval_loss"]
@@ -297,14 +297,15 @@ def test_record_log_history_and_table(make_trainer, tmp_path, capsys):
     assert record["num_trainable_parameters"] * 4 == size
     for entry in record["rounds"]:
         assert list(entry["clients"]) == trainer.sampler.sample(entry["round"])
-        assert entry["bytes_up"] == entry["bytes_down"] == 2 * size
+        assert entry["bytes_up"] == 2 * (size + 8)  # and the number of examples
+        assert entry["bytes_down"] == 2 * size
         weights = {name: client["num_examples"] for name, client in entry["clients"].items()}
         mean = sum(weights[n] * entry["clients"][n]["train_loss"] for n in weights) / sum(weights.values())
         assert entry["train_loss"] == pytest.approx(mean)
         assert {"prepare", "local", "aggregate", "evaluate", "checkpoint"} <= entry["seconds"].keys() | {"checkpoint"}
     assert record["clients"]["client_0"]["composition"] is not None
     assert record["partition"] == "by hand"
-    assert output.metrics["bytes_up"] == 4 * size
+    assert output.metrics["bytes_up"] == 4 * (size + 8)
     logged = [entry for entry in trainer.state.log_history if "bytes_up" in entry]
     assert [entry["step"] for entry in logged] == [1, 2]
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]

@@ -427,7 +427,7 @@ def test_a_whole_model_is_saved_recorded_and_loaded_as_the_card_says(make_traine
     record = json.loads((tmp_path / "out" / "federation.json").read_text())
     assert record["peft_type"] is None and record["base_digest"] is None
     assert record["num_trainable_parameters"] == size
-    assert record["rounds"][0]["bytes_up"] == 2 * 4 * size
+    assert record["rounds"][0]["bytes_up"] == 2 * (4 * size + 8)
     assert record["start"]["eval"]["eval_loss"] == loss > record["rounds"][0]["eval"]["eval_loss"]
 
     card = ModelCard.load(tmp_path / "out" / "README.md")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..adapter_state import AdapterState
+from .limits import LARGEST_VALUE, relative_limit
 from .low_rank import LowRank
 
 
@@ -37,6 +38,8 @@ class ClientUpdate:
             [`base_digest`] of the base model the client trained on.
         num_tokens (`int`, *optional*):
             Number of tokens that carry a loss in what the client holds, for rules with `weights="tokens"`.
+        extras (`dict[str, torch.Tensor]`):
+            What the local objective sends beside the delta ([`LocalObjective.to_server`]).
     """
 
     client: str
@@ -47,6 +50,7 @@ class ClientUpdate:
     scalings: dict[str, float] | None = None
     base_digest: str | None = None
     num_tokens: int | None = None
+    extras: AdapterState = field(default_factory=dict)
 
 
 class Aggregator(ABC):
@@ -55,6 +59,11 @@ class Aggregator(ABC):
 
     A rule sees only what is shared (see [`TensorRoles`]). A round is `begin`, an `add` per client and one `finish`.
     """
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """Fields of a [`ClientUpdate`] that the rule reads beside the delta, a number each."""
+        return ("num_examples",)
 
     @abstractmethod
     def begin(self, state: AdapterState, round: int = 1) -> None:
@@ -69,6 +78,19 @@ class Aggregator(ABC):
         Raises:
             ValueError: If the update does not fit.
         """
+
+    def check(self, update: ClientUpdate) -> None:  # noqa: B027 (few rules need it)
+        """Raise what `add` would raise, and change nothing."""
+
+    def largest_value(self, state: AdapterState) -> float:
+        """
+        The largest magnitude in a client's delta with which the rule is finite and accurate in float32, for the global adapter
+        `state`: [`relative_limit`], unless a rule bounds what it takes.
+        """
+        return min(LARGEST_VALUE, relative_limit(state))
+
+    def bear(self, num_faulty: int) -> None:  # noqa: B027
+        """Before `finish`: so many clients of the round were refused for what they sent, so they are not among the updates."""
 
     @abstractmethod
     def finish(self) -> AdapterState:
@@ -92,6 +114,11 @@ def check_weights(weights: object, name: str = "weights", choices: tuple[str, ..
     """Refuse what is no way to weight clients."""
     if weights not in choices:
         raise ValueError(f"`{name}` should be one of {list(choices)} but the value passed is {weights!r}")
+
+
+def numbers_of(weights: str) -> tuple[str, ...]:
+    """The fields of a [`ClientUpdate`] that `weight_of` reads."""
+    return {"examples": ("num_examples",), "uniform": (), "tokens": ("num_tokens",)}[weights]
 
 
 def weight_of(update: ClientUpdate, weights: str) -> int:

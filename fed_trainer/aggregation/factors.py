@@ -24,8 +24,9 @@ from peft_scl.linalg import full_precision
 
 from ..adapter_state import AdapterState
 from ..options import check_integer
-from .base import Aggregator, ClientUpdate, weight_of
+from .base import Aggregator, ClientUpdate, numbers_of, weight_of
 from .fedavg import FedAvg
+from .limits import LARGEST_FACTOR, ROOM
 from .low_rank import LowRank
 
 
@@ -377,6 +378,17 @@ class FactorAggregator(Aggregator):
         self._base_change = {}
         self._others.begin({key: tensor for key, tensor in state.items() if key not in factors}, round)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return numbers_of(self.weights)
+
+    def check(self, update: ClientUpdate) -> None:
+        self._checked(update)
+
+    def largest_value(self, state: AdapterState) -> float:
+        """Also small enough for products of factors, and for sums of them in float32."""
+        return min(LARGEST_FACTOR, super().largest_value(state))
+
     @torch.no_grad()
     def add(self, update: ClientUpdate) -> None:
         pairs = self._checked(update)
@@ -411,6 +423,11 @@ class FactorAggregator(Aggregator):
             raise ValueError(
                 f"The `scalings` of client {update.client!r} lack {pair.module}. Give the scaling of every module, or none if they "
                 "are the server's."
+            )
+        if update.scalings is not None and not 1 / ROOM <= update.scalings[pair.module] / pair.scaling <= ROOM:
+            raise ValueError(
+                f"The scaling of {pair.module} at client {update.client!r} is {update.scalings[pair.module]!r}, but the server's is "
+                f"{pair.scaling!r}: the factors would differ more in size than float32 can bear. Send `lora_alpha / r`."
             )
         delta_A, delta_B = update.delta[pair.key_A], update.delta[pair.key_B]
         A, B = self._state[pair.key_A], self._state[pair.key_B]

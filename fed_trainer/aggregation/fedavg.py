@@ -6,7 +6,7 @@ import torch
 
 from ..adapter_state import AdapterState
 from ..options import check_flag, check_number
-from .base import Aggregator, ClientUpdate, check_tensors, check_weights, weight_of
+from .base import Aggregator, ClientUpdate, check_tensors, check_weights, numbers_of, weight_of
 
 
 __all__ = ["FedAvg", "FedNova"]
@@ -40,6 +40,13 @@ class FedAvg(Aggregator):
     def begin(self, state: AdapterState, round: int = 1) -> None:
         self._sum = {key: torch.zeros_like(tensor, dtype=torch.float32) for key, tensor in state.items()}
         self._weights = dict.fromkeys(state, 0.0)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return numbers_of(self.weights)
+
+    def check(self, update: ClientUpdate) -> None:
+        self._check(update)
 
     def add(self, update: ClientUpdate) -> None:
         self._add(update, weight_of(update, self.weights))
@@ -103,12 +110,21 @@ class FedNova(FedAvg):
         super().begin(state, round)
         self._weighted_steps = dict.fromkeys(state, 0.0)
 
-    def add(self, update: ClientUpdate) -> None:
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return *numbers_of(self.weights), "num_steps"
+
+    def check(self, update: ClientUpdate) -> None:
+        super().check(update)
         if update.num_steps is None or update.num_steps < 1:
             raise ValueError(
                 f"FedNova divides an update by its number of local steps, but client {update.client!r} reports "
                 f"`num_steps={update.num_steps}`. Fill it in where the update is made."
             )
+
+    def add(self, update: ClientUpdate) -> None:
+        self.check(update)
+        assert update.num_steps is not None
         steps = effective_steps(update.num_steps, self.momentum)
         weight = weight_of(update, self.weights)
         self._add(update, weight, 1 / steps)

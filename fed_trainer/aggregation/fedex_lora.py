@@ -17,6 +17,9 @@ from .low_rank import LowRank, LowRankSum, truncate
 __all__ = ["FedExLoRA", "LoRAFair"]
 
 
+SOLVABLE = 1e-10  # the share of the ridge in a Gram that float64 solves to five digits at least
+
+
 class MeanOfFactors(FactorAggregator):
     """
     Means of the factors, and what the product of the means lacks: `sum_k p_k B_k A_k - B A = sum_k p_k (B_k - R_B)(A_k - R_A) -
@@ -184,4 +187,9 @@ def ridge_correction(lacking: LowRank, A: torch.Tensor, ridge: float) -> torch.T
     """`lacking A^T (A A^T + ridge I)^-1`, `(out, r)`, solved in float64 without forming `lacking`."""
     left, right, A = lacking.left.double(), lacking.right.double(), A.double()
     gram = A @ A.T + ridge * torch.eye(len(A), dtype=torch.float64)
+    if (
+        ridge < SOLVABLE * gram.trace()
+    ):  # beside large factors the penalty drowns in the Gram, which may then be singular
+        u, values, vt = torch.linalg.svd(A, full_matrices=False)
+        return (left @ (right @ vt.T) * (values / (values.square() + ridge)) @ u.T).float()
     return torch.linalg.solve(gram, left @ (right @ A.T), left=False).float()

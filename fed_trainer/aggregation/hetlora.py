@@ -44,6 +44,10 @@ class HetLoRA(FactorAggregator):
         super().__init__(pairs, weights="examples" if weighting == "norm" else weighting)
         self.weighting = weighting
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return () if self.weighting == "norm" else super().numbers
+
     def begin(self, state: AdapterState, round: int = 1) -> None:
         super().begin(state, round)
         self._sums = {

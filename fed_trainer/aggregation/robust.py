@@ -18,8 +18,9 @@ import torch
 
 from ..adapter_state import AdapterState
 from ..options import check_integer, check_number
-from .base import Aggregator, ClientUpdate, check_tensors, check_weights, weight_of
+from .base import Aggregator, ClientUpdate, check_tensors, check_weights, numbers_of, weight_of
 from .fedavg import FedAvg
+from .limits import LARGEST_VALUE
 from .low_rank import LowRank
 
 
@@ -30,15 +31,32 @@ ROUNDING = 1e-9  # 0.29 * 100 is 28.999999999999996
 
 
 class _KeepingAggregator(Aggregator):
-    """Keeps the updates of the round, to be compared in `finish`."""
+    """
+    Keeps the updates of the round, to be compared in `finish`.
+
+    A client that was refused for what it sent is one of those that a rule is meant to bear, and already left out.
+    """
+
+    _num_faulty = 0  # of the round
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return ()
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
         self._state = state
         self._updates: list[ClientUpdate] = []
+        self._num_faulty = 0
+
+    def check(self, update: ClientUpdate) -> None:
+        check_tensors(update, self._state)
 
     def add(self, update: ClientUpdate) -> None:
-        check_tensors(update, self._state)
+        self.check(update)
         self._updates.append(update)
+
+    def bear(self, num_faulty: int) -> None:
+        self._num_faulty = num_faulty
 
     @torch.no_grad()
     def finish(self) -> AdapterState:
@@ -112,8 +130,8 @@ class TrimmedMean(_KeepingAggregator):
 
     @property
     def min_updates(self) -> int:
-        """`ceil(1 / trim)`, so that one update is dropped at either end."""
-        return math.ceil(1 / self.trim - ROUNDING) if self.trim > 0 else 1
+        """`ceil(1 / trim)`, so that one update is dropped at either end; clients that were refused count."""
+        return max(1, math.ceil(1 / self.trim - ROUNDING) - self._num_faulty) if self.trim > 0 else 1
 
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
         if len(updates) < self.min_updates:
@@ -124,7 +142,8 @@ class TrimmedMean(_KeepingAggregator):
         return self._by_coordinate(updates)
 
     def _combine_sorted(self, values: torch.Tensor) -> torch.Tensor:
-        dropped = math.floor(self.trim * len(values) + ROUNDING)
+        faulty = self._num_faulty
+        dropped = min((len(values) - 1) // 2, math.floor(self.trim * (len(values) + faulty) + ROUNDING))
         return values[dropped : len(values) - dropped].mean(dim=0)
 
 
@@ -164,6 +183,10 @@ class GeometricMedian(_KeepingAggregator):
     def add(self, update: ClientUpdate) -> None:
         weight_of(update, self.weights)  # refuses one that does not say it
         super().add(update)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return numbers_of(self.weights)
 
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
         shares = torch.tensor([weight_of(update, self.weights) for update in updates], dtype=torch.float64)
@@ -212,11 +235,16 @@ class MultiKrum(_KeepingAggregator):
 
     @property
     def min_updates(self) -> int:
-        """`2 f + 3`, and enough to select from without the arbitrary ones."""
-        return max(2 * self.num_byzantine + 3, (self.num_selected or 1) + self.num_byzantine)
+        """`2 f + 3`, and enough to select from without the arbitrary ones; `f` without those that were refused."""
+        return max(2 * self._num_bad + 3, (self.num_selected or 1) + self._num_bad)
+
+    @property
+    def _num_bad(self) -> int:
+        """`f` among the updates of the round."""
+        return max(0, self.num_byzantine - self._num_faulty)
 
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
-        count, bad = len(updates), self.num_byzantine
+        count, bad = len(updates), self._num_bad
         if count < 2 * bad + 3:
             raise ValueError(
                 f"Krum needs at least 2 f + 3 = {2 * bad + 3} updates to bear f = {bad} arbitrary clients, but {count} arrived. "
@@ -278,6 +306,20 @@ class NormBounding(Aggregator):
         self.max_norm = max_norm
         self.weights = weights
         self.aggregator = aggregator or FedAvg(weights=weights)
+
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        return self.aggregator.numbers
+
+    def check(self, update: ClientUpdate) -> None:
+        self.aggregator.check(update)
+
+    def largest_value(self, state: AdapterState) -> float:
+        """Any that has a norm in float64: the rule scales it down."""
+        return LARGEST_VALUE
+
+    def bear(self, num_faulty: int) -> None:
+        self.aggregator.bear(num_faulty)
 
     @property
     def min_updates(self) -> int:

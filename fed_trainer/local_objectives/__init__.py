@@ -11,9 +11,10 @@ for client in sampled:
     objective.begin(state, previous)
     local, _ = trainer.local_round(state, ..., objective=objective)  # `add_gradients` in every optimiser step
     delta = subtract(local, state)
-    client_state = objective.finish(delta)
+    client_state = objective.finish(delta)  # stays with the client
+    sent = objective.to_server()  # travels with the delta
     if accepted(delta):  # a refused client leaves no trace
-        objective.accept(previous, client_state)
+        objective.accept(sent, delta)
         stored[client] = client_state
 objective.end_round()
 ```

@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 from transformers import TrainingArguments
@@ -25,6 +28,8 @@ class LocalObjective:
             Whether `finish` returns tensors that have to be kept with the client.
         uniform (`bool`):
             Whether the method weights its clients alike, whatever their numbers of examples.
+        sends (`dict[str, torch.dtype]`):
+            Numbers that a client sends beside its update, see `to_server`.
         is_personal (`bool`):
             Whether it belongs to a second local round of each client, which trains a model of the client's own and sends
             nothing.
@@ -32,6 +37,7 @@ class LocalObjective:
 
     keeps_client_state: bool = False
     uniform: bool = False
+    sends: Mapping[str, torch.dtype] = MappingProxyType({})
     is_personal: bool = False
 
     def __init__(self) -> None:
@@ -96,15 +102,36 @@ class LocalObjective:
         """
         return {}
 
-    def accept(self, previous: AdapterState | None, client_state: AdapterState) -> None:
+    def to_clients(self) -> AdapterState:
+        """What the server sends to the clients of a round beside the shared tensors, keyed like these."""
+        return {}
+
+    def to_server(self) -> AdapterState:
+        """After `finish`: what the client sends beside its update, the numbers that `sends` names."""
+        return {}
+
+    def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
         """
-        The server took the client's update: enter it into what the server remembers.
+        Why the server cannot go on with what a client sent, if it cannot.
 
         Args:
-            previous (`dict[str, torch.Tensor]`, *optional*):
-                What `begin` was given.
-            client_state (`dict[str, torch.Tensor]`):
-                What `finish` gave.
+            sent (`dict[str, torch.Tensor]`):
+                Finite numbers under the names and of the dtypes of `sends`.
+            delta (`dict[str, torch.Tensor]`):
+                The client's update, of what it trains.
+        """
+        return None
+
+    def accept(self, sent: AdapterState, delta: AdapterState) -> None:
+        """
+        The server took the client's update: enter it into what the server remembers. It sees what was sent, never what the client
+        keeps.
+
+        Args:
+            sent (`dict[str, torch.Tensor]`):
+                What `to_server` gave.
+            delta (`dict[str, torch.Tensor]`):
+                The client's update, of what it trains.
         """
 
     def end_round(self) -> None:

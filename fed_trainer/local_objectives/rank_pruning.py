@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class RankPruning(LocalObjective):
     [`~fed_trainer.aggregation.pruning_penalty`] over all pairs. If the local round has shrunk the sum, the client's next rank
     is `floor(decay rank)` ([`~fed_trainer.aggregation.pruned_rank`]), one for all pairs.
 
-    The client's state is `{"rank": ...}`, an integer tensor. `begin` has to be given one from the first round on, and a `start`
+    The client's state is `{"rank": ...}`, an integer tensor, which the server is sent too: it cuts what the client gets. `begin` has to be given one from the first round on, and a `start`
     that is zero behind that rank ([`~fed_trainer.aggregation.truncate_ranks`] with `pad=True`).
 
     Args:
@@ -36,6 +37,7 @@ class RankPruning(LocalObjective):
     """
 
     keeps_client_state = True
+    sends: Mapping[str, torch.dtype] = MappingProxyType({"rank": torch.int64})
 
     def __init__(self, pairs: Sequence[FactorPair], decay: float, penalty_weight: float) -> None:
         super().__init__()
@@ -65,7 +67,17 @@ class RankPruning(LocalObjective):
     def finish(self, delta: AdapterState) -> AdapterState:
         end = {key: self._start[key] + delta[key] for pair in self.pairs for key in (pair.key_A, pair.key_B)}
         before, after = self._penalty(self._start).item(), self._penalty(end).item()
-        return {"rank": torch.tensor(pruned_rank(before, after, self._rank, self.decay))}
+        self._next_rank = pruned_rank(before, after, self._rank, self.decay)
+        return {"rank": torch.tensor(self._next_rank)}
+
+    def to_server(self) -> AdapterState:
+        return {"rank": torch.tensor(self._next_rank)}
+
+    def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
+        largest = max(len(delta[pair.key_A]) for pair in self.pairs)
+        if not 1 <= sent["rank"] <= largest:
+            return f"its next rank is {int(sent['rank'])}, but it should be between 1 and its present one, {largest}."
+        return None
 
     def _penalty(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack(

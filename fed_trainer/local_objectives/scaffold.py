@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from ..adapter_state import AdapterState
+from ..aggregation.limits import STATISTICS_ROOM, largest_value, relative_limit
 from ..client_errors import ClientError
 from .base import LocalObjective, other_objective
 
@@ -24,6 +28,9 @@ class Scaffold(LocalObjective):
     `K eta` is the sum of the learning rates of the local steps, so that schedules are allowed. The local optimiser has to be
     plain SGD without clipping: only then is an update made of gradients.
 
+    The server sends `c` along. A client keeps its `c_k` and sends `K eta`, one number: with the update it gives
+    `c_k_new - c_k = -c - Delta_k / (K eta)`.
+
     Args:
         num_clients (`int`):
             Number of all clients.
@@ -31,6 +38,7 @@ class Scaffold(LocalObjective):
 
     keeps_client_state = True
     uniform = True
+    sends: Mapping[str, torch.dtype] = MappingProxyType({"sum_of_lrs": torch.float32})
 
     def __init__(self, num_clients: int) -> None:
         super().__init__()
@@ -85,9 +93,32 @@ class Scaffold(LocalObjective):
         trained = {key: -self._correction(key) - delta[key].float() / self._sum_of_lrs for key in self._constants}
         return self._client_state | trained
 
-    def accept(self, previous: AdapterState | None, client_state: AdapterState) -> None:
-        for key, tensor in client_state.items():
-            change = tensor - previous[key] if previous and key in previous else tensor
+    def to_clients(self) -> AdapterState:
+        return self._control
+
+    def to_server(self) -> AdapterState:
+        return {"sum_of_lrs": torch.tensor(self._sum_of_lrs, dtype=torch.float32)}
+
+    def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
+        total = float(sent["sum_of_lrs"])
+        if not total > 0:
+            return (
+                f"the sum of its learning rates is {total}, but SCAFFOLD divides by it. Send that of the local steps."
+            )
+        limit = relative_limit(self._control, STATISTICS_ROOM)
+        if largest_value(delta) / total > limit:
+            return (
+                f"its mean gradient, the update over {total:.3g}, has values beyond {limit:.3g}, of which the control of the server "
+                "would not recover. Lower `learning_rate`."
+            )
+        return None
+
+    def accept(self, sent: AdapterState, delta: AdapterState) -> None:
+        total = float(sent["sum_of_lrs"])
+        for key, tensor in delta.items():
+            change = tensor.float() / -total
+            if key in self._control:
+                change -= self._control[key]
             self._changes[key] = self._changes[key] + change if key in self._changes else change
 
     def end_round(self) -> None:

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..card import update_federa_card
+from ..foreign_files import check_config_file
 
 
 __all__ = ["FEDERA_CONFIG_NAME", "FederaConfig"]
@@ -165,4 +166,5 @@ class FederaConfig(LoraConfig):
                     f"There is no {FEDERA_CONFIG_NAME} in {source!r}, so it is not an adapter that FeDeRA has saved. Load it as what "
                     "its adapter_config.json says (`PeftModel.from_pretrained`)."
                 ) from error
+        check_config_file(path)
         return cls.from_peft_type(**cls.from_json_file(os.fspath(path)))

@@ -16,11 +16,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
+from ..foreign_files import check_adapter_files, read_peft_config
 from .config import FederaConfig
 from .layer import Embedding, FederaLayer
 
 
-__all__ = ["check_saved_shapes", "federa_state_dict", "load_federa", "stack_start", "unstack_start"]
+__all__ = ["check_saved_shapes", "federa_state_dict", "load_federa", "stack_start", "stacked_shapes", "unstack_start"]
 
 
 _FACTOR = re.compile(r"(.*)\.lora_(embedding_)?([AB])(\.weight)?")
@@ -86,6 +87,10 @@ def unstack_start(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
             state[key] = tensor
             continue
         dim = 0 if match[3] == "A" else 1
+        if tensor.dim() != 2:
+            raise ValueError(
+                f"{key} has the shape {tuple(tensor.shape)}, but a factor is a matrix. It is not one of FeDeRA."
+            )
         if tensor.shape[dim] % 2:
             raise ValueError(
                 f"{key} has the rank {tensor.shape[dim]}, but a FeDeRA adapter is saved with twice its rank, the trained factors "
@@ -95,6 +100,18 @@ def unstack_start(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
         state[key] = trained.contiguous()
         state[f"{match[1]}.lora_start_{match[3]}"] = (start if dim == 0 else -start).contiguous()
     return state
+
+
+def stacked_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes in an adapter file, from those of what [`federa_state_dict`] gives."""
+    stacked = {}
+    for key, shape in shapes.items():
+        match = _FACTOR.fullmatch(key)
+        if match is not None and f"{match[1]}.lora_start_{match[3]}" in shapes:
+            shape = (2 * shape[0], *shape[1:]) if match[3] == "A" else (*shape[:-1], 2 * shape[-1])
+        if ".lora_start_" not in key:
+            stacked[key] = shape
+    return stacked
 
 
 def check_saved_shapes(model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> None:
@@ -194,13 +211,18 @@ def load_federa(
     """
     path = os.fspath(model_id)
     hub = {key: kwargs[key] for key in ("subfolder", "revision", "cache_dir", "token") if key in kwargs}
-    config = FederaConfig.from_pretrained(path, **hub)
+    if os.path.isdir(path):
+        check_adapter_files(os.path.join(path, hub.get("subfolder") or ""), base=model)
+    config = read_peft_config(FederaConfig, path, **hub)
     config.inference_mode = not is_trainable
     config.init_lora_weights = False  # no singular vectors, and no change of the base model, before the file is read
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
-        model.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
-    else:
-        model = PeftModel.from_pretrained(model, path, adapter_name, is_trainable, config=config, **kwargs)
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config)
+            model.load_adapter(path, adapter_name, is_trainable=is_trainable, **kwargs)
+        else:
+            model = PeftModel.from_pretrained(model, path, adapter_name, is_trainable, config=config, **kwargs)
+    except ValueError as error:
+        raise ValueError(f"The adapter {path!r} cannot be loaded: {error}") from error
     config.init_lora_weights = True
     return model
