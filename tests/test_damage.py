@@ -24,6 +24,7 @@ from fed_trainer import FederatedConfig, FederatedTrainer, checkpoint, round_che
 from fed_trainer.checkpoint import find_checkpoint, find_damage, rotate_checkpoints, write_checkpoint, write_digests
 from fed_trainer.digests import read_digests
 from fed_trainer.disk import DamagedFileError
+from peft_scl.foreign_files import read_tensors
 
 
 class Before(TrainerCallback):
@@ -295,9 +296,9 @@ def test_an_error_while_a_checkpoint_is_loaded_is_damage(finished, make_trainer,
     def refuses(path, **kwargs):
         if "checkpoint-3" in str(path):
             raise OSError(errno.EIO, "Input/output error")
-        return load_file(path, **kwargs)
+        return read_tensors(path, **kwargs)
 
-    monkeypatch.setattr(round_checkpoints, "load_file", refuses)
+    monkeypatch.setattr(round_checkpoints, "read_tensors", refuses)
     make_trainer(run).train(resume_from_checkpoint=True)
     assert same(run, finished.args.output_dir)
     assert (run / "damaged-checkpoint-3").is_dir()
