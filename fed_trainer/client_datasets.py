@@ -81,6 +81,10 @@ class ClientDatasets(Mapping[str, Dataset]):
         """Number of rows by client."""
         return {client: len(rows) for client, rows in self._rows.items()}
 
+    def rows_of(self, client: str) -> np.ndarray:
+        """Positions of the rows of a client in `dataset`."""
+        return self._rows[client]
+
     def column(self, name: str) -> Iterator[tuple[str, list[Any]]]:
         """The values of one column, as Python objects, client by client."""
         values = self.dataset.with_format(None)[name][:]

@@ -15,16 +15,17 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
+from transformers.utils import logging
 
 from .adapter_state import AdapterState, LiveState
 from .client_datasets import recent
 from .client_errors import public_reason
+from .figures import ClientMeans, means_over_clients, without_speed
 
 
 __all__ = ["ClientEvaluationMixin"]
 
-# what an evaluation tells of itself rather than of the model, behind the prefix of its metrics
-_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+logger = logging.get_logger(__name__)
 
 
 class ClientEvaluationMixin(Trainer):
@@ -40,8 +41,10 @@ class ClientEvaluationMixin(Trainer):
     # what is counted over the run, and no figure of a client
     _progress_figures: frozenset[str] = frozenset({"epoch", "num_input_tokens_seen"})
     _owner: str | None = None  # the client whose model the live one is at present; none: it is the global one
-    client_evaluation: dict[str, dict[str, float]] | None = None
+    client_evaluation: dict[str, dict[str, Any]] | None = None
     """Figures of the last evaluation by client; `None` if it was not one by client."""
+    client_means: ClientMeans | None = None
+    """The means of it, with the number of clients that had each figure."""
 
     def client_state(self, client: str) -> AdapterState:
         """What the model of a client is made of."""
@@ -133,7 +136,7 @@ class ClientEvaluationMixin(Trainer):
         Raises:
             ValueError: If there is no model for all, and none of a client was asked for.
         """
-        self.client_evaluation = None
+        self.client_evaluation = self.client_means = None
         options = {"ignore_keys": ignore_keys, **kwargs}
         if eval_dataset is None and self.evaluates_clients:
             if self._owner is None:
@@ -221,22 +224,29 @@ class ClientEvaluationMixin(Trainer):
         held_out: Any = self.eval_dataset
         start, counts = time.time(), {}
         self.client_evaluation = {}
-        hidden = {*(f"{prefix}_{name}" for name in _SPEED), *self._progress_figures}
         for client in sorted(held_out):
             with self._quietly():
                 figures = self._evaluate_client(client, prefix, options)
             counts[client] = len(self._held_out_of(client))
-            self.client_evaluation[client] = {key: float(value) for key, value in figures.items() if key not in hidden}
-        total = sum(counts.values())
-        keys = next(iter(self.client_evaluation.values()))
-        metrics = {
-            key: sum(counts[client] * figures[key] for client, figures in self.client_evaluation.items()) / total
-            for key in keys
-        }
-        metrics |= speed_metrics(prefix, start, num_samples=total)
+            counted = {name for figure in self._progress_figures for name in (figure, f"{prefix}_{figure}")}
+            measured = without_speed(figures, prefix)
+            self.client_evaluation[client] = {key: value for key, value in measured.items() if key not in counted}
+        metrics = self._means_of_clients(self.client_evaluation, counts)
+        metrics |= speed_metrics(prefix, start, num_samples=sum(counts.values()))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _means_of_clients(self, figures: dict[str, dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
+        """The means over clients, weighted by examples; of what some clients lack, over the others, with a warning."""
+        self.client_means = means_over_clients(figures, counts)
+        for name, clients in self.client_means.without.items():
+            what = ", ".join(f"{client!r}: {value}" for client, value in list(clients.items())[:5])
+            logger.warning(
+                f"{name} is the mean over {self.client_means.num_clients[name]} of {len(figures)} clients; it is no number at "
+                f"{what}{', ...' if len(clients) > 5 else ''}"
+            )
+        return dict(self.client_means.means)
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:

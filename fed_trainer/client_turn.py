@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -63,12 +62,12 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
 
     def _client_round(
         self, client: str, round: int, lr_factor: float, seconds: dict[str, float]
-    ) -> dict[str, float] | None:
+    ) -> dict[str, Any] | None:
         """
         One client's turn: it gets the shared tensors, trains, and its update is offered to the server.
 
         Returns:
-            `dict[str, float]` or `None`: its figures, if its update counts; `server.refused` says why it does not.
+            `dict[str, Any]` or `None`: its figures, if its update counts; `server.refused` says why it does not.
         """
         with timed(seconds, "prepare"):
             kept = self._store.read(client)
@@ -140,7 +139,7 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         start: AdapterState,
         shared: AdapterState,
         kept: dict[str, AdapterState],
-    ) -> tuple[AdapterState, dict[str, AdapterState], AdapterState, dict[str, float]]:
+    ) -> tuple[AdapterState, dict[str, AdapterState], AdapterState, dict[str, Any]]:
         """
         The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and its figures;
         nothing is changed yet.
@@ -178,20 +177,17 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             if self.args.keep_optimizer_state:
                 keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
             metrics |= {f"personal_{key}": value for key, value in personal.items()}
-        self._check_finite(metrics["train_loss"], keeps)
+        self._check_finite(keeps)
         return delta, keeps, extras, metrics
 
-    def _check_finite(self, train_loss: float, keeps: Mapping[str, AdapterState]) -> None:
+    def _check_finite(self, keeps: Mapping[str, AdapterState]) -> None:
         """What a client keeps is its own to check: once not finite, it would be so in all rounds to come."""
         kept = {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
-        fault = None
-        if not math.isfinite(train_loss):
-            fault = f"The training loss is {train_loss}. Lower `learning_rate`, or set `max_grad_norm`."
-        elif (broken := first_not_finite(kept)) is not None:
-            fault = f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
-        if fault is not None:
-            self._all_have_stopped = True  # the loss is the mean over the processes, which keep the same
-            raise ClientError(fault)
+        if (broken := first_not_finite(kept)) is not None:
+            self._all_have_stopped = True  # the processes keep the same
+            raise ClientError(
+                f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
+            )
 
     def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
         """What the local objective is told of the client."""

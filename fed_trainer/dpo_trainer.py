@@ -94,6 +94,10 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     """
 
     _config_class = FederatedDPOConfig
+    _side_metrics = frozenset(
+        {"entropy", "mean_token_accuracy", "num_tokens"}
+        | {f"{kind}/{answer}" for kind in ("logits", "logps", "rewards") for answer in ("chosen", "rejected")}
+    )
     _preference_formats = ({"chosen", "rejected"},)
     args: FederatedDPOConfig
     _reference: LiveState | None = None
@@ -122,7 +126,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 )
             self._reference = self._add_reference(self.model)
 
-    def local_round(self, *args: Any, **kwargs: Any) -> tuple[AdapterState, dict[str, float]]:
+    def local_round(self, *args: Any, **kwargs: Any) -> tuple[AdapterState, dict[str, Any]]:
         if self.args.reference == "round":
             assert self._reference is not None
             self._reference.write(self._global_state)  # that of the last round until this one ends

@@ -21,8 +21,8 @@ from transformers.utils import logging
 
 from peft_scl.card import IMPORT_LINE, LOADERS
 
+from .figures import evaluations
 from .owned import MARKER, make_own, remove_own_folder
-from .record import held_out_metrics
 
 
 __all__ = ["discard_stages", "fetch_adapter", "model_card", "publish"]
@@ -336,16 +336,20 @@ def _megabytes(rounds: list[dict[str, Any]]) -> str:
 
 
 def _curve(record: dict[str, Any]) -> list[str]:
-    evaluations = held_out_metrics(record)
-    keys = list(dict.fromkeys(key for metrics in evaluations.values() for key in metrics))
+    measured = evaluations(record)
+    keys = list(dict.fromkeys(key for metrics in measured.values() for key in metrics))
     if not keys:
         return []
     rows = [
-        " | ".join([str(round), *(f"{metrics[key]:.4f}" if key in metrics else "-" for key in keys)])
-        for round, metrics in evaluations.items()
+        " | ".join([str(round), *(_cell(metrics[key]) if key in metrics else "-" for key in keys)])
+        for round, metrics in measured.items()
     ]
     return [
         f"| round | {' | '.join(map(_text, keys))} |",
         "|---" * (1 + len(keys)) + "|",
         *(f"| {row} |" for row in rows),
     ]
+
+
+def _cell(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.4f}"

@@ -23,6 +23,7 @@ from .adapter_state import AdapterState, LiveState
 from .agreement import AgreementMixin
 from .client_errors import ClientError
 from .engine_deepspeed import DeepSpeedOptimizer
+from .local_figures import LocalFiguresMixin
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
 from .put_back import PutBack, remember_flags, remember_hooks, restoring
@@ -32,7 +33,7 @@ from .user_optimizer import UserSchedule, check_optimizer
 __all__ = ["ClientTimeoutError", "LocalRoundMixin"]
 
 
-class LocalRoundMixin(AgreementMixin):
+class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
     """
     Adds `local_round` to a [`~transformers.Trainer`]: its own `train()`, run for one client, on the one model it holds.
 
@@ -84,7 +85,7 @@ class LocalRoundMixin(AgreementMixin):
         objective: LocalObjective | None = None,
         timeout: float | None = None,
         optimizer_state: AdapterState | None = None,
-    ) -> tuple[AdapterState, dict[str, float]]:
+    ) -> tuple[AdapterState, dict[str, Any]]:
         """
         Train one client for its local budget, starting from `state`.
 
@@ -112,9 +113,11 @@ class LocalRoundMixin(AgreementMixin):
                 What `optimizer_state` has returned after an earlier local round, to go on with; a fresh optimiser if not given.
 
         Returns:
-            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps` and `seconds`.
+            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps`, `seconds` and, of a trainer that logs more in
+            training, `training_metrics`.
 
         Raises:
+            ClientError: If nothing was learnt: no step, no label, or a loss that is not finite.
             ClientTimeoutError: If it takes longer than `timeout`.
             OtherProcessFailedError: If a batch or a forward pass has failed in another process.
         """
@@ -131,16 +134,17 @@ class LocalRoundMixin(AgreementMixin):
         self._has_rate = False
 
         is_late = None if timeout is None else lambda: self._any_stops(time.perf_counter() > start + timeout)
-        with self._own_state(max_steps, is_late), self._breaking_off(), self._agreeing_in_forward():
+        with (
+            self._own_state(max_steps, is_late),
+            self._breaking_off(),
+            self._measuring() as measured,
+            self._agreeing_in_forward(),
+        ):
             output = super().train()
         self._is_switched_on = True
         if self._switches_weights():
             self.optimizer.eval()
-        metrics = {
-            "train_loss": self._over_processes(output.training_loss),
-            "num_steps": output.global_step,
-            "seconds": time.perf_counter() - start,
-        }
+        metrics = self._figures(output, measured) | {"seconds": time.perf_counter() - start}
         return self._live_adapter.read(), metrics
 
     @contextmanager
@@ -278,12 +282,6 @@ class LocalRoundMixin(AgreementMixin):
     def _switches_weights(self) -> bool:
         """Whether the optimiser trains other weights than those to be used, as schedule-free ones do: `eval()` puts these in place."""
         return any(callable(getattr(self.optimizer.optimizer, name, None)) for name in ("train", "eval"))
-
-    def _over_processes(self, loss: float) -> float:
-        """`Trainer` returns the loss of each process on its own part of the batches; the mean is that of the client."""
-        if self.accelerator.num_processes == 1:
-            return loss
-        return self.accelerator.reduce(torch.tensor(loss, device=self.accelerator.device), reduction="mean").item()
 
     def _drop_engine(self) -> None:
         """

@@ -19,7 +19,7 @@ __all__ = ["Openings", "clients_between", "published_log", "published_record"]
 
 _FIELDS = (
     "format", "base_model", "base_digest", "peft_type", "num_trainable_parameters", "num_local_parameters", "aggregation",
-    "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage",
+    "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage", "side_metrics",
 )  # fmt: skip
 _SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",

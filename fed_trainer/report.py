@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft_scl.foreign_files import read_json
 
+from .figures import evaluations, held_out_metrics
 from .partition import format_table
-from .record import RECORD_NAME, held_out_metrics
+from .record import RECORD_NAME
 
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-__all__ = ["failures", "main", "plot_curves", "plot_split", "round_table", "write_report"]
+__all__ = ["failures", "main", "partial_means", "plot_curves", "plot_split", "round_table", "write_report"]
 
 CURVES_FILE = "learning_curves.png"
 SPLIT_FILE = "split.png"
@@ -59,22 +60,22 @@ def round_table(federation: dict[str, Any]) -> str:
         training), the number of clients that trained, the training loss, the loss and the other metrics on each held-out
         set, the data sent
         by all clients (up) and to all clients (down) in MB (10^6 bytes), and the seconds the round took. A value that
-        was not measured is `-`.
+        was not measured is `-`, one that is not finite `nan` or `inf`.
     """
-    evaluations = held_out_metrics(federation)
+    measured = evaluations(federation)
     # Without an evaluation the column stays, so that the table of every run has one.
-    keys = _metric_keys(evaluations) or ["eval_loss"]
+    keys = _metric_keys(measured) or ["eval_loss"]
     header = ["round", "clients", "train loss", *map(_metric_name, keys), "MB up", "MB down", "seconds"]
     rows = []
-    if 0 in evaluations:
-        rows.append(["0", "-", "-", *_metric_cells(evaluations[0], keys), "-", "-", "-"])
+    if 0 in measured:
+        rows.append(["0", "-", "-", *_metric_cells(measured[0], keys), "-", "-", "-"])
     for entry in federation["rounds"]:
         rows.append(
             [
                 str(entry["round"]),
                 str(len(entry["clients"])),
                 _number(entry["train_loss"], 4),
-                *_metric_cells(evaluations.get(entry["round"], {}), keys),
+                *_metric_cells(measured.get(entry["round"], {}), keys),
                 _number(entry["bytes_up"], 3, 1e-6),
                 _number(entry["bytes_down"], 3, 1e-6),
                 _number(None if entry["seconds"] is None else sum(entry["seconds"].values()), 1),
@@ -89,6 +90,16 @@ def failures(federation: dict[str, Any]) -> str:
         f"left out in round {entry['round']}: {client}, {reason}"
         for entry in federation["rounds"]
         for client, reason in entry.get("refused", {}).items()  # older records have none
+    )
+
+
+def partial_means(federation: dict[str, Any]) -> str:
+    """A line for every metric of a round that only some of the clients have a number for; empty if there is none."""
+    return "\n".join(
+        f"{_metric_name(name)} of round {entry['round']}: over {entry['eval_clients'][name]} of {len(entry['client_eval'])} clients, without "
+        + ", ".join(f"{client} ({value})" for client, value in clients.items())
+        for entry in federation["rounds"]
+        for name, clients in (entry.get("eval_without") or {}).items()  # older records have none
     )
 
 
@@ -107,12 +118,12 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
         `ImportError`: If matplotlib is not installed.
         `ValueError`: If the run has neither a finished round nor an evaluation before training.
     """
-    evaluations = held_out_metrics(federation)
+    measured = held_out_metrics(federation)
     rounds = federation["rounds"]
-    if not rounds and not evaluations:
+    if not rounds and not measured:
         raise ValueError("The run has no finished round and no evaluation, so there is no curve to draw: train first.")
 
-    keys = _metric_keys(evaluations)
+    keys = _metric_keys(measured)
     loss_keys, other_keys = [key for key in keys if _is_loss(key)], [key for key in keys if not _is_loss(key)]
     figure = _new_figure(14.0 if other_keys else 8.0, 4.8)
     panels = figure.subplots(1, 2 if other_keys else 1, squeeze=False)[0]
@@ -130,7 +141,7 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
             label="train loss",
         )
     for key in keys:
-        points = [(number, metrics[key]) for number, metrics in evaluations.items() if key in metrics]
+        points = [(number, metrics[key]) for number, metrics in measured.items() if key in metrics]
         panels[0 if _is_loss(key) else -1].plot(
             *zip(*points, strict=True), marker="s", markersize=marker_size, linestyle="--", label=_metric_name(key)
         )
@@ -254,8 +265,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         federation = _read_federation(output_dir)
         print(round_table(federation))
-        if left_out := failures(federation):
-            print(left_out)
+        for lines in (failures(federation), partial_means(federation)):
+            if lines:
+                print(lines)
         for path in write_report(output_dir):
             print(f"wrote {path}")
     except (FileNotFoundError, ImportError, ValueError) as error:
@@ -288,8 +300,8 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
     return federation
 
 
-def _metric_keys(evaluations: dict[int, dict[str, float]]) -> list[str]:
-    return list(dict.fromkeys(key for metrics in evaluations.values() for key in metrics))
+def _metric_keys(measured: dict[int, dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for metrics in measured.values() for key in metrics))
 
 
 def _is_loss(key: str) -> bool:
@@ -305,7 +317,7 @@ def _metric_name(key: str) -> str:
     return f"eval {name} loss" if name else "eval loss"
 
 
-def _metric_cells(metrics: dict[str, float], keys: Sequence[str]) -> list[str]:
+def _metric_cells(metrics: dict[str, Any], keys: Sequence[str]) -> list[str]:
     return [_number(metrics.get(key), 4) for key in keys]
 
 
@@ -323,7 +335,9 @@ def _compositions(federation: dict[str, Any]) -> dict[str, dict[str, int]]:
     return {name: client["composition"] for name, client in federation["clients"].items() if client["composition"]}
 
 
-def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
+def _number(value: float | str | None, digits: int, factor: float = 1.0) -> str:
+    if isinstance(value, str):  # "nan" and the like
+        return value
     return "-" if value is None else f"{value * factor:.{digits}f}"
 
 

@@ -65,6 +65,7 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
     """
 
     _config_class = FederatedRewardConfig
+    _side_metrics = frozenset({"num_tokens", "min_reward", "mean_reward", "max_reward"})
     _preference_formats = ({"chosen", "rejected"}, {"chosen_ids", "rejected_ids"})
     args: FederatedRewardConfig
 

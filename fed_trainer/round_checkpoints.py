@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,12 +26,12 @@ from .digests import SERVER_STATE, TRAINER_STATE_NAME, read_digests
 from .disk import reading
 from .live_model import MODEL_WEIGHTS, load_model
 from .processes import first_alone, told_by_first, wait_for_first
-from .record import RECORD_NAME, read_record
+from .record import RECORD_NAME, read_record, write_json
 from .run_files import RunFilesMixin
 from .server import Server
 
 
-__all__ = ["Checkpoint", "RoundCheckpointsMixin"]
+__all__ = ["Checkpoint", "RoundCheckpointsMixin", "write_state"]
 
 logger = logging.get_logger(__name__)
 
@@ -43,6 +44,11 @@ class Checkpoint(NamedTuple):
     state: TrainerState
     adapter: AdapterState
     parts: dict[str, AdapterState]
+
+
+def write_state(state: TrainerState, path: Path) -> None:
+    """As [`~transformers.TrainerState.save_to_json`], in strict JSON: a metric may be NaN, or no number at all."""
+    write_json(path, dict(sorted(dataclasses.asdict(state).items())))
 
 
 class RoundCheckpointsMixin(RunFilesMixin):
@@ -90,7 +96,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
     ) -> dict[str, str]:
         """Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep."""
         self._save_files(folder, weights)
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        write_state(self.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
         entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
         entries |= {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}

@@ -30,13 +30,12 @@ from .published import Openings, clients_between, published_log, published_recor
 from .record import (
     RECORD_NAME,
     client_sizes,
-    federation_settings,
-    local_settings,
     peft_fields,
     peft_type_name,
     write_json,
 )
 from .saved_files import fresh_folder, move_into_place, raise_contents, remove_superseded, saved_shapes
+from .settings import described_arguments, federation_settings, local_settings
 
 
 __all__ = ["RunFilesMixin"]
@@ -62,6 +61,8 @@ class RunFilesMixin(Trainer):
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _base_changes: BaseChanges | None
     _record: dict[str, Any]
+    _arguments: dict[str, Any]  # what the trainer was given, described
+    _initial_digest: str | None  # of `initial_adapter`
     _saved_names: Sequence[str] = ()
     """What the last save has written: paths of the model and of what is needed to load it."""
     _published_round: int = 0
@@ -259,6 +260,7 @@ class RunFilesMixin(Trainer):
             # of a local folder only the name
             "base_model": os.path.basename(os.path.normpath(base)) if os.path.isdir(base) else base,
             "base_digest": self._base_digest,
+            "initial_digest": self._initial_digest,
             "peft_type": peft_type_name(peft_config) if peft_config is not None else None,
             "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
             "num_local_parameters": sum(self._global_state[key].numel() for key in self._local_keys),
@@ -266,12 +268,14 @@ class RunFilesMixin(Trainer):
             "federation": federation_settings(self.args),
             "peft_config": peft_fields(peft_config) if peft_config is not None else {},
             "settings": local_settings(self.args),
+            "arguments": self._arguments | described_arguments({}, self.callback_handler.callbacks),
             "seed": self.args.seed,
             "num_rounds": self.args.num_rounds,
             "num_sampled": self.sampler.num_sampled,
             "partition": self.args.partition,
             "label_column": column,
             "clients": client_sizes(self._clients, column),
+            "side_metrics": [],
             "start": {"eval": None},
             "rounds": [],
         }

@@ -64,6 +64,7 @@ class FederatedTrainer(TRLMixin, SFTTrainer):
     """
 
     _config_class = FederatedConfig
+    _side_metrics = frozenset({"entropy", "mean_token_accuracy", "num_tokens"})
     args: FederatedConfig
     model: PeftModel | PreTrainedModel
 

@@ -49,7 +49,9 @@ from .client_store import PRIVATE_FOLDER, ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
+from .data_digests import described_transforms, state_digest
 from .digests import TRAINER_STATE_NAME
+from .figures import held_out_metrics
 from .first_look import telling_row
 from .held_out import check_held_out
 from .hub import discard_stages, fetch_adapter
@@ -60,7 +62,7 @@ from .movement import Movement
 from .processes import first_alone, rest_at_exit, told_by_first, wait_for_first
 from .progress import RoundProgress
 from .quantized_base import keep_differentiable
-from .record import RECORD_NAME, check_same_run, held_out_metrics, read_record
+from .record import RECORD_NAME, read_record
 from .refusals import (
     refuse_adapter_names,
     refuse_empty_held_out,
@@ -71,10 +73,13 @@ from .refusals import (
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
-from .round_checkpoints import RoundCheckpointsMixin
+from .round_checkpoints import RoundCheckpointsMixin, write_state
+from .round_report import RoundReportMixin
 from .run_lock import owning
+from .same_run import check_same_data, check_same_run
 from .saved_files import fresh_folder, move_into_place
 from .server import Server, freeze_for_good
+from .settings import described_arguments
 from .sparse_change import LiveSparseChange
 from .timing import timed
 
@@ -84,7 +89,7 @@ __all__ = ["FederatedMixin"]
 logger = logging.get_logger(__name__)
 
 
-class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
+class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
@@ -115,12 +120,14 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             )
         refuse_callbacks(kwargs.get("callbacks"))
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
+        self._seen_side_metrics = set()
         check_launch(args)
         rest_at_exit()
         self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
         check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
+        self._arguments = described_arguments({**kwargs, "transforms": described_transforms(train_dataset)}, ())
         self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
 
         if isinstance(model, (PreTrainedModel, PeftModel)):
@@ -183,6 +190,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._take_optimizers(optimizer, schedule)
         self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
         published = {} if adapter_folder is None else self._start_from(adapter_folder)
+        self._initial_digest = state_digest(published) if published else None
         self._global_state = self._shared_start(published)
         self._client_settings = parse_client_settings(
             given(args, "client_settings"), self._clients, self._global_state
@@ -275,7 +283,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             for round in range(done + 1, last + 1):
                 seconds: dict[str, float] = {}
                 self._bytes_in_vain = Counter()
-                clients: dict[str, dict[str, float]] = {}
+                clients: dict[str, dict[str, Any]] = {}
                 if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
                     self._end_sparse_stage()
                 self._ensure_engine()  # what fails here is no client's fault
@@ -428,41 +436,6 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         # a copy: for a classifier PEFT adds the head to `modules_to_save` of the config, each time it gets it
         return {"model": get_peft_model(model, copy.deepcopy(peft_config))}
 
-    def _report(
-        self,
-        round: int,
-        clients: dict[str, dict[str, float]],
-        lr_factor: float,
-        seconds: dict[str, float],
-        evaluation: dict[str, float] | None,
-    ) -> None:
-        """Enter the round into the record, `log_history` and whatever `report_to` names."""
-        total = sum(client["num_examples"] for client in clients.values())
-        if self._sparse_stage_errors:
-            # how much of the sparse change the start of the LoRA does not hold, by module
-            self._record["sparse_stage"] = {"rounds": round - 1, "relative_errors": self._sparse_stage_errors}
-            self._sparse_stage_errors = {}
-        entry: dict[str, Any] = {
-            "round": round,
-            "clients": clients,
-            "refused": self.server.refused,
-            "train_loss": sum(c["num_examples"] * c["train_loss"] for c in clients.values()) / total,
-            "learning_rate": self.args.learning_rate * lr_factor,
-            "bytes_up": self._bytes_in_vain["bytes_up"] + sum(client["bytes_up"] for client in clients.values()),
-            "bytes_down": self._bytes_in_vain["bytes_down"] + sum(client["bytes_down"] for client in clients.values()),
-            "base_change_bytes": self._base_change_bytes,
-            "seconds": seconds,
-            "eval": evaluation,
-            "client_eval": self.client_evaluation if evaluation is not None else None,
-        }
-        self._record["rounds"].append(entry)
-        logs = {"loss": entry["train_loss"]}
-        logs |= {key: entry[key] for key in ("learning_rate", "bytes_up", "bytes_down")}
-        logs |= {f"seconds_{phase}": value for phase, value in seconds.items()}
-        logs |= {f"clients/{client}/loss": metrics["train_loss"] for client, metrics in clients.items()}
-        self.log(logs)
-        self._write_record(self._folder)
-
     # Beginning and end
 
     def _starts_again(self) -> bool:
@@ -492,6 +465,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
+        self._total_train_tokens = 0
         self._movement = Movement()
         self._published_round = 0
         if self.server.sparse_rounds:
@@ -499,7 +473,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._write_record(self._folder)  # from now on there is something to resume
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
-            self._record["start"]["eval"] = self.evaluate(ignore_keys=ignore_keys_for_eval)
+            self._record["start"]["eval"] = self._recorded_evaluation(self.evaluate(ignore_keys=ignore_keys_for_eval))
         self._write_record(self._folder)
         return 0
 
@@ -509,6 +483,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
         self._abandon_sparse_stage()
         fresh = self._new_record()
         check_same_run(record, fresh, folder)
+        check_same_data(record, self._clients, self.eval_dataset, self.evaluates_clients, folder)
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
         refuse_foreign_checkpoints(self._folder, range(done + 1, self.args.num_rounds + 1))
@@ -519,9 +494,7 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             self._begin_sparse_stage()
         self._load(checkpoint)
         self._global_state = self._live_adapter.read()
-        if "sparse_stage" in record:
-            fresh["sparse_stage"] = record["sparse_stage"]
-        self._record = {**fresh, "start": record["start"], "rounds": record["rounds"]}
+        self._go_on_recording(record, fresh)
         self._movement = Movement(has_begun=True)
         self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
@@ -543,14 +516,15 @@ class FederatedMixin(ClientTurnMixin, RoundCheckpointsMixin):
             self._end_sparse_stage()
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
-            self.state.save_to_json(str(self._folder / TRAINER_STATE_NAME))
+            write_state(self.state, self._folder / TRAINER_STATE_NAME)
         if self._shows_progress:
             # at module level `python -m fed_trainer.report` would import itself twice
-            from .report import failures, round_table
+            from .report import failures, partial_means, round_table
 
             print(round_table(self._record))
-            if left_out := failures(self._record):
-                print(left_out)
+            for lines in (failures(self._record), partial_means(self._record)):
+                if lines:
+                    print(lines)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")

@@ -37,7 +37,7 @@ class TRLMixin(FederatedMixin):
     _takes_torch_datasets = False
     _name: str  # TRL's, as in "DPO"
     # with the tokens that this process has been trained on, which TRL logs with an evaluation
-    _progress_figures = FederatedMixin._progress_figures | {"eval_num_tokens"}
+    _progress_figures = FederatedMixin._progress_figures | {"num_tokens"}
     # of a trainer on pairs of answers: the columns that it needs, by format
     _preference_formats: Sequence[set[str]] = ()
     _metrics: dict[str, Any]

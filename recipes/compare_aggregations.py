@@ -31,7 +31,10 @@ from trl import TrlParser
 
 from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.aggregation import TooFewClientsError
-from fed_trainer.record import federation_settings, held_out_metrics, local_settings, read_record
+from fed_trainer.described import agree
+from fed_trainer.figures import held_out_metrics
+from fed_trainer.record import read_record
+from fed_trainer.settings import federation_settings, local_settings
 
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "aggregations"
@@ -148,7 +151,7 @@ def refuse_other_settings(record: dict[str, Any], args: FederatedConfig, folder:
     """
     theirs = {"num_rounds": record["num_rounds"], **record["settings"], **record["federation"]}
     ours = {"num_rounds": args.num_rounds, **local_settings(args), **federation_settings(args)}
-    differing = [name for name in ours if theirs.get(name) != ours[name]]
+    differing = [name for name in ours if name in theirs and not agree(theirs[name], ours[name])]
     if differing:
         name = differing[0]
         raise ValueError(
@@ -159,7 +162,7 @@ def refuse_other_settings(record: dict[str, Any], args: FederatedConfig, folder:
 
 def last_loss(record: dict[str, Any]) -> float:
     metrics = held_out_metrics(record)
-    return metrics[max(metrics)]["eval_loss"]
+    return metrics[max(metrics)].get("eval_loss", math.nan)  # which is left out if it was not finite
 
 
 def client_losses(record: dict[str, Any]) -> dict[str, float]:

@@ -238,6 +238,8 @@ def federation(trainer: FederatedMixin, resume: bool = False) -> dict[str, Any]:
 
 
 class StopAfterOneRound(TrainerCallback):
+    may_differ = True  # the resumed run has none
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step >= 1
 

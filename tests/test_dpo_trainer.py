@@ -218,6 +218,8 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
 )
 def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer, tmp_path, kind, reference):
     class Dies(TrainerCallback):
+        may_differ = True  # the resumed run has none
+
         def on_log(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 raise KeyboardInterrupt

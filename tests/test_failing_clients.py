@@ -126,20 +126,21 @@ def test_a_client_that_is_too_slow_is_left_out(make_trainer):
     assert patient._record["rounds"][0]["refused"] == {}
 
 
-def test_a_loss_that_is_not_finite_is_a_failure(make_trainer, monkeypatch):
-    trainer = make_trainer(num_rounds=1)
-    local_round = trainer.local_round
-    seen = []
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_a_failure(value, hides, make_trainer, monkeypatch):
+    trainer = make_trainer(num_rounds=1, logging_nan_inf_filter=hides)
+    training_step, seen = trainer.training_step, []
 
-    def diverged(*args, **kwargs):
-        state, metrics = local_round(*args, **kwargs)
+    def diverging(*args, **kwargs):
         seen.append(1)
-        return state, metrics | ({"train_loss": float("nan")} if len(seen) == 1 else {})
+        return training_step(*args, **kwargs) * (value if len(seen) == 2 else 1)  # of the first client
 
-    monkeypatch.setattr(trainer, "local_round", diverged)
+    monkeypatch.setattr(trainer, "training_step", diverging)
     trainer.train()
     assert list(trainer._record["rounds"][0]["clients"]) == ["client_1", "client_2"]
-    assert "The training loss is nan" in trainer._record["rounds"][0]["refused"]["client_0"]
+    assert f"The training loss is {value}" in trainer._record["rounds"][0]["refused"]["client_0"]
+    assert trainer.args.logging_nan_inf_filter is hides
 
 
 def test_who_failed_and_why_is_in_the_summary(make_trainer, monkeypatch, capsys):

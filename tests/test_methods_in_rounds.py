@@ -227,6 +227,8 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_path, variant):
     class Dies(TrainerCallback):
+        may_differ = True  # the resumed run has none
+
         def on_step_end(self, args, state, control, **kwargs):
             self.steps = getattr(self, "steps", 0) + 1
             if self.steps == 15:  # in the third round

@@ -105,6 +105,8 @@ def test_the_4_bit_base_stays_and_the_adapter_learns(make_trainer, base_dir, tmp
 @each_adapter
 def test_a_run_on_a_4_bit_base_that_died_resumes_to_the_same_adapter(make_trainer, tmp_path, peft_config):
     class Dies(TrainerCallback):
+        may_differ = True  # the resumed run has none
+
         def on_log(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 raise KeyboardInterrupt

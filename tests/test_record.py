@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from fed_trainer import FederatedConfig, FederatedTaskConfig
-from fed_trainer.record import held_out_metrics, local_settings
+from fed_trainer.figures import held_out_metrics
+from fed_trainer.settings import local_settings
 
 
 PLAIN: dict[str, Any] = {"use_cpu": True, "report_to": "none", "bf16": False}
@@ -21,7 +22,7 @@ PLAIN: dict[str, Any] = {"use_cpu": True, "report_to": "none", "bf16": False}
         {"label_smoothing_factor": 0.1},
         {"optim_args": "amsgrad=True"},
         {"optim_target_modules": ["q_proj"]},
-        {"lr_scheduler_kwargs": {"num_cycles": 2}},
+        {"lr_scheduler_type": "linear"},
         {"neftune_noise_alpha": 5.0},
         {"train_sampling_strategy": "sequential"},
         {"loss_type": "dft"},

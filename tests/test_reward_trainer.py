@@ -135,6 +135,8 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
 @pytest.mark.parametrize("peft_config", [*ADAPTERS.values(), None], ids=[*ADAPTERS, "full"])
 def test_a_run_that_died_resumes_to_the_same_model(make_trainer, clients, tmp_path, peft_config):
     class Dies(TrainerCallback):
+        may_differ = True  # the resumed run has none
+
         def on_log(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 raise KeyboardInterrupt

@@ -368,6 +368,8 @@ class Interruption(BaseException):  # an `Exception` would be a failure of the c
 class Interrupt(TrainerCallback):
     """Stops a run in the midst of a local round, once."""
 
+    may_differ = True  # the resumed run has none
+
     def __init__(self, step: int) -> None:
         self.left = step
 

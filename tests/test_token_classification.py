@@ -111,6 +111,8 @@ def test_the_tagger_and_its_head_are_trained_and_published(make_trainer, tmp_pat
 @each_adapter
 def test_a_run_that_died_resumes_to_the_same_tagger(make_trainer, tmp_path, peft_config):
     class Dies(TrainerCallback):
+        may_differ = True  # the resumed run has none
+
         def on_log(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 raise KeyboardInterrupt

@@ -445,6 +445,8 @@ def test_a_run_of_a_whole_model_that_died_resumes_to_the_same_model(
     make_trainer, biased_dir, tied_dir, tmp_path, kind
 ):
     class Dies(TrainerCallback):
+        may_differ = True  # the resumed run has none
+
         def on_log(self, args, state, control, **kwargs):
             if state.global_step == 2:  # after the last client of the round, before its checkpoint
                 raise KeyboardInterrupt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..adapter_state import AdapterState
 from .limits import LARGEST_VALUE, relative_limit
@@ -27,7 +28,7 @@ class ClientUpdate:
             Number of training examples the client holds.
         delta (`dict[str, torch.Tensor]`):
             Local adapter minus what the client was sent, keyed as PEFT saves it.
-        metrics (`dict[str, float]`):
+        metrics (`dict[str, Any]`):
             Figures for the record; no aggregation reads them.
         num_steps (`int`, *optional*):
             Number of local optimiser steps, for [`FedNova`].
@@ -44,7 +45,7 @@ class ClientUpdate:
     client: str
     num_examples: int
     delta: AdapterState
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     num_steps: int | None = None
     scalings: dict[str, float] | None = None
     base_digest: str | None = None
