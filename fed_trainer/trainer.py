@@ -359,12 +359,10 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
         refuse_overflow(self._global_state, self._live_adapter.dtypes())
-        if self.is_world_process_zero():
-            self._store.commit()
-        wait_for_first()
         self._live_adapter.write(self._global_state)
         if self._base_changes is not None:
             self._base_changes.add(base_change)
+        first_alone(self._store.commit)  # last: clients keep nothing of a round that has broken the model
         self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
 
     def _turn_back_to(self) -> tuple[AdapterState, AdapterState]:
