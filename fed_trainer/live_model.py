@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from peft_scl.foreign_files import read_json, read_shapes
 
@@ -69,8 +70,9 @@ def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterStat
     """
     for path in sorted(Path(folder).glob("*.safetensors")):
         read_shapes(path)
-    for path in sorted(Path(folder).glob("*config.json")):
-        read_json(path)
+    for path in (Path(folder, CONFIG_NAME), Path(folder, GENERATION_CONFIG_NAME)):
+        if path.exists():
+            read_json(path)
     dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())
     loaded: Any = type(model).from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, dtype=functools.reduce(torch.promote_types, dtypes)
