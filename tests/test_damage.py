@@ -21,14 +21,16 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedTrainer, checkpoint, round_checkpoints
-from fed_trainer.checkpoint import find_checkpoint, find_damage, rotate_checkpoints, write_checkpoint, write_digests
-from fed_trainer.digests import read_digests
+from fed_trainer.checkpoint import find_checkpoint, rotate_checkpoints, write_checkpoint
+from fed_trainer.digests import find_damage, read_digests, write_digests
 from fed_trainer.disk import DamagedFileError
 from peft_scl.foreign_files import read_tensors
 
 
 class Before(TrainerCallback):
     """Calls something before the local step number `step`, or before the first round (0)."""
+
+    may_differ = True
 
     def __init__(self, step: int, action: Callable[[], None]) -> None:
         self.left, self.action = step, action
@@ -235,6 +237,15 @@ def test_what_cannot_be_opened_is_damage(run, monkeypatch):
     monkeypatch.setattr("io.open", refuses)
     for unreadable in ("digests.json", "adapter_model.safetensors", "clients/client_1.safetensors"):
         assert find_damage(run / "checkpoint-3") == f"{unreadable} cannot be read (PermissionError)"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 200_000, '{"a": 1}', '{"a": "0", "a": "0"}', '{"../a": "0"}', "\ud800"]
+)
+def test_digests_that_are_none_are_damage(run, text):
+    folder = run / "checkpoint-3"
+    (folder / "digests.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert "digests.json" in (find_damage(folder) or "")
 
 
 # Records whose digests are right, but which cannot be read: of a disk that lies, or of another version
