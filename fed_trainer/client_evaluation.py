@@ -21,6 +21,7 @@ from .adapter_state import AdapterState, LiveState
 from .client_datasets import recent
 from .client_errors import public_reason
 from .figures import ClientMeans, means_over_clients, without_speed
+from .held_out import is_by_client
 
 
 __all__ = ["ClientEvaluationMixin"]
@@ -66,9 +67,8 @@ class ClientEvaluationMixin(Trainer):
 
     @property
     def evaluates_clients(self) -> bool:
-        """Whether every key of `eval_dataset` is a client."""
-        held_out = self.eval_dataset
-        return isinstance(held_out, Mapping) and len(held_out) > 0 and held_out.keys() <= self._clients.keys()
+        """Whether `eval_dataset` is by client."""
+        return is_by_client(self.eval_dataset, self._clients)
 
     @contextmanager
     def client_model(self, client: str) -> Iterator[Any]:

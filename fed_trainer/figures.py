@@ -21,7 +21,7 @@ __all__ = [
 
 
 # what `Trainer.evaluate` measures of itself rather than of the model, behind the prefix of the data set
-_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 # likewise with `skip_memory_metrics=False`, whatever the data set
 _MEMORY = frozenset(f"eval_mem_{where}_{what}_delta" for where in ("cpu", "gpu") for what in ("alloc", "peaked"))
 # of TRL's trainers, in records that do not say which they had
@@ -112,7 +112,9 @@ def evaluations(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
     measured = {0: record["start"]["eval"]} | {entry["round"]: entry["eval"] for entry in record["rounds"]}
     side = frozenset(record.get("side_metrics", _OLD_SIDE_METRICS))
     held_out = record.get("held_out")  # by name, or by client
-    names = None if held_out is None else [name for name in held_out if name and name not in record["clients"]]
+    names = None if held_out is None else [name for name in held_out if name]
+    if names is not None and all(name in record["clients"] for name in names):
+        names = []  # the figures are means over the clients, and not called by them
     result = {}
     for number, metrics in measured.items():
         if metrics is None:
@@ -135,7 +137,7 @@ def _speed_names(metrics: Mapping[str, Any], held_out: Iterable[str] | None) -> 
             for name in metrics
             if name.endswith("_runtime") and f"{name.removesuffix('_runtime')}_loss" in metrics
         }
-    names = {f"{prefix}_{name}" for prefix in prefixes for name in (*_SPEED, "jit_compilation_time")}
+    names = {f"{prefix}_{name}" for prefix in prefixes for name in _SPEED}
     return frozenset(names) | _MEMORY
 
 
