@@ -14,6 +14,7 @@ __all__ = [
     "evaluations",
     "held_out_metrics",
     "is_finite_number",
+    "is_shown",
     "mean_over_clients",
     "means_over_clients",
     "without_speed",
@@ -55,6 +56,11 @@ class ClientMeans(NamedTuple):
 def is_finite_number(value: Any) -> bool:
     """Whether a mean can be taken of it."""
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def is_shown(value: Any) -> bool:
+    """Whether a value of a record is a number, as strict JSON holds it."""
+    return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
 
 
 def mean_over_clients(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -123,7 +129,7 @@ def evaluations(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
         result[number] = {
             key: metrics[key]
             for key in sorted(metrics, key=lambda key: not key.endswith("loss"))
-            if key.startswith("eval_") and key not in left_out and _is_shown(metrics[key])
+            if key.startswith("eval_") and key not in left_out and is_shown(metrics[key])
         }
     return result
 
@@ -139,10 +145,6 @@ def _speed_names(metrics: Mapping[str, Any], held_out: Iterable[str] | None) -> 
         }
     names = {f"{prefix}_{name}" for prefix in prefixes for name in _SPEED}
     return frozenset(names) | _MEMORY
-
-
-def _is_shown(value: Any) -> bool:
-    return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
 
 
 def _what_it_is(value: Any) -> str:
