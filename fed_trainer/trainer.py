@@ -134,18 +134,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             refuse_unwrapped_adapter(model)
         adapter_folder = None
         if args.initial_adapter is not None:
-            if peft_config is not None or isinstance(model, PeftModel):
-                raise ValueError(
-                    f"`initial_adapter` is {args.initial_adapter!r}, which brings its own PEFT config, but a "
-                    f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
-                )
-            adapter_folder = fetch_adapter(args.initial_adapter, args.initial_adapter_revision, args.hub_token)
-            if not (adapter_folder / CONFIG_NAME).is_file():
-                raise ValueError(
-                    f"`initial_adapter` takes adapters only, but {args.initial_adapter!r} has no {CONFIG_NAME}. To start from a "
-                    f"whole model, load it with `from_pretrained({args.initial_adapter!r})` and pass it as `model`."
-                )
-            check_adapter_files(adapter_folder)
+            adapter_folder = self._fetch_initial_adapter(args.initial_adapter, model, peft_config)
             peft_config = read_peft_config(PeftConfig, adapter_folder)
             peft_config.inference_mode = False
 
@@ -211,7 +200,12 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / PRIVATE_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        has_optimizer = optimizer is not None
+        self._check_settings(has_optimizer=optimizer is not None)
+        self._record = self._new_record()
+
+    def _check_settings(self, has_optimizer: bool) -> None:
+        """Refuse what does not go together, now that all parts are there."""
+        args = self.args
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -226,7 +220,6 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             check_deepspeed(args, plugin, self.model, self._live_adapter, self.server, has_optimizer)
         if self.is_fsdp_enabled:
             check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, self.server)
-        self._record = self._new_record()
 
     def train(
         self,
@@ -576,6 +569,22 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state
+
+    def _fetch_initial_adapter(self, source: str, model: Any, peft_config: PeftConfig | None) -> Path:
+        """The folder of `initial_adapter`, whose files have been looked at."""
+        if peft_config is not None or isinstance(model, PeftModel):
+            raise ValueError(
+                f"`initial_adapter` is {source!r}, which brings its own PEFT config, but a "
+                f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
+            )
+        folder = fetch_adapter(source, self.args.initial_adapter_revision, self.args.hub_token)
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"`initial_adapter` takes adapters only, but {source!r} has no {CONFIG_NAME}. To start from a "
+                f"whole model, load it with `from_pretrained({source!r})` and pass it as `model`."
+            )
+        check_adapter_files(folder)
+        return folder
 
     def _start_from(self, folder: Path) -> AdapterState:
         source = f"The adapter {self.args.initial_adapter!r}"
