@@ -39,9 +39,10 @@ __all__ = [
 T = TypeVar("T")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# beside the weights
+# beside the weights, by adapters, models, tokenizers and processors
 WRITTEN_IN_THE_END = (
-    "README.md", "adapter_config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "adapter_config.json", "config.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json",
     TRAINER_STATE_NAME, DIGESTS_NAME,
 )  # fmt: skip
 
@@ -261,11 +262,12 @@ def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False
         )
     found = [path.name for path in _checkpoints(output_dir)]
     way_on = "Continue it with `train(resume_from_checkpoint=True)`, choose"
-    if not found and not starts_again and has_nothing_to_resume(output_dir) and record["rounds"]:
+    weights = _saved_weights(Path(output_dir))
+    if not found and not weights and record["rounds"] and not starts_again:
         found = [RECORD_NAME]
     if not found:  # an adapter saved without a run
         way_on = "Choose"
-        found = _saved_weights(Path(output_dir))
+        found = weights
     if found:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "

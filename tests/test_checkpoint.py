@@ -269,6 +269,15 @@ def test_folder_with_checkpoints_is_refused(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("beside", [None, "damaged-checkpoint-1"])
+def test_folder_with_the_record_of_finished_rounds_is_refused(tmp_path: Path, beside: str | None) -> None:
+    (tmp_path / "federation.json").write_text('{"rounds": [{"round": 1}]}')
+    if beside is not None:
+        (tmp_path / beside).mkdir()
+    with pytest.raises(FileExistsError, match=r"already holds a run \(federation.json\)"):
+        refuse_another_run(tmp_path)
+
+
 def test_folder_with_a_final_adapter_is_refused(tmp_path: Path) -> None:
     write_state(tmp_path)
     with pytest.raises(FileExistsError, match=r"already holds a run \(adapter_model\.safetensors\)"):
