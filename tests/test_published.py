@@ -90,14 +90,13 @@ def leaves(content, path=()):
 
 
 def figures_of_clients(record):
-    """Every number that belongs to one client: sizes, losses, seconds, bytes, evaluations."""
+    """Every number that is surely that of one client: sizes, bytes, and what is no integer (losses, seconds, evaluations)."""
     yield from (client["num_examples"] for client in record["clients"].values())
     for entry in record["rounds"]:
         for figures in [*entry["clients"].values(), *(entry["client_eval"] or {}).values()]:
-            numbers = (
-                pair for pair in leaves(figures) if isinstance(pair[1], float) or pair[0][-1].startswith("bytes")
-            )
-            yield from (value for path, value in numbers if path[-1] != value and value != 0)
+            values = [value for path, value in leaves(figures) if value != path[-1]]
+            yield from (value for value in values if isinstance(value, float) and not value.is_integer())
+            yield from (figures[key] for key in ("bytes_up", "bytes_down") if key in figures)
 
 
 # Closed
