@@ -13,6 +13,7 @@ __all__ = [
     "ClientMeans",
     "evaluations",
     "held_out_metrics",
+    "is_figure",
     "is_finite_number",
     "mean_over_clients",
     "means_over_clients",
@@ -121,7 +122,7 @@ def evaluations(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
         result[number] = {
             key: metrics[key]
             for key in sorted(metrics, key=lambda key: not key.endswith("loss"))
-            if key.startswith("eval_") and key not in left_out and _is_shown(metrics[key])
+            if key.startswith("eval_") and key not in left_out and is_figure(metrics[key])
         }
     return result
 
@@ -139,7 +140,8 @@ def _speed_names(metrics: Mapping[str, Any], held_out: Iterable[str] | None) -> 
     return frozenset(names) | _MEMORY
 
 
-def _is_shown(value: Any) -> bool:
+def is_figure(value: Any) -> bool:
+    """Whether a value of the record is a number, one that is not finite included."""
     return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
 
 

@@ -23,6 +23,7 @@ __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
 
 
 MODEL_WEIGHTS = "model.safetensors"
+_READ_BY_FROM_PRETRAINED = ("config.json", "generation_config.json", f"{MODEL_WEIGHTS}.index.json")
 
 
 class LiveModel(LiveState):
@@ -69,8 +70,9 @@ def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterStat
     """
     for path in sorted(Path(folder).glob("*.safetensors")):
         read_shapes(path)
-    for path in sorted(Path(folder).glob("*config.json")):
-        read_json(path)
+    for path in (Path(folder) / name for name in _READ_BY_FROM_PRETRAINED):
+        if path.exists():
+            read_json(path)
     dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())
     loaded: Any = type(model).from_pretrained(
         folder, use_safetensors=True, output_loading_info=True, dtype=functools.reduce(torch.promote_types, dtypes)

@@ -13,6 +13,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from .figures import is_figure
+
 
 __all__ = ["Openings", "clients_between", "published_log", "published_record"]
 
@@ -211,7 +213,7 @@ def _evaluates_one(record: Mapping[str, Any]) -> bool:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metrics.items() if isinstance(value, (int, float))}
+    return {key: value for key, value in metrics.items() if is_figure(value)}
 
 
 def _chosen(source: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -32,6 +32,8 @@ _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
 )  # fmt: skip
+# which installs its hooks at the first forward pass that needs them, once: without them the model gives no hidden states
+_INSTALLS_FOR_GOOD = "transformers.utils.output_capturing"
 
 
 @contextmanager
@@ -56,7 +58,7 @@ def restoring(*put_back: PutBack, only_after_failure: bool = False) -> Iterator[
 
 
 def remember_hooks(model: nn.Module) -> PutBack:
-    """The hooks of all modules, neither more nor fewer."""
+    """The hooks of all modules, neither more nor fewer, but for those that transformers has installed for good meanwhile."""
     before = [
         (hooks, dict(hooks))
         for module in model.modules()
@@ -65,8 +67,11 @@ def remember_hooks(model: nn.Module) -> PutBack:
 
     def put_back() -> None:
         for hooks, known in before:
+            for_good = {
+                key: hook for key, hook in hooks.items() if getattr(hook, "__module__", None) == _INSTALLS_FOR_GOOD
+            }
             hooks.clear()
-            hooks.update(known)
+            hooks.update(known | for_good)
 
     return put_back
 

@@ -173,7 +173,7 @@ NAMES = [
 
 @pytest.mark.parametrize("held_out", ["one", "named", "by client"])
 def test_no_name_of_the_users_is_hidden(held_out, make_task, tmp_path):
-    sets = {"one": rows(4), "named": {"x": rows(4), "y": rows(5)}, "by client": {"a": rows(4)}}
+    sets = {"one": rows(4), "named": {"x": rows(4), "y": rows(5)}, "by client": {"a": rows(4), "b": rows(5)}}
     trainer = make_task(sets[held_out], num_rounds=1, compute_metrics=lambda output: dict.fromkeys(NAMES, 0.125))
     trainer.train()
     record = strict(tmp_path / "out" / "federation.json")

@@ -30,6 +30,8 @@ from peft_scl.foreign_files import read_tensors
 class Before(TrainerCallback):
     """Calls something before the local step number `step`, or before the first round (0)."""
 
+    may_differ = True  # resumed runs have none
+
     def __init__(self, step: int, action: Callable[[], None]) -> None:
         self.left, self.action = step, action
 
