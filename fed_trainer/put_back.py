@@ -18,6 +18,7 @@ __all__ = [
     "PutBack",
     "evaluating",
     "remember_flags",
+    "remember_frequencies",
     "remember_hooks",
     "remember_modes",
     "remember_problem_type",
@@ -34,6 +35,8 @@ _HOOKS = (
 )  # fmt: skip
 # which installs its hooks at the first forward pass that needs them, once: without them the model gives no hidden states
 _INSTALLS_FOR_GOOD = "transformers.utils.output_capturing"
+# of transformers' rotary embeddings, by layer type too
+_GROWS_WITH_SEQUENCES = ("max_seq_len_cached", "attention_scaling")
 
 
 @contextmanager
@@ -103,6 +106,28 @@ def remember_problem_type(model: nn.Module | None) -> PutBack:
     def put_back() -> None:
         if getattr(config, "problem_type", None) != before:
             config.problem_type = before
+
+    return put_back
+
+
+def remember_frequencies(model: nn.Module) -> PutBack:
+    """The frequencies of a dynamic RoPE, which follow the longest sequence that the model has seen, whosever it was."""
+
+    def grown(module: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in vars(module).items() if name.endswith(_GROWS_WITH_SEQUENCES)}
+
+    before = [
+        (module, grown(module), dict(module._buffers))
+        for module in model.modules()
+        if hasattr(module, _GROWS_WITH_SEQUENCES[0])
+    ]
+
+    def put_back() -> None:
+        for module, values, buffers in before:
+            for name in grown(module).keys() - values.keys():
+                delattr(module, name)
+            vars(module).update(values)
+            module._buffers.update(buffers)
 
     return put_back
 
