@@ -259,9 +259,6 @@ class LiveAdapter(LiveState):
                     "Set `ensure_weight_tying=False`, or target one of the layers."
                 )
             self._tensors[key] = owner
-        self._shapes = {
-            key: tuple(tensor.shape) for key, tensor in self._tensors.items()
-        }  # before anything splits them
         # What no client trains is the same everywhere and does not travel: frozen parameters, and buffers, which hold what a
         # method starts from or projects with. Only those of `modules_to_save`, such as running statistics, change.
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
@@ -295,7 +292,7 @@ class LiveAdapter(LiveState):
             super().load(saved, source)
             return
         check_plain(saved, source)
-        check_shapes({key: tuple(tensor.shape) for key, tensor in saved.items()}, stacked_shapes(self._shapes), source)
+        check_shapes({key: tuple(tensor.shape) for key, tensor in saved.items()}, self._saved_layout(), source)
         state, here = unstack_start(saved), self.read(include_frozen=True)
         check_same_layout(state, here, source)
         if not all(torch.equal(state[key].to(here[key].dtype), here[key]) for key in self._frozen):

@@ -55,13 +55,13 @@ class BetweenRoundsMixin(LocalRoundMixin):
 
     @contextmanager
     def _leaving_all_as_it_is(self, is_logged: bool = False) -> Iterator[None]:
-        if (
-            self._is_between_rounds
-        ):  # from one door to the next, such as from set to set: what is logged depends on the mode
+        # from one door to the next, such as from set to set: what is logged depends on the mode
+        if self._is_between_rounds:
             yield
             return
         assert self.model is not None
         gather = self.gather_function  # `Trainer` takes another from its second evaluation on
+        loaders = self.accelerator.gradient_state.dataloader_references  # one that is broken off would stay there
         # what is not logged, the next evaluation would be reported with
         figures = restoring(self._remember_figures(), only_after_failure=is_logged)
         self._is_between_rounds = True
@@ -70,7 +70,7 @@ class BetweenRoundsMixin(LocalRoundMixin):
                 yield
         finally:
             self.gather_function, self._is_between_rounds = gather, False
-            self.accelerator.gradient_state.dataloader_references = [None]  # one that was broken off stays there
+            self.accelerator.gradient_state.dataloader_references = loaders
 
     def _leaving_the_model(self) -> AbstractContextManager[None]:
         """Within, `Trainer` may cast the model, and its data stretch it: it is given its own weights and frequencies back."""

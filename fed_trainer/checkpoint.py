@@ -25,9 +25,7 @@ from .record import RECORD_NAME, read_record
 
 __all__ = [
     "ADAPTER_WEIGHTS",
-    "DIGESTS_NAME",
     "find_checkpoint",
-    "find_damage",
     "has_nothing_to_resume",
     "load_adapter",
     "refuse_another_run",
@@ -36,7 +34,6 @@ __all__ = [
     "remove_leftovers",
     "rotate_checkpoints",
     "write_checkpoint",
-    "write_digests",
 ]
 
 T = TypeVar("T")
@@ -117,9 +114,8 @@ def rotate_checkpoints(output_dir: str | os.PathLike, save_total_limit: int | No
     for folder in _checkpoints(output_dir)[:-save_total_limit]:
         try:
             remove_own_files(folder, [*read_digests(folder), MARKER])
-            left = remove_own_files(
-                folder, [DIGESTS_NAME]
-            )  # last: until then it is a checkpoint, to be deleted another time
+            # last: until then it is a checkpoint, to be deleted another time
+            left = remove_own_files(folder, [DIGESTS_NAME])
         except (DamagedFileError, OSError) as error:
             logger.warning(f"{folder.name} is beyond `save_total_limit`, but stays: {error}.")
             continue

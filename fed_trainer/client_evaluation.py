@@ -21,6 +21,7 @@ from .adapter_state import AdapterState, LiveState
 from .client_datasets import recent
 from .client_errors import public_reason
 from .figures import ClientMeans, means_over_clients, without_speed
+from .held_out import is_by_client
 
 
 __all__ = ["ClientEvaluationMixin"]
@@ -66,9 +67,8 @@ class ClientEvaluationMixin(Trainer):
 
     @property
     def evaluates_clients(self) -> bool:
-        """Whether every key of `eval_dataset` is a client."""
-        held_out = self.eval_dataset
-        return isinstance(held_out, Mapping) and len(held_out) > 0 and held_out.keys() <= self._clients.keys()
+        """Whether `eval_dataset` is by client."""
+        return is_by_client(self.eval_dataset, self._clients)
 
     @contextmanager
     def client_model(self, client: str) -> Iterator[Any]:
@@ -223,30 +223,22 @@ class ClientEvaluationMixin(Trainer):
     def _evaluate_clients(self, prefix: str, options: dict[str, Any]) -> dict[str, float]:
         held_out: Any = self.eval_dataset
         start, counts = time.time(), {}
-        self.client_evaluation = {}
+        by_client: dict[str, dict[str, Any]] = {}
         for client in sorted(held_out):
             with self._quietly():
                 figures = self._evaluate_client(client, prefix, options)
             counts[client] = len(self._held_out_of(client))
             counted = {name for figure in self._progress_figures for name in (figure, f"{prefix}_{figure}")}
             measured = without_speed(figures, prefix)
-            self.client_evaluation[client] = {key: value for key, value in measured.items() if key not in counted}
-        metrics = self._means_of_clients(self.client_evaluation, counts)
-        metrics |= speed_metrics(prefix, start, num_samples=sum(counts.values()))
+            by_client[client] = {key: value for key, value in measured.items() if key not in counted}
+        means = means_over_clients(by_client, counts)
+        _warn_of_partial_means(means, len(by_client))
+        self.client_evaluation, self.client_means = by_client, means
+        metrics = dict(means.means) | speed_metrics(prefix, start, num_samples=sum(counts.values()))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.client_evaluation, self.client_means = by_client, means  # callbacks may have evaluated something else
         return metrics
-
-    def _means_of_clients(self, figures: dict[str, dict[str, Any]], counts: dict[str, int]) -> dict[str, Any]:
-        """The means over clients, weighted by examples; of what some clients lack, over the others, with a warning."""
-        self.client_means = means_over_clients(figures, counts)
-        for name, clients in self.client_means.without.items():
-            what = ", ".join(f"{client!r}: {value}" for client, value in list(clients.items())[:5])
-            logger.warning(
-                f"{name} is the mean over {self.client_means.num_clients[name]} of {len(figures)} clients; it is no number at "
-                f"{what}{', ...' if len(clients) > 5 else ''}"
-            )
-        return dict(self.client_means.means)
 
     @contextmanager
     def _quietly(self) -> Iterator[None]:
@@ -279,6 +271,15 @@ class ClientEvaluationMixin(Trainer):
                 "Raise it, or leave the client out of `eval_dataset`."
             )
         return prepared
+
+
+def _warn_of_partial_means(means: ClientMeans, num_clients: int) -> None:
+    for name, clients in means.without.items():
+        what = ", ".join(f"{client!r}: {value}" for client, value in list(clients.items())[:5])
+        logger.warning(
+            f"{name} is the mean over {means.num_clients[name]} of {num_clients} clients; it is no number at "
+            f"{what}{', ...' if len(clients) > 5 else ''}"
+        )
 
 
 class _QuietCallbackHandler(CallbackHandler):

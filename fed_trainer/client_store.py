@@ -16,6 +16,8 @@ from urllib.parse import quote
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
+from peft_scl.foreign_files import read_json
+
 from .adapter_state import AdapterState
 from .disk import DamagedFileError, file_digest, reading, sync, writing
 from .owned import MARKER, is_own, make_own, remove_own_files
@@ -208,9 +210,8 @@ class ClientStore:
     def _write_index(self) -> None:
         path = self.folder / INDEX_NAME
         beside = self.folder / f".{INDEX_NAME}.tmp"
-        with writing(
-            str(path)
-        ):  # for other processes, and to know what is ours; a resumed run has it from a checkpoint
+        # for other processes, and to know what is ours; a resumed run has it from a checkpoint
+        with writing(str(path)):
             beside.write_text(json.dumps(self._index), encoding="utf-8")
             os.replace(beside, path)
         self._version = _version(path)
@@ -286,8 +287,7 @@ def _read_index(path: Path) -> dict[str, KeptFile] | None:
     """`None` if it cannot be read."""
     try:
         with reading(path.name):
-            entries = json.loads(path.read_text(encoding="utf-8")).items()
-            return {name: KeptFile(*fields) for name, fields in entries}
+            return {name: KeptFile(*fields) for name, fields in read_json(path).items()}
     except DamagedFileError:
         return None
 

@@ -11,16 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 from datasets.formatting import query_table
 
-from .adapter_state import AdapterState
 from .client_datasets import ClientDatasets, one_of_each_source
 from .described import described
 
 
-__all__ = ["client_digest", "dataset_digest", "described_transforms", "state_digest"]
+__all__ = ["client_digest", "dataset_digest", "described_transforms"]
 
 
 ROWS_AT_ONCE = 1024
@@ -57,15 +55,6 @@ def described_transforms(clients: Mapping[str, Any]) -> list[Any] | None:
             about = described(dataset.format["format_kwargs"])
             transforms += [about] if about not in transforms else []
     return transforms or None
-
-
-def state_digest(state: AdapterState) -> str:
-    """128 bits of a SHA-256 over the tensors of an adapter."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(state.items()):
-        digest.update(f"{key}\0{tuple(tensor.shape)}\0{tensor.dtype}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def _digest(dataset: Dataset, rows: np.ndarray) -> str:

@@ -4,12 +4,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from peft_scl.foreign_files import read_json, read_shapes
 
 from .client_store import CLIENTS_FOLDER, check_owner
 from .disk import DamagedFileError, file_digest, reading
@@ -54,8 +53,8 @@ def read_digests(folder: Path) -> dict[str, str]:
         DamagedFileError: If it is not what `write_digests` writes.
     """
     with reading(DIGESTS_NAME):
-        digests = json.loads((folder / DIGESTS_NAME).read_text(encoding="utf-8"))
-    if not isinstance(digests, dict) or not all(isinstance(digest, str) for digest in digests.values()):
+        digests = read_json(folder / DIGESTS_NAME)
+    if not all(isinstance(digest, str) for digest in digests.values()):
         raise DamagedFileError(f"{DIGESTS_NAME} holds no digests by name")
     for name in digests:
         if not stays_inside(name):
@@ -102,17 +101,12 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
         found = f"{path.stat().st_size}{SIZE}" if digest.endswith(SIZE) and path.is_file() else file_digest(path)
         if found != digest:
             raise DamagedFileError(f"{name} is not what was written")
-        if (
-            name in READ_ON_RESUMING
-            and name.endswith(".json")
-            and not isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-        ):
-            raise DamagedFileError(f"{name} holds no JSON object")
+        if name in READ_ON_RESUMING and name.endswith(".json"):
+            read_json(path)
         if _is_of_client(name):
             check_owner(path)
         elif name in READ_ON_RESUMING and name.endswith(".safetensors"):
-            with safe_open(path, "pt"):
-                pass
+            read_shapes(path)
 
 
 def _is_of_client(name: str) -> bool:

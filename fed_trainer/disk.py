@@ -65,7 +65,8 @@ def reading(name: str) -> Iterator[None]:
     except DamagedFileError:
         raise
     except UNREADABLE as error:
-        raise DamagedFileError(f"{name} cannot be read ({type(error).__name__})") from error
+        cause = error.__cause__ or error  # what `foreign_files` has put into a sentence
+        raise DamagedFileError(f"{name} cannot be read ({type(cause).__name__})") from error
 
 
 @contextmanager

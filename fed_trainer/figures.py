@@ -13,8 +13,8 @@ __all__ = [
     "ClientMeans",
     "evaluations",
     "held_out_metrics",
-    "is_figure",
     "is_finite_number",
+    "is_shown",
     "mean_over_clients",
     "means_over_clients",
     "without_speed",
@@ -22,7 +22,7 @@ __all__ = [
 
 
 # what `Trainer.evaluate` measures of itself rather than of the model, behind the prefix of the data set
-_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 # likewise with `skip_memory_metrics=False`, whatever the data set
 _MEMORY = frozenset(f"eval_mem_{where}_{what}_delta" for where in ("cpu", "gpu") for what in ("alloc", "peaked"))
 # of TRL's trainers, in records that do not say which they had
@@ -56,6 +56,11 @@ class ClientMeans(NamedTuple):
 def is_finite_number(value: Any) -> bool:
     """Whether a mean can be taken of it."""
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def is_shown(value: Any) -> bool:
+    """Whether a value of a record is a number, as strict JSON holds it."""
+    return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
 
 
 def mean_over_clients(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -113,7 +118,9 @@ def evaluations(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
     measured = {0: record["start"]["eval"]} | {entry["round"]: entry["eval"] for entry in record["rounds"]}
     side = frozenset(record.get("side_metrics", _OLD_SIDE_METRICS))
     held_out = record.get("held_out")  # by name, or by client
-    names = None if held_out is None else [name for name in held_out if name and name not in record["clients"]]
+    names = None if held_out is None else [name for name in held_out if name]
+    if names is not None and all(name in record["clients"] for name in names):
+        names = []  # the figures are means over the clients, and not called by them
     result = {}
     for number, metrics in measured.items():
         if metrics is None:
@@ -122,7 +129,7 @@ def evaluations(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
         result[number] = {
             key: metrics[key]
             for key in sorted(metrics, key=lambda key: not key.endswith("loss"))
-            if key.startswith("eval_") and key not in left_out and is_figure(metrics[key])
+            if key.startswith("eval_") and key not in left_out and is_shown(metrics[key])
         }
     return result
 
@@ -136,13 +143,8 @@ def _speed_names(metrics: Mapping[str, Any], held_out: Iterable[str] | None) -> 
             for name in metrics
             if name.endswith("_runtime") and f"{name.removesuffix('_runtime')}_loss" in metrics
         }
-    names = {f"{prefix}_{name}" for prefix in prefixes for name in (*_SPEED, "jit_compilation_time")}
+    names = {f"{prefix}_{name}" for prefix in prefixes for name in _SPEED}
     return frozenset(names) | _MEMORY
-
-
-def is_figure(value: Any) -> bool:
-    """Whether a value of the record is a number, one that is not finite included."""
-    return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
 
 
 def _what_it_is(value: Any) -> str:

@@ -4,27 +4,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import datasets
 import torch.utils.data
 from datasets import Dataset, IterableDataset
 
 from .client_datasets import one_of_each_source
 
 
-__all__ = ["advice_for", "check_held_out", "column_names"]
+__all__ = ["advice_for", "check_held_out", "column_names", "is_by_client"]
 
 
-def check_held_out(eval_dataset: Any, clients: Iterable[str], takes_torch: bool) -> None:
+def is_by_client(eval_dataset: Any, clients: Collection[str]) -> bool:
+    """Whether every key of it is the name of a client."""
+    if not isinstance(eval_dataset, Mapping) or len(eval_dataset) == 0:
+        return False
+    return all(name in clients for name in eval_dataset)
+
+
+def check_held_out(eval_dataset: Any, clients: Collection[str], takes_torch: bool) -> None:
     """
     Refuse held-out data of a type that the trainer underneath cannot evaluate on.
 
     Args:
         eval_dataset (`Any`):
             One set, or several by name or client.
-        clients (`Iterable[str]`):
+        clients (`Collection[str]`):
             Names of the clients. If all sets are theirs, each is to be as long as it says, since the mean is weighted by rows.
         takes_torch (`bool`):
             Whether the trainer takes data sets of torch, as `Trainer` does.
@@ -35,10 +41,10 @@ def check_held_out(eval_dataset: Any, clients: Iterable[str], takes_torch: bool)
     if eval_dataset is None:
         return
     is_several = isinstance(eval_dataset, Mapping)
-    sets = (
-        one_of_each_source(eval_dataset) if is_several and eval_dataset else {} if is_several else {"": eval_dataset}
-    )
-    is_by_client = is_several and len(eval_dataset) > 0 and eval_dataset.keys() <= set(clients)
+    sets = {"": eval_dataset}
+    if is_several:
+        sets = one_of_each_source(eval_dataset) if eval_dataset else {}
+    by_client = is_by_client(eval_dataset, clients)
     kinds: tuple[type, ...] = (Dataset, IterableDataset)
     if takes_torch:
         kinds += (torch.utils.data.Dataset,)
@@ -49,7 +55,7 @@ def check_held_out(eval_dataset: Any, clients: Iterable[str], takes_torch: bool)
                 f"{what} is a {type(dataset).__name__}, but should be a `datasets.Dataset` (or a stream, an `IterableDataset`). "
                 f"{advice_for(dataset)}"
             )
-        if is_by_client and not hasattr(dataset, "__len__"):
+        if by_client and not hasattr(dataset, "__len__"):
             raise ValueError(
                 f"{what} is a stream ({type(dataset).__name__}), but held-out data by client is weighted by its number of rows, so it has to "
                 f"be known. {advice_for(dataset)}"
@@ -73,6 +79,6 @@ def advice_for(data: Any) -> str:
 
 def column_names(dataset: Dataset | IterableDataset) -> set[str]:
     """Names of the columns; a stream that does not know them is asked for its first row."""
-    if isinstance(dataset, datasets.IterableDataset) and dataset.column_names is None:
+    if isinstance(dataset, IterableDataset) and dataset.column_names is None:
         return set(next(iter(dataset), {}))
     return set(dataset.column_names or ())

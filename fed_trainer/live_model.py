@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from peft_scl.foreign_files import read_json, read_shapes
 
@@ -23,7 +24,6 @@ __all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
 
 
 MODEL_WEIGHTS = "model.safetensors"
-_READ_BY_FROM_PRETRAINED = ("config.json", "generation_config.json", f"{MODEL_WEIGHTS}.index.json")
 
 
 class LiveModel(LiveState):
@@ -70,7 +70,7 @@ def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterStat
     """
     for path in sorted(Path(folder).glob("*.safetensors")):
         read_shapes(path)
-    for path in (Path(folder) / name for name in _READ_BY_FROM_PRETRAINED):
+    for path in (Path(folder, name) for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, f"{MODEL_WEIGHTS}.index.json")):
         if path.exists():
             read_json(path)
     dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())

@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from .client_errors import ClientError
+from .token_counts import IGNORED_LABEL
 
 
 __all__ = ["NUM_TOKENS", "TRAINING_METRICS", "LocalFiguresMixin", "Measured"]
@@ -25,7 +26,6 @@ __all__ = ["NUM_TOKENS", "TRAINING_METRICS", "LocalFiguresMixin", "Measured"]
 
 TRAINING_METRICS = "training_metrics"  # in the figures of a client: what the trainer logs beside the loss
 NUM_TOKENS = "num_tokens"
-_IGNORED_LABEL = -100
 # what `Trainer.log` adds
 _ADDED = frozenset({"epoch", "step", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"})
 
@@ -94,7 +94,7 @@ class LocalFiguresMixin(Trainer):
         labels = [inputs[name] for name in {*self.label_names, "labels"} if isinstance(inputs.get(name), torch.Tensor)]
         counted = [values for values in labels if not values.is_floating_point()]
         # before the step, which may take the labels away
-        has_label = torch.stack([(values != _IGNORED_LABEL).any() for values in counted]).any() if counted else None
+        has_label = torch.stack([(values != IGNORED_LABEL).any() for values in counted]).any() if counted else None
         loss = super().training_step(model, inputs, *args, **kwargs)
         if measured is None:
             return loss
@@ -120,7 +120,7 @@ class LocalFiguresMixin(Trainer):
         self._forget_metrics()
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
-    def take_side_metrics(self) -> dict[str, float]:
+    def _take_side_metrics(self) -> dict[str, float]:
         """What TRL has measured along in the last evaluation, under the names of the data set; the next call gets nothing."""
         metrics = self._metrics.get("eval", {})
         taken = {f"{self._metric_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()}
@@ -134,7 +134,7 @@ class LocalFiguresMixin(Trainer):
             self._log_locally(self._measured, logs, start_time)
             return
         if f"{self._metric_prefix}_runtime" in logs:
-            for name, value in self.take_side_metrics().items():
+            for name, value in self._take_side_metrics().items():
                 logs.setdefault(name, value)  # what the user measures under that name comes first
         self._forget_metrics()  # TRL would add those of an evaluation to whatever is logged next
         super().log(logs, start_time)

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .agreement import AgreementMixin
 from .put_back import evaluating, remember_flags, remember_problem_type, remember_random_state, restoring
+from .token_counts import IGNORED_LABEL
 
 
 __all__ = ["LossProbeMixin", "states_its_loss"]
@@ -109,4 +110,4 @@ def states_its_loss(model: nn.Module) -> bool:
 def _has_labels(labels: Any) -> bool:
     if not isinstance(labels, torch.Tensor):
         return True  # of detection, say
-    return bool((~labels.isnan() if labels.is_floating_point() else labels.ne(-100)).any())
+    return bool((~labels.isnan() if labels.is_floating_point() else labels.ne(IGNORED_LABEL)).any())

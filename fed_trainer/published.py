@@ -13,7 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .figures import is_figure
+from .figures import is_shown
 
 
 __all__ = ["Openings", "clients_between", "published_log", "published_record"]
@@ -21,7 +21,7 @@ __all__ = ["Openings", "clients_between", "published_log", "published_record"]
 
 _FIELDS = (
     "format", "base_model", "base_digest", "peft_type", "num_trainable_parameters", "num_local_parameters", "aggregation",
-    "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage",
+    "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage", "side_metrics",
 )  # fmt: skip
 _SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
@@ -80,11 +80,6 @@ def published_record(record: Mapping[str, Any], openings: Openings = CLOSED) -> 
     return {
         **_chosen(record, _FIELDS),
         "published": openings._asdict(),
-        "side_metrics": [
-            key
-            for key in record.get("side_metrics", ())
-            if isinstance(key, str) and (is_whole or not _names_a_client(key, clients))
-        ],
         "settings": _chosen(record.get("settings", {}), _SETTINGS),
         "federation": federation,
         "num_examples": sum(sizes) if openings.client_metrics or len(sizes) > 1 else None,
@@ -213,7 +208,7 @@ def _evaluates_one(record: Mapping[str, Any]) -> bool:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metrics.items() if is_figure(value)}
+    return {key: value for key, value in metrics.items() if is_shown(value)}
 
 
 def _chosen(source: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

@@ -127,9 +127,8 @@ def refuse_empty_held_out(eval_dataset: Any) -> None:
     """
     sets = eval_dataset if isinstance(eval_dataset, Mapping) else {}
     if not isinstance(sets, ClientDatasets):
-        sets = {
-            name: dataset for name, dataset in sets.items() if hasattr(dataset, "__len__")
-        }  # a stream has no length
+        # a stream has no length
+        sets = {name: dataset for name, dataset in sets.items() if hasattr(dataset, "__len__")}
     for name, num_rows in rows_by_client(sets).items():
         if num_rows == 0:
             raise ValueError(f"The held-out data of {name!r} is empty. Leave it out of `eval_dataset`.")

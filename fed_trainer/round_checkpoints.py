@@ -25,7 +25,7 @@ from .client_store import CLIENTS_FOLDER, ClientStore
 from .digests import SERVER_STATE, TRAINER_STATE_NAME, read_digests
 from .disk import reading
 from .live_model import MODEL_WEIGHTS, load_model
-from .processes import first_alone, told_by_first, wait_for_first
+from .processes import first_alone, told_by_first
 from .record import RECORD_NAME, read_record, write_json
 from .run_files import RunFilesMixin
 from .server import Server
@@ -68,13 +68,15 @@ class RoundCheckpointsMixin(RunFilesMixin):
             state=self._saved_state(),
             reference=self._reference_state(),
         )
-        if self.is_world_process_zero():
+
+        def save() -> None:
             folder = write_checkpoint(self._folder, round, write)
             rotate_checkpoints(self._folder, self.args.save_total_limit)
             is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
             if self._publishes_rounds and not is_last:
                 self._publish_round(folder, round)
-        wait_for_first()
+
+        first_alone(save)
         self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _saved_state(self) -> AdapterState:

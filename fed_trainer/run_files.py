@@ -19,6 +19,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
+from peft_scl.foreign_files import read_json
+
 from .adapter_state import AdapterState, LiveState
 from .base_changes import BaseChanges
 from .clients import ClientSampler
@@ -192,7 +194,7 @@ class RunFilesMixin(Trainer):
         openings = self._openings
         contents = {RECORD_NAME: published_record(self._record, openings)}
         if (folder / TRAINER_STATE_NAME).is_file():
-            state = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+            state = read_json(folder / TRAINER_STATE_NAME)
             contents[TRAINER_STATE_NAME] = published_log(state, self._record, openings)
         documents = {name: json.dumps(content, indent=1) + "\n" for name, content in contents.items()}
         rounds = self._record["rounds"]

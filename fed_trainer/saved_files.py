@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import safe_open
-
 from peft_scl.file_mode import follow_umask
+from peft_scl.foreign_files import read_shapes
 
 from .digests import read_digests
 from .disk import DamagedFileError, file_digest
@@ -45,8 +44,7 @@ def saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors in the safetensors files of `folder`, read from their headers."""
     shapes: dict[str, tuple[int, ...]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+        shapes |= read_shapes(path)
     return shapes
 
 

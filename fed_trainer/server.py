@@ -298,10 +298,6 @@ class Server:
             trained = {key: tensor for key, tensor in update.delta.items() if key not in self._buffers}
             if (fault := self._fault_of(update, trained)) is not None:
                 raise InvalidUpdateError(update.client, fault)
-            if self.counts_tokens and update.num_tokens is None:
-                raise InvalidUpdateError(
-                    update.client, "it does not say its number of tokens (`num_tokens`), which it is weighted by."
-                )
         except InvalidUpdateError as error:
             client, is_known = error.client, self._sampled is None or error.client in self._sampled
             if is_known and client not in self.taken:

@@ -4,21 +4,20 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
+from transformers import set_seed
 
 from .client_errors import ClientError
+from .put_back import remember_random_state, restoring
 
 
-__all__ = ["count_tokens"]
+__all__ = ["IGNORED_LABEL", "count_tokens"]
 
-_IGNORED = -100  # in labels
+IGNORED_LABEL = -100
 
 
 def count_tokens(
@@ -43,7 +42,8 @@ def count_tokens(
         ClientError: If the batches have no labels, or none of them counts.
     """
     total = 0
-    with _own_random_numbers(seed):
+    with restoring(remember_random_state()):
+        set_seed(seed)
         for first in range(0, len(dataset), batch_size):
             batch = collate([dataset[row] for row in range(first, min(first + batch_size, len(dataset)))])
             labels = batch.get("shift_labels", batch.get("labels"))
@@ -53,20 +53,7 @@ def count_tokens(
                 )
             if shifts_labels and "shift_labels" not in batch:
                 labels = labels[..., 1:]
-            total += int((labels != _IGNORED).sum())
+            total += int((labels != IGNORED_LABEL).sum())
     if total == 0:
         raise ClientError("none of its tokens carries a loss, so it has no weight in a mean by tokens")
     return total
-
-
-@contextmanager
-def _own_random_numbers(seed: int) -> Iterator[None]:
-    """Within, random numbers follow from `seed`; afterwards they go on as before."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

@@ -31,7 +31,7 @@ from peft_scl.foreign_files import check_adapter_files, read_peft_config
 
 from .adapter_checks import refuse_idle_adapter, refuse_unwrapped_adapter
 from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
-from .aggregation import SLoRA, TooFewClientsError
+from .aggregation import SLoRA, TooFewClientsError, state_digest
 from .base_changes import BaseChanges
 from .broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 from .callbacks import refuse_callback, refuse_callbacks, remove_last
@@ -49,11 +49,11 @@ from .client_store import PRIVATE_FOLDER, ClientStore
 from .client_turn import ClientTurnMixin
 from .clients import ClientSampler, check_clients
 from .config import FederationArguments, given, round_lr_factors
-from .data_digests import described_transforms, state_digest
+from .data_digests import described_transforms
 from .digests import TRAINER_STATE_NAME
 from .figures import held_out_metrics
 from .first_look import telling_row
-from .held_out import check_held_out
+from .held_out import check_held_out, is_by_client
 from .hub import discard_stages, fetch_adapter
 from .launch import check_deepspeed, check_fsdp, check_launch
 from .live_prompt import check_prompt_arguments
@@ -155,7 +155,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._first_look = telling_row(self._clients, getattr(args, "dataset_text_field", None))
         # held-out data by client is prepared when it is evaluated on, as there may be very many
         by_client = None
-        if isinstance(eval_dataset, Mapping) and len(eval_dataset) > 0 and eval_dataset.keys() <= self._clients.keys():
+        if is_by_client(eval_dataset, self._clients):
             by_client, eval_dataset = eval_dataset, None
         super().__init__(
             **self._model_arguments(model, peft_config),
@@ -359,12 +359,10 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
         refuse_overflow(self._global_state, self._live_adapter.dtypes())
-        if self.is_world_process_zero():
-            self._store.commit()
-        wait_for_first()
         self._live_adapter.write(self._global_state)
         if self._base_changes is not None:
             self._base_changes.add(base_change)
+        first_alone(self._store.commit)  # last: clients keep nothing of a round that has broken the model
         self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
 
     def _turn_back_to(self) -> tuple[AdapterState, AdapterState]:

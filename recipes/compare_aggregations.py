@@ -31,7 +31,8 @@ from trl import TrlParser
 
 from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.aggregation import TooFewClientsError
-from fed_trainer.described import agree
+from fed_trainer.broken_state import BrokenStateError
+from fed_trainer.described import agree, storable
 from fed_trainer.figures import held_out_metrics
 from fed_trainer.record import read_record
 from fed_trainer.settings import federation_settings, local_settings
@@ -80,7 +81,7 @@ class Comparison:
         folder = self._folder(method, learning_rate) / "validation"
         try:
             record = self._record(method, learning_rate, 0, folder, is_test=False)
-        except TooFewClientsError as error:
+        except (BrokenStateError, TooFewClientsError) as error:
             print(f"{folder} diverged: {error}", flush=True)
             return math.inf
         loss = last_loss(record)
@@ -168,7 +169,7 @@ def last_loss(record: dict[str, Any]) -> float:
 def client_losses(record: dict[str, Any]) -> dict[str, float]:
     """Last loss of every client's model on its own rows; empty without `evaluate_clients`."""
     clients = record["rounds"][-1]["client_eval"] or {}
-    return {client: metrics["eval_loss"] for client, metrics in clients.items()}
+    return {client: float(metrics["eval_loss"]) for client, metrics in clients.items()}  # "nan" is a number, too
 
 
 def seconds(record: dict[str, Any]) -> float:
@@ -188,7 +189,11 @@ def summary(method: str, learning_rate: float, seed: int, record: dict[str, Any]
         "learning_rate": learning_rate,
         "seed": seed,
         "num_trainable_parameters": record["num_trainable_parameters"],
-        "eval_loss": {number: metrics["eval_loss"] for number, metrics in held_out_metrics(record).items()},
+        "eval_loss": {
+            number: metrics["eval_loss"]
+            for number, metrics in held_out_metrics(record).items()
+            if "eval_loss" in metrics
+        },
         "client_eval_loss": client_losses(record),
         "train_loss": [entry["train_loss"] for entry in record["rounds"]],
         "bytes_up": [entry["bytes_up"] for entry in record["rounds"]],
@@ -257,7 +262,7 @@ def main() -> None:
         rate = comparison.learning_rate(method, options.lr_scale, options.lr_step)
         records = [comparison.test_record(method, rate, seed) for seed in range(options.seeds)]
         runs[method] = rate, records
-        lines += [json.dumps(summary(method, rate, seed, record)) for seed, record in enumerate(records)]
+        lines += [json.dumps(storable(summary(method, rate, seed, record))) for seed, record in enumerate(records)]
     if options.results is not None:
         options.results.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"\n{table(runs)}")

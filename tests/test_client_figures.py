@@ -186,6 +186,16 @@ def test_no_name_of_the_users_is_hidden(held_out, make_task, tmp_path):
         assert f"| {name} |" in card and (name.endswith("loss") or f"eval {name.removeprefix('eval_')}" in header)
 
 
+@pytest.mark.parametrize("held_out", [{"x": None}, {"a": None, "x": None}, {"a": None}, {"": None}], ids=list)
+def test_the_speed_of_no_evaluation_is_a_figure(held_out):
+    """Also of a set that is called like a client, beside others."""
+    by_client = list(held_out) == ["a"]
+    prefixes = ["eval" if by_client or not name else f"eval_{name}" for name in held_out]
+    metrics = {f"{prefix}_{name}": 1.0 for prefix in prefixes for name in ("loss", "runtime", "jit_compilation_time")}
+    record = {"start": {"eval": metrics}, "rounds": [], "clients": {"a": {}}, "held_out": held_out, "side_metrics": []}
+    assert held_out_metrics(record)[0] == {f"{prefix}_loss": 1.0 for prefix in prefixes}
+
+
 # Clients that learnt nothing
 
 

@@ -3,6 +3,7 @@
 """The configs of `recipes/configs/aggregations`, and the script that compares them."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import compare_aggregations  # noqa: E402
 from federated_sft import make_peft_config, prepare  # noqa: E402
 
 from fed_trainer import FederatedTrainer  # noqa: E402
-from fed_trainer.aggregation import METHODS  # noqa: E402
+from fed_trainer.aggregation import METHODS, TooFewClientsError  # noqa: E402
+from fed_trainer.broken_state import BrokenStateError  # noqa: E402
+from fed_trainer.described import storable  # noqa: E402
 from fed_trainer.local_objectives import LOCAL_OBJECTIVES  # noqa: E402
 from fed_trainer.server_optimizers import SERVER_OPTIMIZERS  # noqa: E402
 
@@ -130,6 +133,30 @@ def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, 
     assert [line for line in again.splitlines() if line.startswith("| `")] == rows
     with pytest.raises(ValueError, match=r"holds a finished run with `max_steps=1`, but 2 is asked for"):
         compare(monkeypatch, capsys, [*options, "--max_steps", "2"], tmp_path, *arguments)
+
+
+@pytest.mark.parametrize("error", [TooFewClientsError, BrokenStateError])
+def test_a_learning_rate_at_which_training_diverges_has_an_infinite_loss(error, monkeypatch, tmp_path):
+    def diverge(*args, **kwargs):
+        raise error("diverged")
+
+    comparison = compare_aggregations.Comparison(tmp_path, [], [], validation_rows=1)
+    monkeypatch.setattr(comparison, "_record", diverge)
+    assert comparison.validation_loss("fedavg", 1.0) == math.inf
+
+
+def test_figures_that_are_not_finite_are_told_and_not_left_out():
+    entry = {"train_loss": 1.0, "bytes_up": 1, "bytes_down": 1, "clients": {"a": {}}, "seconds": {"local": 1.0}}
+    entry |= {
+        "round": 1,
+        "eval": {"eval_loss": "nan"},
+        "client_eval": {"a": {"eval_loss": "nan"}, "b": {"eval_loss": 1.0}},
+    }
+    record = {"num_trainable_parameters": 1, "start": {"eval": {"eval_loss": 2.0}}, "rounds": [entry], "clients": {}}
+    assert math.isnan(compare_aggregations.client_losses(record)["a"])
+    line = compare_aggregations.summary("fedavg", 1.0, 0, record)
+    assert line["eval_loss"] == {0: 2.0}
+    assert '"client_eval_loss": {"a": "nan", "b": 1.0}' in json.dumps(storable(line), allow_nan=False)
 
 
 def test_held_out_rows_go_to_their_clients(options, data):

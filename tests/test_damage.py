@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedTrainer, checkpoint, round_checkpoints
-from fed_trainer.checkpoint import find_checkpoint, find_damage, rotate_checkpoints, write_checkpoint, write_digests
-from fed_trainer.digests import read_digests
+from fed_trainer.checkpoint import find_checkpoint, rotate_checkpoints, write_checkpoint
+from fed_trainer.digests import find_damage, read_digests, write_digests
 from fed_trainer.disk import DamagedFileError
 from peft_scl.foreign_files import read_tensors
 
@@ -30,7 +30,7 @@ from peft_scl.foreign_files import read_tensors
 class Before(TrainerCallback):
     """Calls something before the local step number `step`, or before the first round (0)."""
 
-    may_differ = True  # resumed runs have none
+    may_differ = True
 
     def __init__(self, step: int, action: Callable[[], None]) -> None:
         self.left, self.action = step, action
@@ -191,6 +191,8 @@ DIGESTS = {
     "not UTF-8": b"\xff\xfe{}",
     "outside": '{"../checkpoint-1/adapter_model.safetensors": "0"}',
     "absolute": '{"/etc/hostname": "0"}',
+    "nested too deeply": "[" * 200_000,
+    "a name twice": '{"README.md": "0", "README.md": "0"}',
 }
 
 

@@ -302,6 +302,37 @@ def test_evaluation_by_client_is_that_of_trainer_for_each(trained, tmp_path, kin
         assert means.keys() - {"num_input_tokens_seen"} == figures.keys()
 
 
+class EvaluatesToo(TrainerCallback):
+    """What `client_model` is there for: a look at one client, from within the evaluation of all."""
+
+    def __init__(self, event):
+        self.event, self.trainer, self.is_looking = event, None, False
+
+    def on_event(self, event):
+        if event == self.event and not self.is_looking:
+            self.is_looking = True
+            with self.trainer.client_model("b"):
+                self.trainer.evaluate(OTHER, metric_key_prefix="other")
+            self.is_looking = False
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.on_event("on_evaluate")
+
+    def on_log(self, args, state, control, **kwargs):
+        self.on_event("on_log")
+
+
+@pytest.mark.parametrize("event", ["on_evaluate", "on_log"])
+def test_what_callbacks_evaluate_does_not_take_the_place_of_the_evaluation_by_client(make_trainer, event):
+    looks = EvaluatesToo(event)
+    trainer = make_trainer("local tensors", callbacks=[looks])
+    looks.trainer = trainer
+    trainer.train()
+    entry = trainer._record["rounds"][-1]
+    assert list(entry["client_eval"]) == list(CLIENTS)
+    assert entry["eval_clients"]["eval_loss"] == len(CLIENTS)
+
+
 def test_evaluation_by_client_is_that_of_trl_for_each(tiny_model_dir, make_clients, tmp_path):
     base = {"max_length": 64, "bf16": False, "gradient_checkpointing": False, "per_device_eval_batch_size": 4}
     pairs = {

@@ -384,6 +384,7 @@ class FactorAggregator(Aggregator):
 
     def check(self, update: ClientUpdate) -> None:
         self._checked(update)
+        self._weight(update)  # refuses one that does not say it
 
     def largest_value(self, state: AdapterState) -> float:
         """Also small enough for products of factors, and for sums of them in float32."""

@@ -47,6 +47,7 @@ class FedAvg(Aggregator):
 
     def check(self, update: ClientUpdate) -> None:
         self._check(update)
+        weight_of(update, self.weights)  # refuses one that does not say it
 
     def add(self, update: ClientUpdate) -> None:
         self._add(update, weight_of(update, self.weights))

@@ -187,9 +187,8 @@ def ridge_correction(lacking: LowRank, A: torch.Tensor, ridge: float) -> torch.T
     """`lacking A^T (A A^T + ridge I)^-1`, `(out, r)`, solved in float64 without forming `lacking`."""
     left, right, A = lacking.left.double(), lacking.right.double(), A.double()
     gram = A @ A.T + ridge * torch.eye(len(A), dtype=torch.float64)
-    if (
-        ridge < SOLVABLE * gram.trace()
-    ):  # beside large factors the penalty drowns in the Gram, which may then be singular
+    # beside large factors the penalty drowns in the Gram, which may then be singular
+    if ridge < SOLVABLE * gram.trace():
         u, values, vt = torch.linalg.svd(A, full_matrices=False)
         return (left @ (right @ vt.T) * (values / (values.square() + ridge)) @ u.T).float()
     return torch.linalg.solve(gram, left @ (right @ A.T), left=False).float()

@@ -20,6 +20,7 @@ __all__ = [
     "LARGEST_FACTOR",
     "LARGEST_VALUE",
     "MOST_STEPS",
+    "ROOM",
     "STATISTICS_ROOM",
     "largest_product",
     "largest_value",
@@ -28,9 +29,8 @@ __all__ = [
 ]
 
 LARGEST_VALUE = 1e15  # the product of two such values, weighted by a million examples, still is a float32
-LARGEST_FACTOR = (
-    1e8  # so is the product of three: of two factors, and of one with the norm of such a product as its weight
-)
+# so is the product of three: of two factors, and of one with the norm of such a product as its weight
+LARGEST_FACTOR = 1e8
 ROOM = 2.0**12
 STATISTICS_ROOM = 2.0**24  # what follows the data, not the state: running statistics, products, mean gradients
 DTYPE_ROOM = 16  # a model computes sums of its weights

@@ -180,9 +180,9 @@ class GeometricMedian(_KeepingAggregator):
         self.max_iterations = max_iterations
         self.weights = weights
 
-    def add(self, update: ClientUpdate) -> None:
+    def check(self, update: ClientUpdate) -> None:
+        super().check(update)
         weight_of(update, self.weights)  # refuses one that does not say it
-        super().add(update)
 
     @property
     def numbers(self) -> tuple[str, ...]:
