@@ -5,14 +5,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from .local_round import LocalRoundMixin
-from .put_back import remember_flags, remember_modes, remember_weights, restoring
+from .put_back import remember_flags, remember_frequencies, remember_modes, remember_weights, restoring
 
 
 __all__ = ["BetweenRoundsMixin"]
@@ -41,7 +41,7 @@ class BetweenRoundsMixin(LocalRoundMixin):
         # `Trainer` would prepare the model for evaluation alone, and then not wrap it any more: each process of DDP would train
         # for itself. For DeepSpeed it would build an engine without an optimiser.
         self._ensure_engine()
-        with self._leaving_all_as_it_is(), self._cast_for_evaluation():
+        with self._leaving_all_as_it_is(), self._leaving_the_model():
             try:
                 return super().evaluation_loop(dataloader, *args, **kwargs)
             finally:
@@ -72,12 +72,12 @@ class BetweenRoundsMixin(LocalRoundMixin):
             self.gather_function, self._is_between_rounds = gather, False
             self.accelerator.gradient_state.dataloader_references = loaders
 
-    def _cast_for_evaluation(self) -> AbstractContextManager[None]:
-        """Within, `Trainer` may cast the model: it is given its own weights back, not rounded ones."""
-        if not (self.args.fp16_full_eval or self.args.bf16_full_eval):
-            return nullcontext()
+    def _leaving_the_model(self) -> AbstractContextManager[None]:
+        """Within, `Trainer` may cast the model, and its data stretch it: it is given its own weights and frequencies back."""
         assert self.model is not None
-        return restoring(remember_weights(self.model))
+        is_cast = self.args.fp16_full_eval or self.args.bf16_full_eval
+        weights = [remember_weights(self.model)] if is_cast else []
+        return restoring(remember_frequencies(self.model), *weights)
 
     def _forget_loader(self, dataloader: DataLoader) -> None:
         """Nothing holds on to the data loader, so that workers which persist end with it."""

@@ -182,6 +182,11 @@ def find_checkpoint(
             f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {damaged[0][1]}). "
             "Restore one from a backup, or start the run again in another `output_dir`."
         )
+    if saved := _saved_weights(Path(output_dir)):  # with which `train()` would refuse to start
+        raise ValueError(
+            f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}, only a saved model ({saved[0]}). Start a run "
+            "in another `output_dir`, with this one as `initial_adapter`, or as `model` if it is a whole model."
+        )
     raise ValueError(
         f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
         "`trainer.train()`."

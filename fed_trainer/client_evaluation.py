@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .adapter_state import AdapterState, LiveState
 from .client_datasets import recent
-from .client_errors import public_reason
+from .client_errors import ClientError, public_reason
 from .figures import ClientMeans, means_over_clients, without_speed
 from .held_out import is_by_client
 
@@ -225,8 +225,15 @@ class ClientEvaluationMixin(Trainer):
         start, counts = time.time(), {}
         by_client: dict[str, dict[str, Any]] = {}
         for client in sorted(held_out):
-            with self._quietly():
-                figures = self._evaluate_client(client, prefix, options)
+            try:
+                with self._quietly():
+                    figures = self._evaluate_client(client, prefix, options)
+            except ClientError as error:
+                by_client[client] = {}
+                if not any(by_client.values()) and len(by_client) == len(held_out):
+                    raise
+                logger.warning(f"{error} The means are over the other clients.")
+                continue
             counts[client] = len(self._held_out_of(client))
             counted = {name for figure in self._progress_figures for name in (figure, f"{prefix}_{figure}")}
             measured = without_speed(figures, prefix)
@@ -261,12 +268,12 @@ class ClientEvaluationMixin(Trainer):
         try:
             prepared = self._prepare_held_out_dataset(held_out[client], client)
         except Exception as error:
-            raise ValueError(
+            raise ClientError(
                 f"The held-out data of client {client!r} cannot be prepared: {public_reason(error)}. Correct it, or leave the client out "
                 "of `eval_dataset`."
             ) from error
         if len(prepared) == 0:
-            raise ValueError(
+            raise ClientError(
                 f"Of the held-out data of client {client!r} nothing is left after preparation: no label of it is within `max_length`. "
                 "Raise it, or leave the client out of `eval_dataset`."
             )

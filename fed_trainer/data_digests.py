@@ -78,6 +78,8 @@ def _update(digest: Any, values: pa.ChunkedArray | pa.Array) -> None:
         array = array.storage
     if isinstance(array, pa.DictionaryArray):
         array = array.dictionary_decode()
+    if _is_text(array.type):
+        array = array.cast(pa.large_binary())
     digest.update(np.array([len(array), array.null_count], dtype=np.int64).tobytes())
     if array.null_count:
         digest.update(np.packbits(array.is_valid().to_numpy(zero_copy_only=False)).tobytes())
@@ -94,10 +96,9 @@ def _update(digest: Any, values: pa.ChunkedArray | pa.Array) -> None:
         _update(digest, array.flatten())
     elif pa.types.is_boolean(kind):
         digest.update(np.packbits(array.to_numpy(zero_copy_only=False)).tobytes())
-    elif _is_text(kind):
-        whole = array.cast(pa.large_binary())
-        _, offsets, data = whole.buffers()
-        ends = np.frombuffer(offsets, dtype=np.int64)[whole.offset : whole.offset + len(whole) + 1]
+    elif pa.types.is_large_binary(kind):
+        _, offsets, data = array.buffers()
+        ends = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
         digest.update((ends - ends[0]).tobytes())
         if data is not None:
             digest.update(memoryview(data)[ends[0] : ends[-1]])
@@ -109,5 +110,5 @@ def _update(digest: Any, values: pa.ChunkedArray | pa.Array) -> None:
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return any(test(kind) for test in tests)
+    names = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in names)

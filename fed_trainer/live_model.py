@@ -70,7 +70,7 @@ def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterStat
     """
     for path in sorted(Path(folder).glob("*.safetensors")):
         read_shapes(path)
-    for path in (Path(folder, CONFIG_NAME), Path(folder, GENERATION_CONFIG_NAME)):
+    for path in (Path(folder, name) for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, f"{MODEL_WEIGHTS}.index.json")):
         if path.exists():
             read_json(path)
     dtypes = (tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point())

@@ -26,7 +26,7 @@ from .engine_deepspeed import DeepSpeedOptimizer
 from .local_figures import LocalFiguresMixin
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state
-from .put_back import PutBack, remember_flags, remember_hooks, restoring
+from .put_back import PutBack, remember_flags, remember_frequencies, remember_hooks, restoring
 from .user_optimizer import UserSchedule, check_optimizer
 
 
@@ -133,10 +133,12 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         self._optimizer_start = optimizer_state
         self._has_rate = False
 
+        model: Any = self.model
         is_late = None if timeout is None else lambda: self._any_stops(time.perf_counter() > start + timeout)
         with (
             self._own_state(max_steps, is_late),
             self._breaking_off(),
+            restoring(remember_frequencies(model)),
             self._measuring() as measured,
             self._agreeing_in_forward(),
         ):

@@ -21,7 +21,7 @@ __all__ = ["Openings", "clients_between", "published_log", "published_record"]
 
 _FIELDS = (
     "format", "base_model", "base_digest", "peft_type", "num_trainable_parameters", "num_local_parameters", "aggregation",
-    "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage", "side_metrics",
+    "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage",
 )  # fmt: skip
 _SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
@@ -91,6 +91,9 @@ def published_record(record: Mapping[str, Any], openings: Openings = CLOSED) -> 
             }
             for name, client in clients.items()
         },
+        "side_metrics": [
+            name for name in record.get("side_metrics", []) if is_whole or not _names_a_client(name, clients)
+        ],
         "start": {"eval": _evaluation(record, record["start"].get("eval"), _evaluates_one(record), openings)},
         "rounds": [_round(record, entry, shown, openings) for entry in record["rounds"]],
     }

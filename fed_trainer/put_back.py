@@ -18,6 +18,7 @@ __all__ = [
     "PutBack",
     "evaluating",
     "remember_flags",
+    "remember_frequencies",
     "remember_hooks",
     "remember_modes",
     "remember_problem_type",
@@ -32,6 +33,10 @@ _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
 )  # fmt: skip
+# which installs its hooks at the first forward pass that needs them, once: without them the model gives no hidden states
+_INSTALLS_FOR_GOOD = "transformers.utils.output_capturing"
+# of transformers' rotary embeddings, by layer type too
+_GROWS_WITH_SEQUENCES = ("max_seq_len_cached", "attention_scaling")
 
 
 @contextmanager
@@ -56,7 +61,7 @@ def restoring(*put_back: PutBack, only_after_failure: bool = False) -> Iterator[
 
 
 def remember_hooks(model: nn.Module) -> PutBack:
-    """The hooks of all modules, neither more nor fewer."""
+    """The hooks of all modules, neither more nor fewer, but for those that transformers has installed for good meanwhile."""
     before = [
         (hooks, dict(hooks))
         for module in model.modules()
@@ -65,8 +70,11 @@ def remember_hooks(model: nn.Module) -> PutBack:
 
     def put_back() -> None:
         for hooks, known in before:
+            for_good = {
+                key: hook for key, hook in hooks.items() if getattr(hook, "__module__", None) == _INSTALLS_FOR_GOOD
+            }
             hooks.clear()
-            hooks.update(known)
+            hooks.update(known | for_good)
 
     return put_back
 
@@ -98,6 +106,28 @@ def remember_problem_type(model: nn.Module | None) -> PutBack:
     def put_back() -> None:
         if getattr(config, "problem_type", None) != before:
             config.problem_type = before
+
+    return put_back
+
+
+def remember_frequencies(model: nn.Module) -> PutBack:
+    """The frequencies of a dynamic RoPE, which follow the longest sequence that the model has seen, whosever it was."""
+
+    def grown(module: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in vars(module).items() if name.endswith(_GROWS_WITH_SEQUENCES)}
+
+    before = [
+        (module, grown(module), dict(module._buffers))
+        for module in model.modules()
+        if hasattr(module, _GROWS_WITH_SEQUENCES[0])
+    ]
+
+    def put_back() -> None:
+        for module, values, buffers in before:
+            for name in grown(module).keys() - values.keys():
+                delattr(module, name)
+            vars(module).update(values)
+            module._buffers.update(buffers)
 
     return put_back
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from .config import FederationArguments
 from .data_digests import client_digest, dataset_digest
-from .described import agree
+from .described import agree, difference
 from .record import RECORD_NAME
 
 
@@ -48,7 +48,7 @@ def check_same_run(record: dict[str, Any], ours: dict[str, Any], folder: str | o
             "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
         )
     differing = [
-        f"{name}: {_short(there)} there, {_short(here)} here"
+        f"{name}: {difference(there, here) or f'{_short(there)} there, {_short(here)} here'}"
         for name, there, here in _pairs(record, ours)
         if not agree(there, here)
     ]

@@ -123,7 +123,6 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._seen_side_metrics = set()
         check_launch(args)
         rest_at_exit()
-        self._lr_factors = round_lr_factors(args)
         check_clients(train_dataset, args)
         check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
@@ -269,7 +268,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             self._ensure_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
-        lr_factors = self._lr_factors
+        lr_factors = round_lr_factors(self.args)  # `num_rounds` may have been raised since
         last = self.args.num_rounds
 
         with RoundProgress(last, done, self._shows_progress) as progress, self._keeping_the_global_adapter():

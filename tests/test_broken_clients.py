@@ -9,7 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, set_seed
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 from fed_trainer import (
     FederatedConfig,
@@ -240,6 +247,45 @@ def test_clients_with_other_columns_are_refused_with_a_formatting_function_too(t
     args = FederatedConfig(output_dir=str(tmp_path), **LOCAL)
     with pytest.raises(ValueError, match="Client 'b' has the columns .*'answer'.* Give all clients the same columns"):
         FederatedTrainer(str(tiny_model_dir), args, clients, formatting_func=lambda row: row["prompt"])
+
+
+# What a model learns of its inputs
+
+
+def test_the_frequencies_of_a_dynamic_rope_do_not_follow_the_sequences_of_another_client(tmp_path):
+    """Sequences beyond the length of the pretraining stretch them for all shorter ones that come later."""
+
+    def trained(output, clients):
+        torch.manual_seed(0)
+        rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 100.0}
+        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        sizes |= {"num_hidden_layers": 1, "max_position_embeddings": 8, "initializer_range": 1.0}  # attends to places
+        config = LlamaConfig(**sizes, rope_parameters=rope)
+        data = {
+            name: Dataset.from_dict({"input_ids": [list(range(length))] * 4, "labels": [list(range(length))] * 4})
+            for name, length in clients.items()
+        }
+        args = FederatedTaskConfig(
+            output_dir=str(tmp_path / output), num_rounds=1, max_steps=2, per_device_train_batch_size=4,
+            learning_rate=1e-2, use_cpu=True, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        trainer = FederatedTaskTrainer(
+            LlamaForCausalLM(config),
+            args,
+            data,
+            eval_dataset=data,
+            peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        trainer.train()
+        (round,) = trainer._record["rounds"]
+        return {name: entry["train_loss"] for name, entry in round["clients"].items()}, trainer._record["start"]
+
+    losses, start = trained("both", {"a": 24, "b": 12})
+    alone, start_alone = trained("alone", {"b": 12})
+    assert losses["b"] == alone["b"] and losses["a"] != losses["b"]
+    long = trained("long", {"a": 24})[1]
+    expected = (long["eval"]["eval_loss"] + start_alone["eval"]["eval_loss"]) / 2
+    assert start["eval"]["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 # What the loss is divided by

@@ -19,10 +19,10 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
-from fed_trainer.put_back import _HOOKS
+from fed_trainer.put_back import _HOOKS, remember_hooks
 
 
 class Exchanging(torch.optim.SGD):
@@ -329,3 +329,17 @@ def test_gradients_of_a_step_that_broke_off_count_as_scaled(run):
         assert parameter.grad is None
     finally:
         trainer.accelerator.scaler = trainer._initial_scaler_state = None
+
+
+def test_hooks_that_transformers_installs_once_stay(tiny_model_dir):
+    """They come with the first forward pass that needs them; without them a model gives no hidden states any more."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    tokens = torch.arange(8)[None]
+    put_back = remember_hooks(model)
+    expected = model(tokens, output_hidden_states=True).hidden_states
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    put_back()
+    hidden = model(tokens, output_hidden_states=True).hidden_states
+    assert len(hidden) == len(expected) == 3 and all(map(torch.equal, hidden, expected))
+    assert not seen

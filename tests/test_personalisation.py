@@ -598,11 +598,11 @@ def spoils(trainer, monkeypatch, part, times):
         whose["turn"] = client
         return client_round(client, *args)
 
-    def spoilt(train_loss, keeps):
+    def spoilt(keeps):
         if whose["turn"] == "client_1" and left[0]:
             left[0] -= 1
             next(tensor for tensor in keeps[part].values() if tensor.numel() > 1).view(-1)[0] = float("inf")
-        return check(train_loss, keeps)
+        return check(keeps)
 
     monkeypatch.setattr(trainer, "_client_round", remembered)
     monkeypatch.setattr(trainer, "_check_finite", spoilt)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value, load_from_disk
@@ -29,7 +30,7 @@ from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedRewardConf
 from fed_trainer.client_datasets import ClientDatasets
 from fed_trainer.config import FederationArguments
 from fed_trainer.data_digests import client_digest, dataset_digest
-from fed_trainer.described import agree, described, storable
+from fed_trainer.described import agree, described, difference, storable
 from fed_trainer.record import read_record, write_json
 from fed_trainer.same_run import check_same_run
 from fed_trainer.settings import (
@@ -151,6 +152,9 @@ FUNCTIONS = {
         torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1),
         torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.2),
     ),
+    "enclosed names": (adds(np.array(["a", "b"])), adds(np.array(["a", "c"]))),
+    "enclosed objects": (adds(np.array([{"a": 1}, None])), adds(np.array([{"a": 2}, None]))),
+    "enclosed times": (adds(np.array(["2020"], "datetime64[Y]")), adds(np.array(["2021"], "datetime64[Y]"))),
     "a class": ((torch.optim.SGD, {"lr": 0.1}), (torch.optim.Adam, {"lr": 0.1})),
     "a config": (LoraConfig(r=2), LoraConfig(r=4)),
 }
@@ -175,6 +179,49 @@ def test_code_is_compared_within_one_python():
     other = here | {"python": "3.99", "digest": "another"}
     assert agree(other, here) and not agree(here | {"digest": "another"}, here)
     assert not agree(other | {"function": "another"}, here)
+
+
+UNUSUAL = {
+    "data": Dataset.from_dict({"a": [1]}),
+    "meta": torch.ones(2, device="meta"),
+    "sparse": torch.eye(2).to_sparse(),
+    "conjugated": torch.ones(2, dtype=torch.complex64).conj(),
+    "nested": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
+    "of a view": np.arange(6).reshape(2, 3)[:, ::-1],
+    "fails": type("Fails", (), {"to_dict": lambda self: 1 / 0})(),
+    "generator": np.random.default_rng(0),
+    "stream": iter([1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("value", UNUSUAL.values(), ids=UNUSUAL)
+def test_whatever_a_function_encloses_can_be_described(value):
+    assert agree(described(adds(value)), json.loads(json.dumps(described(adds(value)), allow_nan=False)))
+
+
+def test_the_rows_that_a_function_encloses_are_not_read(monkeypatch):
+    monkeypatch.setattr(Dataset, "to_dict", lambda self: pytest.fail("reads all rows"))
+    described(adds(Dataset.from_dict({"a": [1]})))
+
+
+def test_a_function_that_differs_is_told_by_what_is_another(monkeypatch):
+    name = f"{__name__}.adds.<locals>.<lambda>"
+    assert difference(described(adds(1)), described(adds(2))) == f"'amount', which {name} uses, is another"
+    collator = {"a": [described(partial(uses_helper, text="a"))]}
+    monkeypatch.setitem(globals(), "TEMPLATE", "A: {}")
+    other = {"a": [described(partial(uses_helper, text="a"))]}
+    assert difference(collator, other) == f"'helper', which {__name__}.uses_helper uses, is another"
+    first, second = FUNCTIONS["an inner function"]
+    assert difference(described(first), described(second)) == f"the code of {__name__}.<lambda> is another"
+    assert difference(described(first), None) is None is difference(1, 2)
+
+
+def test_secrets_that_a_function_uses_leave_no_digest():
+    def asks(row, api_key="hush"):
+        return row
+
+    assert described(asks)["uses"] == {}
 
 
 def test_callbacks_are_told_by_class_but_for_those_that_only_show():
@@ -218,6 +265,16 @@ def test_equal_rows_have_equal_digests_wherever_they_lie(values, tmp_path):
     clients = ClientDatasets(backwards, {"a": [number - index for index in range(number)], "b": [0, 0]})
     assert client_digest(clients, "a") == digest != client_digest(clients, "b")
     assert client_digest(dict(clients), "a") == digest
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_texts_are_texts_in_every_form_of_arrow(kind):
+    values = pa.array(["a", None, "bc"])
+    datasets = [Dataset(pa.table({"text": rows})) for rows in (values, values.cast(kind))]
+    assert dataset_digest(datasets[0]) == dataset_digest(datasets[1])
+    assert dataset_digest(Dataset(pa.table({"text": pa.array(["a", None, "bd"], kind)}))) != dataset_digest(
+        datasets[0]
+    )
 
 
 def test_long_data_sets_and_class_labels_and_column_order():
@@ -355,6 +412,14 @@ def test_an_unchanged_run_goes_on_and_so_does_one_of_before(tmp_path):
     old = _trainer(tmp_path / "old", num_rounds=2, compute_metrics=None)
     old.train(resume_from_checkpoint=True)
     assert len(old._record["rounds"]) == 2 and "arguments" in old._record
+
+
+def test_more_rounds_can_be_asked_of_the_trainer_itself(tmp_path):
+    trainer = _trainer(tmp_path, num_rounds=1, round_lr_scheduler_type="linear")
+    trainer.train()
+    trainer.args.num_rounds = 2
+    trainer.train(resume_from_checkpoint=True)
+    assert [entry["learning_rate"] for entry in trainer._record["rounds"]] == [5e-5, 2.5e-5]
 
 
 def _refresh_digest(checkpoint):

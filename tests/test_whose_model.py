@@ -235,7 +235,9 @@ def test_held_out_data_is_asked_for_by_a_name_that_there_is(make_trainer):
         make_trainer(held_out=OTHER).evaluate("a")
 
 
-def test_held_out_data_of_a_client_that_cannot_be_prepared_is_named(tiny_model_dir, make_clients, tmp_path):
+def test_held_out_data_of_a_client_that_cannot_be_prepared_is_named_and_left_out(
+    tiny_model_dir, make_clients, tmp_path, caplog
+):
     clients = make_clients(num_clients=2)
     broken = Dataset.from_dict({**clients["client_1"].to_dict(), "completion": [None] * 16})
     trainer = FederatedTrainer(
@@ -245,9 +247,14 @@ def test_held_out_data_of_a_client_that_cannot_be_prepared_is_named(tiny_model_d
         eval_dataset={**clients, "client_1": broken},
         peft_config=LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"),
     )
-    with pytest.raises(
-        ValueError, match="held-out data of client 'client_1' cannot be prepared: AttributeError. Correct"
-    ):
+    metrics = trainer.evaluate()
+    assert "held-out data of client 'client_1' cannot be prepared: AttributeError. Correct" in caplog.text
+    assert trainer.client_evaluation["client_1"] == {}
+    assert metrics["eval_loss"] == trainer.client_evaluation["client_0"]["eval_loss"]
+    assert trainer.client_means.num_clients["eval_loss"] == 1
+    assert trainer.client_means.without["eval_loss"] == {"client_1": "missing"}
+    trainer.eval_dataset = {"client_1": broken}
+    with pytest.raises(ValueError, match="held-out data of client 'client_1' cannot be prepared: AttributeError"):
         trainer.evaluate()
 
 
