@@ -53,8 +53,8 @@ def write_checkpoint(
     output_dir: str | os.PathLike, round: int, write: Callable[[Path], Mapping[str, str] | None]
 ) -> Path:
     """
-    Create `checkpoint-<round>`: `write` fills a folder beside it, which is renamed when it is complete and on the disk, and then read
-    again.
+    Create `checkpoint-<round>`: `write` fills a folder beside it, which is renamed when it is complete and on the
+    disk, and then read again.
 
     Args:
         output_dir (`str`):
@@ -62,7 +62,8 @@ def write_checkpoint(
         round (`int`):
             Round that has just ended.
         write (`Callable`):
-            Called with the folder to fill. It may return digests of files in it that were computed when they were written.
+            Called with the folder to fill. It may return digests of files in it that were computed when they were
+            written.
 
     Returns:
         `Path`: The checkpoint.
@@ -107,8 +108,8 @@ def remove_leftovers(output_dir: str | os.PathLike) -> None:
 
 def rotate_checkpoints(output_dir: str | os.PathLike, save_total_limit: int | None) -> None:
     """
-    Delete the oldest checkpoints beyond `save_total_limit`; the newest always stays. Only what is in their `digests.json` is deleted:
-    other files stay, and so does the folder that holds them, with a warning.
+    Delete the oldest checkpoints beyond `save_total_limit`; the newest always stays. Only what is in their
+    `digests.json` is deleted: other files stay, and so does the folder that holds them, with a warning.
     """
     if save_total_limit is None or save_total_limit <= 0:
         return
@@ -133,7 +134,8 @@ def find_checkpoint(
     weights: str = ADAPTER_WEIGHTS,
 ) -> tuple[Path, T]:
     """
-    The folder that `train(resume_from_checkpoint=...)` means, and what it holds; one that is given has to hold the file `weights`.
+    The folder that `train(resume_from_checkpoint=...)` means, and what it holds; one that is given has to hold the
+    file `weights`.
 
     With `True` it is the last one that is undamaged. Those behind it are put aside as `damaged-checkpoint-<round>`, with a warning.
 
@@ -233,7 +235,10 @@ def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ..
 
 
 def has_nothing_to_resume(output_dir: str | os.PathLike) -> bool:
-    """Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first checkpoint."""
+    """
+    Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first
+    checkpoint.
+    """
     damaged = Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*")
     return not any(damaged) and not _checkpoints(output_dir) and not _saved_weights(Path(output_dir))
 

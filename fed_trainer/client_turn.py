@@ -143,8 +143,8 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         kept: dict[str, AdapterState],
     ) -> tuple[AdapterState, dict[str, AdapterState], AdapterState, dict[str, Any]]:
         """
-        The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and its figures;
-        nothing is changed yet.
+        The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and
+        its figures; nothing is changed yet.
         """
         train = functools.partial(
             self.local_round,

@@ -1,11 +1,12 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What of the record and the log of a run is published: a list of what goes out, everything else stays. The local files keep it all.
+What of the record and the log of a run is published: a list of what goes out, everything else stays. The local files
+keep it all.
 
-Without an option no client is named, and no figure is one client's: a round in which a single client counted has no loss, bytes and
-seconds, an evaluation on the held-out data of a single client no metrics, a federation of one client no size. A metric that a single
-client has a number for stays too.
+Without an option no client is named, and no figure is one client's: a round in which a single client counted has no
+loss, bytes and seconds, an evaluation on the held-out data of a single client no metrics, a federation of one client
+no size. A metric that a single client has a number for stays too.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ def published_log(state: Mapping[str, Any], record: Mapping[str, Any], openings:
 
 
 def clients_between(record: Mapping[str, Any], after: int) -> set[str]:
-    """Clients whose updates are in the difference between the model after round `after` and that after the last one."""
+    """
+    Clients whose updates are in the difference between the model after round `after` and that after the last one.
+    """
     return {client for entry in record["rounds"] if entry["round"] > after for client in entry["clients"]}
 
 
@@ -173,7 +176,10 @@ def _evaluation(
     is_of_one: Callable[[str], bool],
     openings: Openings,
 ) -> dict[str, Any] | None:
-    """The figures of an evaluation; those of one client, or of a held-out set that is called like one, only if these are let out."""
+    """
+    The figures of an evaluation; those of one client, or of a held-out set that is called like one, only if these are
+    let out.
+    """
     if metrics is None:
         return None
     shown = {key: value for key, value in _numbers(metrics).items() if openings.client_metrics or not is_of_one(key)}
@@ -194,7 +200,10 @@ def _client_figures(entry: Mapping[str, Any], shown: Mapping[str, str]) -> dict[
 
 
 def _names_a_client(key: str, clients: Collection[str]) -> bool:
-    """Whether the name of a metric has that of a client in it, as that of a held-out set which is called so: `eval_<client>_loss`."""
+    """
+    Whether the name of a metric has that of a client in it, as that of a held-out set which is called so:
+    `eval_<client>_loss`.
+    """
     parts = key.split("_")
     return any("_".join(parts[start:end]) in clients for end in range(len(parts) + 1) for start in range(1, end))
 

@@ -241,11 +241,12 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
             ValueError: If the checkpoint belongs to another run.
-            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not zero.
+            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not
+                zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
-            BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live model holds
-                that of the round before.
+            BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live
+                model holds that of the round before.
         """
         self._refuse_within_client_model("train")
         if trial is not None:
@@ -440,7 +441,9 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         return starts_again
 
     def _claim_folder(self, starts_again: bool = False) -> None:
-        """Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it."""
+        """
+        Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it.
+        """
 
         def claim() -> None:
             refuse_another_run(self._folder, starts_again)
