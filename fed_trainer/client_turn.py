@@ -89,7 +89,7 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             except UnkeptOptimizerError:
                 raise  # no client's fault
             except Exception as error:
-                reason = f"its local round failed with {self._reason_of_all(error, client, round)}"
+                reason = f"its local round failed: {self._reason_of_all(error, client, round)}"
                 logger.warning(
                     f"Round {round}, client {client!r}, attempt {attempt + 1} of {1 + self.args.client_retries}: {reason}",
                     exc_info=True,

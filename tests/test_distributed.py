@@ -179,7 +179,7 @@ def test_a_client_that_fails_in_one_process_is_tried_again_by_all(kind, run_of):
 def test_a_client_that_fails_in_one_process_is_left_out_by_all_and_leaves_nothing_behind(kind, run_of):
     for report in run_of(kind).reports:
         assert report["failing"]["left_out"] == report["failing"]["without"]
-        assert report["failing"]["reasons"] == {"client_1": "its local round failed with RuntimeError (process 1)"}
+        assert report["failing"]["reasons"] == {"client_1": "its local round failed: RuntimeError (process 1)"}
 
 
 @pytest.mark.timeout(900)

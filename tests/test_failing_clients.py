@@ -76,7 +76,7 @@ def test_a_round_goes_on_without_the_client_that_fails(make_trainer, make_client
     trainer.train()
     for entry in trainer._record["rounds"]:
         assert list(entry["clients"]) == ["client_0", "client_2"]
-        assert entry["refused"] == {"client_1": "its local round failed with OutOfMemoryError"}
+        assert entry["refused"] == {"client_1": "its local round failed: OutOfMemoryError"}
     del clients["client_1"]
     without = make_trainer("without", clients=clients)
     without.train()
@@ -148,7 +148,7 @@ def test_who_failed_and_why_is_in_the_summary(make_trainer, monkeypatch, capsys)
     fail(trainer, monkeypatch, times=1)
     trainer.train()
     shown = capsys.readouterr().out
-    assert "left out in round 1: client_1, its local round failed with OutOfMemoryError" in shown
+    assert "left out in round 1: client_1, its local round failed: OutOfMemoryError" in shown
     assert "left out in round 2" not in shown
 
 
@@ -186,7 +186,7 @@ def test_a_client_whose_data_cannot_be_prepared_is_tried_again_and_left_out(make
     monkeypatch.setattr(trainer, "_prepare_client_dataset", broken)
     trainer.train()
     entry = trainer._record["rounds"][0]
-    assert entry["refused"] == {"client_1": "its local round failed with TypeError"}
+    assert entry["refused"] == {"client_1": "its local round failed: TypeError"}
     assert "client_1" not in entry["clients"] and len(entry["clients"]) == 2
     sent = {client["bytes_down"] for client in entry["clients"].values()}
     assert (

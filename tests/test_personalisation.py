@@ -624,7 +624,7 @@ def test_what_a_client_keeps_is_checked_in_its_turn_and_the_turn_tried_again(mak
             assert refused == {} and trainer._store.read("client_1")[part]
         else:
             assert list(refused) == ["client_1"] and not trainer._store.read("client_1")
-            assert refused["client_1"].startswith("its local round failed with ClientError: ")
+            assert refused["client_1"].startswith("its local round failed: ")
             assert f"({part}), which stays with the client, has values that are not finite" in refused["client_1"]
     assert [update.client for update, _ in received] == [*trainer._clients, "client_0", "client_2"]
     shared = {key for key in trainer._global_state if key not in trainer._local_keys}

@@ -108,7 +108,7 @@ def test_nothing_of_single_clients_is_published(hub, make_trainer, tmp_path, cap
         trainer.train()
     trainer.push_to_hub()
     whole = read_record(tmp_path / "adapter")
-    assert whole["rounds"][0]["refused"] == {BROKEN: "its local round failed with ValueError"}
+    assert whole["rounds"][0]["refused"] == {BROKEN: "its local round failed: ValueError"}
     assert whole["clients"].keys() == SIZES.keys() and whole["clients"][NAMED]["composition"] == {"ypsilon": 41}
     assert whole["rounds"][1]["eval"].keys() > {f"eval_{NAMED}_loss", "eval_all_loss"}
 
