@@ -153,19 +153,7 @@ def find_checkpoint(
         ValueError: If there is no undamaged checkpoint in `output_dir` (`True`), or the given folder is not one.
     """
     if resume_from_checkpoint is not True:
-        folder = Path(str(resume_from_checkpoint))
-        if not os.path.lexists(folder / weights) and not os.path.lexists(folder / DIGESTS_NAME):
-            raise ValueError(
-                f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
-                "folder of a federation, or `True` for the last one in `output_dir`."
-            )
-        try:
-            return folder, _read_undamaged(folder, read)
-        except DamagedFileError as damage:
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} is damaged: {damage}. Pass an earlier one, or `True` for the last one in "
-                "`output_dir` that is not."
-            ) from damage
+        return _given_checkpoint(Path(str(resume_from_checkpoint)), read, weights)
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(_checkpoints(output_dir)):
         try:
@@ -174,14 +162,13 @@ def find_checkpoint(
             damaged.append((folder, str(damage)))
             continue
         for broken, why in damaged:
-            aside = _put_aside(broken)
-            logger.warning(
-                f"{broken.name} is damaged ({why}): it is put aside as {aside.name}, {folder.name} is used."
-            )
+            name = _put_aside(broken).name
+            logger.warning(f"{broken.name} is damaged ({why}): it is put aside as {name}, {folder.name} is used.")
         return folder, content
-    if damaged:
+    if damaged or (aside := _damaged_before(output_dir)):
+        last = damaged[0][1] if damaged else f"{aside[-1]} was put aside"
         raise ValueError(
-            f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {damaged[0][1]}). "
+            f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {last}). "
             "Restore one from a backup, or start the run again in another `output_dir`."
         )
     if saved := _saved_weights(Path(output_dir)):  # with which `train()` would refuse to start
@@ -193,6 +180,21 @@ def find_checkpoint(
         f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
         "`trainer.train()`."
     )
+
+
+def _given_checkpoint(folder: Path, read: Callable[[Path], T], weights: str) -> tuple[Path, T]:
+    if not os.path.lexists(folder / weights) and not os.path.lexists(folder / DIGESTS_NAME):
+        raise ValueError(
+            f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
+            "folder of a federation, or `True` for the last one in `output_dir`."
+        )
+    try:
+        return folder, _read_undamaged(folder, read)
+    except DamagedFileError as damage:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is damaged: {damage}. Pass an earlier one, or `True` for the last one in "
+            "`output_dir` that is not."
+        ) from damage
 
 
 def _read_undamaged(folder: Path, read: Callable[[Path], T]) -> T:
@@ -209,6 +211,10 @@ def _put_aside(folder: Path) -> Path:
         aside = folder.with_name(f"damaged-{folder.name}-{number}")
     os.replace(folder, aside)
     return aside
+
+
+def _damaged_before(output_dir: str | os.PathLike) -> list[str]:
+    return sorted(path.name for path in Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ...]] | None = None) -> AdapterState:
@@ -239,8 +245,7 @@ def has_nothing_to_resume(output_dir: str | os.PathLike) -> bool:
     Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first
     checkpoint.
     """
-    damaged = Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*")
-    return not any(damaged) and not _checkpoints(output_dir) and not _saved_weights(Path(output_dir))
+    return not (_damaged_before(output_dir) or _checkpoints(output_dir) or _saved_weights(Path(output_dir)))
 
 
 def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False) -> None:

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from fed_trainer import checkpoint
-from fed_trainer.checkpoint import load_adapter, refuse_another_run, rotate_checkpoints, write_checkpoint
+from fed_trainer.checkpoint import (
+    load_adapter,
+    refuse_another_run,
+    rotate_checkpoints,
+    write_checkpoint,
+)
 from fed_trainer.digests import find_damage
 
 
@@ -276,6 +281,13 @@ def test_folder_with_the_record_of_finished_rounds_is_refused(tmp_path: Path, be
         (tmp_path / beside).mkdir()
     with pytest.raises(FileExistsError, match=r"already holds a run \(federation.json\)"):
         refuse_another_run(tmp_path)
+    if beside is None:
+        refuse_another_run(tmp_path, starts_again=True)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"damaged \(the last: {beside} was put aside\).* in another `output_dir`"
+        ):
+            find_checkpoint(tmp_path, True)
 
 
 def test_folder_with_a_final_adapter_is_refused(tmp_path: Path) -> None:
