@@ -19,9 +19,11 @@ from .client_errors import ClientError, public_reason
 from .engine_deepspeed import DeepSpeedOptimizer
 
 
-__all__ = ["AgreementMixin", "FailedAloneError", "OtherProcessFailedError"]
+__all__ = ["UNPREPARED", "AgreementMixin", "FailedAloneError", "OtherProcessFailedError"]
 
 logger = logging.get_logger(__name__)
+
+UNPREPARED = "another process could not prepare the data"
 
 
 class OtherProcessFailedError(ClientError):

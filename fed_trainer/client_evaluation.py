@@ -12,12 +12,13 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl
+from transformers import TrainerControl
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
 from transformers.utils import logging
 
 from .adapter_state import AdapterState, LiveState
+from .agreement import AgreementMixin
 from .client_datasets import recent
 from .client_errors import ClientError, public_reason
 from .figures import ClientMeans, means_over_clients, without_speed
@@ -29,7 +30,7 @@ __all__ = ["ClientEvaluationMixin"]
 logger = logging.get_logger(__name__)
 
 
-class ClientEvaluationMixin(Trainer):
+class ClientEvaluationMixin(AgreementMixin):
     """
     Where `eval_dataset` is a dictionary by client, each is evaluated with the model of that client: the global one, with the
     tensors that the client keeps. Where there is no model for all, whatever uses the live model says whose it is.
@@ -228,15 +229,20 @@ class ClientEvaluationMixin(Trainer):
         by_client: dict[str, dict[str, Any]] = {}
         for client in sorted(held_out):
             try:
-                with self._quietly():
-                    figures = self._evaluate_client(client, prefix, options)
+                with self._failing_together(
+                    f"The held-out data of client {client!r} could not be prepared in another process."
+                ):
+                    counts[client] = len(self._held_out_of(client))
             except ClientError as error:
+                self._all_have_stopped = False
+                counts.pop(client, None)
                 by_client[client] = {}
                 if not any(by_client.values()) and len(by_client) == len(held_out):
                     raise
                 logger.warning(f"{error} The means are over the other clients.")
                 continue
-            counts[client] = len(self._held_out_of(client))
+            with self._quietly():
+                figures = self._evaluate_client(client, prefix, options)
             counted = {name for figure in self._progress_figures for name in (figure, f"{prefix}_{figure}")}
             measured = without_speed(figures, prefix)
             by_client[client] = {key: value for key, value in measured.items() if key not in counted}

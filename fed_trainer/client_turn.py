@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .adapter_state import AdapterState, subtract
 from .aggregation import ClientUpdate, TooFewClientsError
 from .aggregation.validation import first_not_finite
+from .agreement import UNPREPARED
 from .between_rounds import BetweenRoundsMixin
 from .client_datasets import recent
 from .client_errors import ClientError, public_reason
@@ -38,7 +39,6 @@ __all__ = ["ClientTurnMixin"]
 logger = logging.get_logger(__name__)
 
 KEPT_PREPARED = 256  # datasets
-UNPREPARED = "another process could not prepare the data"
 # what a client keeps: parts of its file
 LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"

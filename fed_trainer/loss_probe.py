@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from .agreement import AgreementMixin
+from .agreement import UNPREPARED, AgreementMixin
 from .put_back import evaluating, remember_flags, remember_problem_type, remember_random_state, restoring
 from .token_counts import IGNORED_LABEL
 
@@ -69,13 +69,16 @@ class LossProbeMixin(AgreementMixin):
             is_over = True
             for client in self._clients:
                 try:
-                    prepared = self._prepared_client(client)
-                    if start >= len(prepared):
-                        continue
-                    is_over = False
-                    rows = self._remove_unused_columns(prepared.select(range(start, min(start + size, len(prepared)))))
-                    batch = self.data_collator([rows[index] for index in range(len(rows))])
+                    with self._failing_together(UNPREPARED):
+                        prepared = self._prepared_client(client)
+                        if start >= len(prepared):
+                            continue
+                        is_over = False
+                        chosen = prepared.select(range(start, min(start + size, len(prepared))))
+                        rows = self._remove_unused_columns(chosen)
+                        batch = self.data_collator([rows[index] for index in range(len(rows))])
                 except Exception:  # a matter of its turn
+                    self._all_have_stopped = False
                     continue
                 if "labels" not in batch:
                     yield None  # nor have those of the others, which have the same columns

@@ -309,6 +309,18 @@ def test_evaluation_by_client_is_that_of_trainer_for_each(trained, tmp_path, kin
         assert means.keys() - {"num_input_tokens_seen"} == figures.keys()
 
 
+def test_held_out_data_that_another_process_cannot_prepare_is_left_out_by_all(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    held_out_of = trainer._held_out_of
+    asked = []
+    monkeypatch.setattr(trainer, "_held_out_of", lambda client: asked.append(client) or held_out_of(client))
+    monkeypatch.setattr(trainer, "_any_stops", lambda stops: stops or asked[-1] == "b")  # what the others say
+    metrics = trainer.evaluate()
+    assert list(trainer.client_evaluation) == list(CLIENTS) and trainer.client_evaluation["b"] == {}
+    assert trainer.client_means.num_clients["eval_loss"] == len(CLIENTS) - 1
+    assert "eval_loss" in metrics and not trainer._all_have_stopped
+
+
 class EvaluatesToo(TrainerCallback):
     """What `client_model` is there for: a look at one client, from within the evaluation of all."""
 
