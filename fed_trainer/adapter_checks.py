@@ -26,8 +26,9 @@ def refuse_unwrapped_adapter(model: nn.Module) -> None:
     if names or getattr(base, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The {type(base).__name__} that was given has an adapter already{f' (at {names[0]})' if names else ''} without a `PeftModel` around "
-            "it, as transformers' `add_adapter` and `from_pretrained` of an adapter make it: its config would be neither compared nor saved. "
-            "Load the base model and give a `peft_config`; or wrap it by `get_peft_model`; a saved adapter is an `initial_adapter`."
+            "it, as transformers' `add_adapter`, `from_pretrained` of an adapter, and an earlier trainer that was given this model leave it: its "
+            "config would be neither compared nor saved. Load the base model anew and give a `peft_config`; or wrap it by `get_peft_model`; a saved "
+            "adapter is an `initial_adapter`."
         )
 
 

@@ -229,7 +229,8 @@ def make_peft_config(recipe: RecipeArguments) -> PeftConfig | None:
     kind = recipe.peft_config.get("peft_type")
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise ValueError(
-            f"`peft_config` has the `peft_type` {kind!r}, but it should be one of {sorted(PEFT_TYPE_TO_CONFIG_MAPPING)}."
+            f"`peft_config` has the `peft_type` {kind!r}, but it should be one of "
+            f"{sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)}."
         )
     return built_config(PEFT_TYPE_TO_CONFIG_MAPPING[kind], {"task_type": "CAUSAL_LM", **recipe.peft_config})
 
