@@ -17,8 +17,8 @@ class ClientError(ValueError):
 
 def public_reason(error: BaseException) -> str:
     """
-    What may be said of an error outside of the client's own log: the message of a [`ClientError`], of others the class.
-    Their messages, such as that of a tokeniser, can quote a row.
+    What may be said of an error outside of the client's own log: the message of a [`ClientError`], of others the
+    class. Their messages, such as that of a tokeniser, can quote a row.
     """
     name = type(error).__name__
     if type(error) is ClientError:

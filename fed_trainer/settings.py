@@ -75,8 +75,8 @@ _BY_OTHER_MEANS = frozenset({"callbacks", "ref_model"})
 
 def local_settings(args: TrainingArguments) -> dict[str, Any]:
     """
-    What decides about the result of a local round and its evaluation, apart from data, model and adapter. A field of a user's own may say
-    that it does not: `field(default=..., metadata={"may_differ": True})`.
+    What decides about the result of a local round and its evaluation, apart from data, model and adapter. A field of a
+    user's own may say that it does not: `field(default=..., metadata={"may_differ": True})`.
     """
     ours = _federation_fields()
     names = [field.name for field in fields(args) if field.name not in ours and not field.metadata.get("may_differ")]
