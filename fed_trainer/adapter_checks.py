@@ -15,7 +15,8 @@ __all__ = ["refuse_idle_adapter", "refuse_unwrapped_adapter"]
 
 def refuse_unwrapped_adapter(model: nn.Module) -> None:
     """
-    Refuse an adapter that was put on the model without a [`~peft.PeftModel`] around it, as by `model.add_adapter(...)` of transformers.
+    Refuse an adapter that was put on the model without a [`~peft.PeftModel`] around it, as by `model.add_adapter(...)`
+    of transformers.
 
     Raises:
         ValueError: Naming a module.
@@ -33,7 +34,8 @@ def refuse_unwrapped_adapter(model: nn.Module) -> None:
 
 def refuse_idle_adapter(model: nn.Module) -> None:
     """
-    Refuse an adapter that is merged or switched off, at all modules or at some: nothing, or a part only, would be trained.
+    Refuse an adapter that is merged or switched off, at all modules or at some: nothing, or a part only, would be
+    trained.
 
     Raises:
         ValueError: Naming a module.

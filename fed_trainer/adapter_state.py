@@ -154,7 +154,9 @@ class LiveState:
         return {key: _whole_shape(tensor) for key, tensor in self._tensors.items()}
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]] | None:
-        """Shapes of what `save_pretrained` writes of it, by name in the file; `None` if that is not known beforehand."""
+        """
+        Shapes of what `save_pretrained` writes of it, by name in the file; `None` if that is not known beforehand.
+        """
         return None
 
     def saved(self) -> AdapterState:
@@ -333,7 +335,8 @@ def state_bytes(state: AdapterState) -> int:
 
 def check_same_layout(state: AdapterState, reference: AdapterState, source: str) -> None:
     """
-    Raise unless `state` has the keys and shapes of `reference`, and plain tensors of values that are finite in its dtypes.
+    Raise unless `state` has the keys and shapes of `reference`, and plain tensors of values that are finite in its
+    dtypes.
 
     Args:
         state (`dict[str, torch.Tensor]`):

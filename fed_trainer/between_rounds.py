@@ -20,8 +20,9 @@ __all__ = ["BetweenRoundsMixin"]
 
 class BetweenRoundsMixin(LocalRoundMixin):
     """
-    Evaluates with the engine of the local rounds, and leaves model and trainer as they are. `Trainer` evaluates within one training, or
-    after it: it leaves the model in evaluation mode, cast for `bf16_full_eval`, and keeps data loaders under the name of their set.
+    Evaluates with the engine of the local rounds, and leaves model and trainer as they are. `Trainer` evaluates within
+    one training, or after it: it leaves the model in evaluation mode, cast for `bf16_full_eval`, and keeps data
+    loaders under the name of their set.
     """
 
     _is_between_rounds: bool = False
@@ -38,8 +39,8 @@ class BetweenRoundsMixin(LocalRoundMixin):
 
     def evaluation_loop(self, dataloader: DataLoader, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """As [`~transformers.Trainer.evaluation_loop`], with the engine of the local rounds."""
-        # `Trainer` would prepare the model for evaluation alone, and then not wrap it any more: each process of DDP would train
-        # for itself. For DeepSpeed it would build an engine without an optimiser.
+        # `Trainer` would prepare the model for evaluation alone, and then not wrap it any more: each process of DDP
+        # would train for itself. For DeepSpeed it would build an engine without an optimiser.
         self._ensure_engine()
         with self._leaving_all_as_it_is(), self._leaving_the_model():
             try:
@@ -49,7 +50,8 @@ class BetweenRoundsMixin(LocalRoundMixin):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """As [`~transformers.Trainer.get_eval_dataloader`], always of the data that is asked for."""
-        # with persistent workers `Trainer` returns the loader of the last set of this name, which is "eval" for all that have none
+        # with persistent workers `Trainer` returns the loader of the last set of this name, which is "eval" for all
+        # that have none
         self._eval_dataloaders: dict[str, DataLoader] = {}
         return super().get_eval_dataloader(eval_dataset)
 
@@ -73,7 +75,10 @@ class BetweenRoundsMixin(LocalRoundMixin):
             self.accelerator.gradient_state.dataloader_references = loaders
 
     def _leaving_the_model(self) -> AbstractContextManager[None]:
-        """Within, `Trainer` may cast the model, and its data stretch it: it is given its own weights and frequencies back."""
+        """
+        Within, `Trainer` may cast the model, and its data stretch it: it is given its own weights and frequencies
+        back.
+        """
         assert self.model is not None
         is_cast = self.args.fp16_full_eval or self.args.bf16_full_eval
         weights = [remember_weights(self.model)] if is_cast else []

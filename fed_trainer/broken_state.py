@@ -54,7 +54,8 @@ def refuse_overflow(state: AdapterState, dtypes: Mapping[str, torch.dtype]) -> N
 
 def refuse_broken_loss(evaluation: Mapping[str, Any], earlier: Iterable[Mapping[str, Any] | None]) -> None:
     """
-    Refuse a global state for which no held-out loss is finite any more. A loss that never was finite is a matter of the data.
+    Refuse a global state for which no held-out loss is finite any more. A loss that never was finite is a matter of
+    the data.
 
     Args:
         evaluation (`Mapping[str, Any]`):

@@ -39,9 +39,10 @@ __all__ = [
 T = TypeVar("T")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# beside the weights
+# beside the weights, by adapters, models, tokenizers and processors
 WRITTEN_IN_THE_END = (
-    "README.md", "adapter_config.json", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "adapter_config.json", "config.json", "generation_config.json", "preprocessor_config.json",
+    "processor_config.json", "tokenizer.json", "tokenizer_config.json", "video_preprocessor_config.json",
     TRAINER_STATE_NAME, DIGESTS_NAME,
 )  # fmt: skip
 
@@ -52,8 +53,8 @@ def write_checkpoint(
     output_dir: str | os.PathLike, round: int, write: Callable[[Path], Mapping[str, str] | None]
 ) -> Path:
     """
-    Create `checkpoint-<round>`: `write` fills a folder beside it, which is renamed when it is complete and on the disk, and then read
-    again.
+    Create `checkpoint-<round>`: `write` fills a folder beside it, which is renamed when it is complete and on the
+    disk, and then read again.
 
     Args:
         output_dir (`str`):
@@ -61,7 +62,8 @@ def write_checkpoint(
         round (`int`):
             Round that has just ended.
         write (`Callable`):
-            Called with the folder to fill. It may return digests of files in it that were computed when they were written.
+            Called with the folder to fill. It may return digests of files in it that were computed when they were
+            written.
 
     Returns:
         `Path`: The checkpoint.
@@ -106,8 +108,8 @@ def remove_leftovers(output_dir: str | os.PathLike) -> None:
 
 def rotate_checkpoints(output_dir: str | os.PathLike, save_total_limit: int | None) -> None:
     """
-    Delete the oldest checkpoints beyond `save_total_limit`; the newest always stays. Only what is in their `digests.json` is deleted:
-    other files stay, and so does the folder that holds them, with a warning.
+    Delete the oldest checkpoints beyond `save_total_limit`; the newest always stays. Only what is in their
+    `digests.json` is deleted: other files stay, and so does the folder that holds them, with a warning.
     """
     if save_total_limit is None or save_total_limit <= 0:
         return
@@ -132,7 +134,8 @@ def find_checkpoint(
     weights: str = ADAPTER_WEIGHTS,
 ) -> tuple[Path, T]:
     """
-    The folder that `train(resume_from_checkpoint=...)` means, and what it holds; one that is given has to hold the file `weights`.
+    The folder that `train(resume_from_checkpoint=...)` means, and what it holds; one that is given has to hold the
+    file `weights`.
 
     With `True` it is the last one that is undamaged. Those behind it are put aside as `damaged-checkpoint-<round>`, with a warning.
 
@@ -150,19 +153,7 @@ def find_checkpoint(
         ValueError: If there is no undamaged checkpoint in `output_dir` (`True`), or the given folder is not one.
     """
     if resume_from_checkpoint is not True:
-        folder = Path(str(resume_from_checkpoint))
-        if not os.path.lexists(folder / weights) and not os.path.lexists(folder / DIGESTS_NAME):
-            raise ValueError(
-                f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
-                "folder of a federation, or `True` for the last one in `output_dir`."
-            )
-        try:
-            return folder, _read_undamaged(folder, read)
-        except DamagedFileError as damage:
-            raise ValueError(
-                f"The checkpoint {str(folder)!r} is damaged: {damage}. Pass an earlier one, or `True` for the last one in "
-                "`output_dir` that is not."
-            ) from damage
+        return _given_checkpoint(Path(str(resume_from_checkpoint)), read, weights)
     damaged: list[tuple[Path, str]] = []
     for folder in reversed(_checkpoints(output_dir)):
         try:
@@ -171,14 +162,13 @@ def find_checkpoint(
             damaged.append((folder, str(damage)))
             continue
         for broken, why in damaged:
-            aside = _put_aside(broken)
-            logger.warning(
-                f"{broken.name} is damaged ({why}): it is put aside as {aside.name}, {folder.name} is used."
-            )
+            name = _put_aside(broken).name
+            logger.warning(f"{broken.name} is damaged ({why}): it is put aside as {name}, {folder.name} is used.")
         return folder, content
-    if damaged:
+    if damaged or (aside := _damaged_before(output_dir)):
+        last = damaged[0][1] if damaged else f"{aside[-1]} was put aside"
         raise ValueError(
-            f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {damaged[0][1]}). "
+            f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {last}). "
             "Restore one from a backup, or start the run again in another `output_dir`."
         )
     if saved := _saved_weights(Path(output_dir)):  # with which `train()` would refuse to start
@@ -190,6 +180,21 @@ def find_checkpoint(
         f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
         "`trainer.train()`."
     )
+
+
+def _given_checkpoint(folder: Path, read: Callable[[Path], T], weights: str) -> tuple[Path, T]:
+    if not os.path.lexists(folder / weights) and not os.path.lexists(folder / DIGESTS_NAME):
+        raise ValueError(
+            f"`resume_from_checkpoint` is {str(folder)!r}, which holds no {weights}. Pass a `checkpoint-<round>` "
+            "folder of a federation, or `True` for the last one in `output_dir`."
+        )
+    try:
+        return folder, _read_undamaged(folder, read)
+    except DamagedFileError as damage:
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is damaged: {damage}. Pass an earlier one, or `True` for the last one in "
+            "`output_dir` that is not."
+        ) from damage
 
 
 def _read_undamaged(folder: Path, read: Callable[[Path], T]) -> T:
@@ -206,6 +211,10 @@ def _put_aside(folder: Path) -> Path:
         aside = folder.with_name(f"damaged-{folder.name}-{number}")
     os.replace(folder, aside)
     return aside
+
+
+def _damaged_before(output_dir: str | os.PathLike) -> list[str]:
+    return sorted(path.name for path in Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*"))
 
 
 def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ...]] | None = None) -> AdapterState:
@@ -232,9 +241,11 @@ def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ..
 
 
 def has_nothing_to_resume(output_dir: str | os.PathLike) -> bool:
-    """Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first checkpoint."""
-    damaged = Path(output_dir).glob(f"damaged-{PREFIX_CHECKPOINT_DIR}-*")
-    return not any(damaged) and not _checkpoints(output_dir) and not _saved_weights(Path(output_dir))
+    """
+    Whether `output_dir` holds nothing that was trained: at most the record of a run that died before its first
+    checkpoint.
+    """
+    return not (_damaged_before(output_dir) or _checkpoints(output_dir) or _saved_weights(Path(output_dir)))
 
 
 def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False) -> None:
@@ -266,11 +277,12 @@ def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False
         )
     found = [path.name for path in _checkpoints(output_dir)]
     way_on = "Continue it with `train(resume_from_checkpoint=True)`, choose"
-    if not found and not starts_again and has_nothing_to_resume(output_dir) and record["rounds"]:
+    weights = _saved_weights(Path(output_dir))
+    if not found and not weights and record["rounds"] and not starts_again:
         found = [RECORD_NAME]
     if not found:  # an adapter saved without a run
         way_on = "Choose"
-        found = _saved_weights(Path(output_dir))
+        found = weights
     if found:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "

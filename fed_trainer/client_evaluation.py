@@ -73,8 +73,8 @@ class ClientEvaluationMixin(Trainer):
     @contextmanager
     def client_model(self, client: str) -> Iterator[Any]:
         """
-        Within, the live model is that of a client: the global one, with the tensors that the client keeps, or its own (Ditto). `predict`,
-        `evaluate` and the model itself are then those of the client.
+        Within, the live model is that of a client: the global one, with the tensors that the client keeps, or its own
+        (Ditto). `predict`, `evaluate` and the model itself are then those of the client.
 
         Args:
             client (`str`):
@@ -124,12 +124,13 @@ class ClientEvaluationMixin(Trainer):
         **kwargs: Any,
     ) -> dict[str, float]:
         """
-        As the base trainer's `evaluate`, with its keywords; for an `eval_dataset` by client the means over clients, weighted by examples.
+        As the base trainer's `evaluate`, with its keywords; for an `eval_dataset` by client the means over clients,
+        weighted by examples.
 
         Args:
             eval_dataset (`Dataset` or `dict[str, Dataset]` or `str`, *optional*):
-                Other held-out data than the trainer's, or the name of one of the trainer's sets. The name of a client gives the figures of
-                that client's model on its data.
+                Other held-out data than the trainer's, or the name of one of the trainer's sets. The name of a client
+                gives the figures of that client's model on its data.
             ignore_keys, metric_key_prefix, kwargs:
                 As for the base trainer.
 
@@ -164,7 +165,8 @@ class ClientEvaluationMixin(Trainer):
         **kwargs: Any,
     ) -> PredictionOutput:
         """
-        As the base trainer's `predict`, with its keywords. For predictions of a client's model, call it within `client_model`.
+        As the base trainer's `predict`, with its keywords. For predictions of a client's model, call it within
+        `client_model`.
 
         Raises:
             ValueError: If there is no model for all, and this is not within `client_model`.

@@ -48,8 +48,8 @@ class ClientStore:
     One safetensors file per client. A file is written beside and renamed at the end of the round, and never changed afterwards:
     a round that breaks off leaves all clients as they were, and checkpoints hold hard links instead of copies.
 
-    The digest of a file is computed once, when it is written, and kept in `index.json` with the client and the round; whenever the file
-    is read, it is compared. The first process writes, the others read.
+    The digest of a file is computed once, when it is written, and kept in `index.json` with the client and the round;
+    whenever the file is read, it is compared. The first process writes, the others read.
 
     Args:
         folder (`Path`):
@@ -79,7 +79,8 @@ class ClientStore:
             with reading(path.name):
                 if file_digest(path) != kept.digest:
                     raise DamagedFileError(_difference(path, kept))
-                # into memory of its own: a memory map, the default, keeps some bytes per tensor for good (safetensors 0.8.0)
+                # into memory of its own: a memory map, the default, keeps some bytes per tensor for good (safetensors
+                # 0.8.0)
                 tensors = load_file(path, backend="pread")
         except DamagedFileError as damage:
             raise DamagedFileError(
@@ -129,7 +130,8 @@ class ClientStore:
             `dict[str, str]`: Their digests by name: those that were computed when the files were written.
 
         Raises:
-            DamagedFileError: If a file is not what was written; those that are in an earlier checkpoint are compared by size.
+            DamagedFileError: If a file is not what was written; those that are in an earlier checkpoint are compared
+                by size.
         """
         if not self._index:
             return {}

@@ -38,6 +38,7 @@ __all__ = ["ClientTurnMixin"]
 logger = logging.get_logger(__name__)
 
 KEPT_PREPARED = 256  # datasets
+UNPREPARED = "another process could not prepare the data"
 # what a client keeps: parts of its file
 LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
@@ -78,10 +79,7 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         for attempt in range(1 + self.args.client_retries):
             try:
                 with restoring(*self._remember_turn(), only_after_failure=True):
-                    with (
-                        timed(seconds, "prepare"),
-                        self._failing_together("another process could not prepare the data"),
-                    ):
+                    with timed(seconds, "prepare"), self._failing_together(UNPREPARED):
                         dataset = self._prepared_client(client)
                         if self.server.counts_tokens and client not in self._num_tokens:
                             self._num_tokens[client] = self._count_tokens(client, dataset)
@@ -104,26 +102,30 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             self.server.leave_out(client, reason)
             return None
         delta, keeps, extras, metrics = trained
-        update = ClientUpdate(
-            client,
-            self._num_examples(client),
-            self.server.cut(delta, asked),
-            metrics,
-            num_steps=int(metrics["num_steps"]),
-            base_digest=self._base_digest,
-            num_tokens=self._num_tokens.get(client),
-            extras=extras,
-        )
         with timed(seconds, "aggregate"):
+            update = ClientUpdate(
+                client,
+                self._num_examples(client),
+                self.server.cut(delta, asked),
+                metrics,
+                num_steps=int(metrics["num_steps"]),
+                base_digest=self._base_digest,
+                num_tokens=self._num_tokens.get(client),
+                extras=extras,
+            )
             traffic["bytes_up"] = upload_bytes(self.server, update)
             if self.server.receive(update, asked) is not None:
                 self._bytes_in_vain.update(traffic)
                 return None
-            buffers = self._live_adapter.buffers  # which a forward pass changes
-            self._movement.saw(client, {key: delta[key] for key in delta.keys() - buffers}, self._has_rate)
-            if self.is_world_process_zero():
-                self._store.write(client, keeps, round)
+            self._has_counted(client, delta, keeps, round)
         return {"num_examples": update.num_examples, **metrics, **traffic}
+
+    def _has_counted(self, client: str, delta: AdapterState, keeps: dict[str, AdapterState], round: int) -> None:
+        """The client's update counts, so what it has changed does too, and what it keeps is kept."""
+        buffers = self._live_adapter.buffers  # which a forward pass changes
+        self._movement.saw(client, {key: delta[key] for key in delta.keys() - buffers}, self._has_rate)
+        if self.is_world_process_zero():
+            self._store.write(client, keeps, round)
 
     def _remember_turn(self) -> list[PutBack]:
         """What a turn that breaks off must not have moved on, beside what its local rounds put back."""
@@ -141,8 +143,8 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         kept: dict[str, AdapterState],
     ) -> tuple[AdapterState, dict[str, AdapterState], AdapterState, dict[str, Any]]:
         """
-        The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and its figures;
-        nothing is changed yet.
+        The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and
+        its figures; nothing is changed yet.
         """
         train = functools.partial(
             self.local_round,
@@ -239,7 +241,7 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         cause = None
         for client in self._clients:
             try:
-                with self._failing_together("another process could not prepare the data"):
+                with self._failing_together(UNPREPARED):
                     return self._prepared_client(client)
             except Exception as error:
                 cause = cause or error

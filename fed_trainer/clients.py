@@ -37,8 +37,8 @@ class ClientSampler:
         clients (`Sequence[str]`):
             Names of all clients.
         clients_per_round (`int` or `float`, *optional*):
-            A number of clients (`int`) or a fraction of them (`float`, at most `1.0`; rounded, at least one client). All if
-            `None`.
+            A number of clients (`int`) or a fraction of them (`float`, at most `1.0`; rounded, at least one client).
+            All if `None`.
         seed (`int`):
             Seed of the run.
 

@@ -242,9 +242,9 @@ class FederatedConfig(FederationArguments, SFTConfig):
     The inherited fields keep their names and describe the *local* work of one client in one round: `max_steps` or
     `num_train_epochs` is the budget per client and round, `per_device_train_batch_size` and
     `gradient_accumulation_steps` the local batch, `learning_rate` and `lr_scheduler_type` the local optimiser, which
-    starts afresh in every local round (but see `keep_optimizer_state`). Schedules that follow metrics are refused, a budget without a
-    step too. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the
-    whole run.
+    starts afresh in every local round (but see `keep_optimizer_state`). Schedules that follow metrics are refused, a
+    budget without a step too. `save_total_limit`, `seed`, `report_to`, `push_to_hub` and the like concern the whole
+    run.
 
     Parameters:
         > Parameters that control the federation
@@ -252,9 +252,9 @@ class FederatedConfig(FederationArguments, SFTConfig):
         num_rounds (`int`, *optional*, defaults to `10`):
             Number of communication rounds.
         clients_per_round (`int` or `float`, *optional*):
-            Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of clients
-            (`1`, `2`, ...), or a fraction of all clients (`0.1`; `1.0` is all of them, `1` is one client). All clients if not
-            given.
+            Clients sampled per round, uniformly without replacement, seeded by `seed` and the round: a number of
+            clients (`1`, `2`, ...), or a fraction of all clients (`0.1`; `1.0` is all of them, `1` is one client). All
+            clients if not given.
         min_clients (`int`, *optional*, defaults to `1`):
             Usable updates that a round needs. A client whose local round fails (an exception, out of memory, too slow), or
             whose update cannot be used (values that are not finite, ...), is named in the log and the record, and left out.
@@ -267,8 +267,8 @@ class FederatedConfig(FederationArguments, SFTConfig):
             local round, instead of starting afresh. The learning rate follows its schedules either way.
         round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
-            arguments (`"constant"`, `"linear"`, `"cosine"`, ...) or metrics. Round `t` of `T` trains with `learning_rate` times
-            the factor of step `t - 1` of `T`.
+            arguments (`"constant"`, `"linear"`, `"cosine"`, ...) or metrics. Round `t` of `T` trains with
+            `learning_rate` times the factor of step `t - 1` of `T`.
         initial_adapter (`str`, *optional*):
             Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings its
             own PEFT config.
@@ -281,8 +281,9 @@ class FederatedConfig(FederationArguments, SFTConfig):
             How client updates become the next global adapter, a name in `fed_trainer.aggregation.METHODS`. `"fedavg"`: mean
             weighted by the clients' numbers of examples (McMahan et al., 2017), or otherwise with `weights`.
         aggregation_kwargs (`dict` or `str`, *optional*):
-            Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`. Rules that are weighted
-            means take `weights`: `"examples"`, `"uniform"` (all clients alike) or `"tokens"` (those that carry a loss).
+            Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`. Rules that are
+            weighted means take `weights`: `"examples"`, `"uniform"` (all clients alike) or `"tokens"` (those that
+            carry a loss).
         tensor_roles (`dict` or `str`, *optional*):
             Which tensors are shared, which stay with a client and which nobody trains: fields of [`TensorRoles`], as in
             `{"local": ["classifier"]}`, in addition to what the aggregation sets. With local tensors `eval_dataset` is a
@@ -322,12 +323,14 @@ class FederatedConfig(FederationArguments, SFTConfig):
         > Parameters that control what is published (the files in `output_dir` have it all)
 
         publish_client_names (`bool`, *optional*, defaults to `False`):
-            Whether `push_to_hub` publishes the names of the clients, in the record and which of them took part in a round.
+            Whether `push_to_hub` publishes the names of the clients, in the record and which of them took part in a
+            round.
         publish_client_metrics (`bool`, *optional*, defaults to `False`):
-            Whether `push_to_hub` publishes figures of single clients: sizes, losses, steps, seconds, bytes, evaluations. With the names
-            also why clients were left out, and `client_settings`.
+            Whether `push_to_hub` publishes figures of single clients: sizes, losses, steps, seconds, bytes,
+            evaluations. With the names also why clients were left out, and `client_settings`.
         publish_label_counts (`bool`, *optional*, defaults to `False`):
-            Whether `push_to_hub` publishes how often each value of `label_column` occurs at each client, of which the sum is its size.
+            Whether `push_to_hub` publishes how often each value of `label_column` occurs at each client, of which the
+            sum is its size.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:

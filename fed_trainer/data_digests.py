@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Digests of what datasets hold: equal for equal rows, whether they lie in memory or on disk, in one piece or as a selection."""
+"""
+Digests of what datasets hold: equal for equal rows, whether they lie in memory or on disk, in one piece or as a
+selection.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +38,16 @@ def client_digest(clients: Mapping[str, Any], client: str) -> str | None:
 
 def dataset_digest(dataset: Any) -> str | None:
     """
-    128 bits of a SHA-256 over the values of all columns, in the order of the rows; of a file that a row names, only the name counts.
+    128 bits of a SHA-256 over the values of all columns, in the order of the rows; of a file that a row names, only
+    the name counts.
 
     Args:
         dataset (`Dataset`):
             What to look at.
 
     Returns:
-        `str` or `None`: The digest; `None` if it is no `Dataset`, as a stream, whose rows cannot be looked at beforehand.
+        `str` or `None`: The digest; `None` if it is no `Dataset`, as a stream, whose rows cannot be looked at
+        beforehand.
     """
     return _digest(dataset, np.arange(len(dataset))) if isinstance(dataset, Dataset) else None
 

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a setting or an argument is, as JSON keeps it: by value, class or code, never by address, so that two sessions can be compared."""
+"""
+What a setting or an argument is, as JSON keeps it: by value, class or code, never by address, so that two sessions can
+be compared.
+"""
 
 from __future__ import annotations
 
@@ -42,8 +45,8 @@ def is_secret(name: str) -> bool:
 
 def storable(value: Any) -> Any:
     """
-    A value as strict JSON takes it: numbers that are not finite become `"nan"`, `"inf"` and `"-inf"`, arrays lists, and what JSON has
-    no form for the name of its class.
+    A value as strict JSON takes it: numbers that are not finite become `"nan"`, `"inf"` and `"-inf"`, arrays lists,
+    and what JSON has no form for the name of its class.
     """
     if isinstance(value, Enum):
         return value.value if isinstance(value, str) else str(value)
@@ -64,15 +67,17 @@ def described(value: Any) -> Any:
     """
     What a setting or an argument is, in strict JSON.
 
-    Functions are described by their name and, unless they are of an installed library, a digest of their code (with what they enclose,
-    the functions of their module that they call and its constants that they read); objects by their class, and their fields if they
-    are dataclasses or configs.
+    Functions are described by their name and, unless they are of an installed library, a digest of their code (with
+    what they enclose, the functions of their module that they call and its constants that they read); objects by their
+    class, and their fields if they are dataclasses or configs.
     """
     return _described(value, frozenset())
 
 
 def agree(there: Any, here: Any) -> bool:
-    """Whether two descriptions are of the same. The code of a function is compared within one version of Python only."""
+    """
+    Whether two descriptions are of the same. The code of a function is compared within one version of Python only.
+    """
     if isinstance(there, dict) and isinstance(here, dict):
         ignored = set()
         if "function" in there and there.get("python") != here.get("python"):
@@ -85,7 +90,10 @@ def agree(there: Any, here: Any) -> bool:
 
 
 def difference(there: Any, here: Any) -> str | None:
-    """Which code, or which value that code uses, is another in two descriptions that do not agree; `None` if it is not in a function."""
+    """
+    Which code, or which value that code uses, is another in two descriptions that do not agree; `None` if it is not in
+    a function.
+    """
     if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
         name = here.get("function")
         if isinstance(name, str) and there["function"] == name:
@@ -193,7 +201,10 @@ def _function(function: FunctionType, seen: frozenset[int]) -> Any:
 
 
 def _used(function: FunctionType) -> dict[str, Any]:
-    """What a function does is also decided by its defaults, what it encloses, and the functions and constants of its module."""
+    """
+    What a function does is also decided by its defaults, what it encloses, and the functions and constants of its
+    module.
+    """
     code, entries = function.__code__, function.__globals__
     used = {}
     for name in sorted(_names(code) & entries.keys()):

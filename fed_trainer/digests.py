@@ -31,7 +31,8 @@ SIZE = " bytes"  # of a client's file, in checkpoints of the first versions
 
 def write_digests(folder: Path, names: Iterable[str], known: Mapping[str, str] | None = None) -> None:
     """
-    Write `digests.json`: by path within `folder` the SHA-256 of a file. When this returns, all of them are on the disk.
+    Write `digests.json`: by path within `folder` the SHA-256 of a file. When this returns, all of them are on the
+    disk.
 
     Args:
         folder (`Path`):
@@ -64,8 +65,8 @@ def read_digests(folder: Path) -> dict[str, str]:
 
 def find_damage(folder: str | os.PathLike, clients: bool = True) -> str | None:
     """
-    What is wrong with a checkpoint, if something is: a file that is missing, cannot be read, is not the one that was written, or was not
-    written by the run. Other files of the user's do not matter.
+    What is wrong with a checkpoint, if something is: a file that is missing, cannot be read, is not the one that was
+    written, or was not written by the run. Other files of the user's do not matter.
 
     Args:
         folder (`str`):

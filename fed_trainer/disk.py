@@ -35,7 +35,10 @@ def file_digest(path: str | os.PathLike, durably: bool = False) -> str:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Nothing outside POSIX, where folders cannot be opened."""
+    """
+    Wait until a file, or the names in a folder, are on the disk. Nothing outside POSIX, where folders cannot be
+    opened.
+    """
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -46,7 +49,10 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def replace_durably(beside: Path, path: Path) -> None:
-    """Rename `beside`, a file or a folder whose files are on the disk, to `path`, so that after a crash there is one or the other."""
+    """
+    Rename `beside`, a file or a folder whose files are on the disk, to `path`, so that after a crash there is one or
+    the other.
+    """
     sync(beside)
     os.replace(beside, path)
     sync(path.parent)

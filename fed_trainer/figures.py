@@ -111,9 +111,9 @@ def held_out_metrics(record: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 def evaluations(record: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """
-    What the evaluations measured by round, 0 before training, of the rounds that were evaluated: the losses first, then the
-    figures of `compute_metrics`, without the speed of the evaluation and what TRL logs along (it is in the record). Numbers that are not
-    finite are `"nan"`, `"inf"` and `"-inf"`.
+    What the evaluations measured by round, 0 before training, of the rounds that were evaluated: the losses first,
+    then the figures of `compute_metrics`, without the speed of the evaluation and what TRL logs along (it is in the
+    record). Numbers that are not finite are `"nan"`, `"inf"` and `"-inf"`.
     """
     measured = {0: record["start"]["eval"]} | {entry["round"]: entry["eval"] for entry in record["rounds"]}
     side = frozenset(record.get("side_metrics", _OLD_SIDE_METRICS))

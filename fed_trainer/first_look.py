@@ -24,8 +24,9 @@ _CHUNK = 100  # rows read at once
 
 def telling_row(clients: Mapping[str, Dataset], text_field: str | None = None) -> Dataset:
     """
-    One row of which no part that tells its format is missing. Trainers learn from the data that they are made with what it is (texts or
-    messages, with or without images, ...), and that must not depend on what the first client happens to hold.
+    One row of which no part that tells its format is missing. Trainers learn from the data that they are made with
+    what it is (texts or messages, with or without images, ...), and that must not depend on what the first client
+    happens to hold.
 
     Args:
         clients (`Mapping[str, Dataset]`):

@@ -31,7 +31,8 @@ def check_held_out(eval_dataset: Any, clients: Collection[str], takes_torch: boo
         eval_dataset (`Any`):
             One set, or several by name or client.
         clients (`Collection[str]`):
-            Names of the clients. If all sets are theirs, each is to be as long as it says, since the mean is weighted by rows.
+            Names of the clients. If all sets are theirs, each is to be as long as it says, since the mean is weighted
+            by rows.
         takes_torch (`bool`):
             Whether the trainer takes data sets of torch, as `Trainer` does.
 

@@ -288,7 +288,8 @@ def _loading(
     if not has_head or num_labels is None or model_class is None:
         loader = LOADERS.get(task_type or "", "AutoPeftModel")
         return [f"from peft import {loader}", "", "", f'model = {loader}.from_pretrained("{source}")']
-    # The checkpoint of the base may have a head of other classes. `AutoPeftModel` would let the adapter differ in its sizes as well.
+    # The checkpoint of the base may have a head of other classes. `AutoPeftModel` would let the adapter differ in its
+    # sizes as well.
     base = base_model_id or "path/to/the/base/model"
     return [
         "from peft import PeftModel",

@@ -54,8 +54,8 @@ class Measured:
 
 class LocalFiguresMixin(Trainer):
     """
-    Figures of a client are its own. The trainers of TRL collect theirs in `_metrics` and count tokens over their life, so both start
-    afresh with every local round and every evaluation.
+    Figures of a client are its own. The trainers of TRL collect theirs in `_metrics` and count tokens over their life,
+    so both start afresh with every local round and every evaluation.
     """
 
     _metrics: Any = MappingProxyType({})  # of TRL's trainers: by mode and name, the values since the last log
@@ -69,7 +69,10 @@ class LocalFiguresMixin(Trainer):
 
     @contextmanager
     def _measuring(self) -> Iterator[Measured]:
-        """Within, the trainer trains one client. A loss that is not a number is not hidden, whatever `logging_nan_inf_filter`."""
+        """
+        Within, the trainer trains one client. A loss that is not a number is not hidden, whatever
+        `logging_nan_inf_filter`.
+        """
         device = self.args.device
         measured = Measured(torch.zeros((), dtype=torch.bool, device=device), torch.zeros((), device=device))
         hides, tokens = self.args.logging_nan_inf_filter, self._total_train_tokens
@@ -121,7 +124,10 @@ class LocalFiguresMixin(Trainer):
         return super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
 
     def _take_side_metrics(self) -> dict[str, float]:
-        """What TRL has measured along in the last evaluation, under the names of the data set; the next call gets nothing."""
+        """
+        What TRL has measured along in the last evaluation, under the names of the data set; the next call gets
+        nothing.
+        """
         metrics = self._metrics.get("eval", {})
         taken = {f"{self._metric_prefix}_{name}": sum(values) / len(values) for name, values in metrics.items()}
         self._seen_side_metrics |= {f"{self._metric_prefix}_{name}" for name in metrics.keys() & self._side_metrics}
@@ -152,8 +158,8 @@ class LocalFiguresMixin(Trainer):
 
     def _figures(self, output: TrainOutput, measured: Measured) -> dict[str, Any]:
         """
-        The figures of a local round: `train_loss` (mean over the steps that had labels), `num_steps`, and `training_metrics` if the
-        trainer logs some. Of several processes all have to call it.
+        The figures of a local round: `train_loss` (mean over the steps that had labels), `num_steps`, and
+        `training_metrics` if the trainer logs some. Of several processes all have to call it.
 
         Raises:
             ClientError: If they say that nothing was learnt.
@@ -182,7 +188,10 @@ class LocalFiguresMixin(Trainer):
         return figures | ({TRAINING_METRICS: measured.metrics} if measured.metrics else {})
 
     def _mean_loss(self, loss: float, steps: int, without_loss: float, is_whole: bool) -> float:
-        """`Trainer` returns the mean of each process over all its steps; the mean over those that had labels is that of the client."""
+        """
+        `Trainer` returns the mean of each process over all its steps; the mean over those that had labels is that of
+        the client.
+        """
         if is_whole:
             if self.accelerator.num_processes == 1:
                 return loss

@@ -62,7 +62,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         What was given as `optimizers`.
 
         Raises:
-            ValueError: If the optimiser does not hold what is trained, or the schedule cannot start afresh at each client.
+            ValueError: If the optimiser does not hold what is trained, or the schedule cannot start afresh at each
+                client.
         """
         if optimizer is not None:
             self._check_optimizer(optimizer)
@@ -113,8 +114,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
                 What `optimizer_state` has returned after an earlier local round, to go on with; a fresh optimiser if not given.
 
         Returns:
-            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps`, `seconds` and, of a trainer that logs more in
-            training, `training_metrics`.
+            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps`, `seconds` and, of a trainer
+            that logs more in training, `training_metrics`.
 
         Raises:
             ClientError: If nothing was learnt: no step, no label, or a loss that is not finite.
@@ -152,8 +153,9 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
     @contextmanager
     def _own_state(self, max_steps: int | None, is_late: Callable[[], bool] | None) -> Iterator[None]:
         """
-        Within, `train()` is that of a client. It starts a TrainerState of its own and reports every event, so the federation's state and
-        its reports are put aside: callbacks see the steps of a local round, but no `on_train_begin`, `on_log` or `on_save` per client.
+        Within, `train()` is that of a client. It starts a TrainerState of its own and reports every event, so the
+        federation's state and its reports are put aside: callbacks see the steps of a local round, but no
+        `on_train_begin`, `on_log` or `on_save` per client.
         """
         federation = self.state, self.control, self.callback_handler
         self.control = TrainerControl()
@@ -177,7 +179,10 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
 
     @contextmanager
     def _breaking_off(self) -> Iterator[None]:
-        """After what breaks off within, wherever it does, model, optimiser and process are as the next local round has to find them."""
+        """
+        After what breaks off within, wherever it does, model, optimiser and process are as the next local round has to
+        find them.
+        """
         assert self.model is not None
         with restoring(
             remember_flags(),
@@ -193,7 +198,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
 
         def put_back() -> None:
             self.current_flos = flos
-            # with `skip_memory_metrics=False` a thread measures from the beginning of a training or an evaluation to its end
+            # with `skip_memory_metrics=False` a thread measures from the beginning of a training or an evaluation to
+            # its end
             self._memory_tracker.peak_monitoring, self._memory_tracker.cur_stage = False, None
 
         return put_back
@@ -239,8 +245,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         """What `Trainer` builds at the beginning of a training: wrapped model and optimiser."""
         self._live_adapter.train_only(None)  # the optimiser is to know all that is trained in some round
         model: Any = self.model
-        # An evaluation before the first local round needs these too. The kernels replace what the engine wraps, such as a forward in
-        # mixed precision, so they have to come before it.
+        # An evaluation before the first local round needs these too. The kernels replace what the engine wraps, such
+        # as a forward in mixed precision, so they have to come before it.
         if isinstance(self.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)) and hasattr(model, "config"):
             align_special_tokens(model, self.processing_class)
         if self.args.use_liger_kernel and not self._has_liger_kernels:
@@ -282,7 +288,10 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
             group["lr"] = group["initial_lr"] = lr * self._lr_factor
 
     def _switches_weights(self) -> bool:
-        """Whether the optimiser trains other weights than those to be used, as schedule-free ones do: `eval()` puts these in place."""
+        """
+        Whether the optimiser trains other weights than those to be used, as schedule-free ones do: `eval()` puts these
+        in place.
+        """
         return any(callable(getattr(self.optimizer.optimizer, name, None)) for name in ("train", "eval"))
 
     def _drop_engine(self) -> None:

@@ -27,11 +27,11 @@ logger = logging.get_logger(__name__)
 
 class LossProbeMixin(AgreementMixin):
     """
-    Sets `model_accepts_loss_kwargs` to whether the model divides its loss by `num_items_in_batch`, the labels of a step over all processes
-    and accumulated batches.
+    Sets `model_accepts_loss_kwargs` to whether the model divides its loss by `num_items_in_batch`, the labels of a
+    step over all processes and accumulated batches.
 
-    `Trainer` counts on it if the model takes any keyword. Many classifiers do and compute a mean over their own rows, which `Trainer` then
-    multiplies by the number of processes and does not divide by the accumulated batches.
+    `Trainer` counts on it if the model takes any keyword. Many classifiers do and compute a mean over their own rows,
+    which `Trainer` then multiplies by the number of processes and does not divide by the accumulated batches.
     """
 
     _clients: Mapping[str, Dataset]
@@ -60,7 +60,10 @@ class LossProbeMixin(AgreementMixin):
         )
 
     def _labelled_batches(self) -> Iterator[dict[str, Any] | None]:
-        """The first batch of each client, then the second, ...; `None` if batches have no `labels`, which `Trainer` would count."""
+        """
+        The first batch of each client, then the second, ...; `None` if batches have no `labels`, which `Trainer` would
+        count.
+        """
         size = self.args.per_device_train_batch_size
         for start in itertools.count(0, size):
             is_over = True
@@ -83,7 +86,10 @@ class LossProbeMixin(AgreementMixin):
 
     @torch.no_grad()
     def _loss_depends_on_count(self, batch: dict[str, Any]) -> bool | None:
-        """Whether the loss of this batch follows the count; `None` if it cannot tell, as its values are zero or not finite."""
+        """
+        Whether the loss of this batch follows the count; `None` if it cannot tell, as its values are zero or not
+        finite.
+        """
         try:
             with self._agreeing_in_forward(), restoring(remember_problem_type(self.model), remember_flags()):
                 first, second = (self._loss_with_count(batch, count) for count in (1, 2))

@@ -101,7 +101,9 @@ def told_by_first(compute: Callable[[], T]) -> T:
 
 
 def first_alone(act: Callable[[], None]) -> None:
-    """Let the first process `act`; the others wait, and raise a `RuntimeError` if it fails there. All have to call it."""
+    """
+    Let the first process `act`; the others wait, and raise a `RuntimeError` if it fails there. All have to call it.
+    """
     told_by_first(act)
 
 

@@ -1,16 +1,18 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What of the record and the log of a run is published: a list of what goes out, everything else stays. The local files keep it all.
+What of the record and the log of a run is published: a list of what goes out, everything else stays. The local files
+keep it all.
 
-Without an option no client is named, and no figure is one client's: a round in which a single client counted has no loss, bytes and
-seconds, an evaluation on the held-out data of a single client no metrics, a federation of one client no size.
+Without an option no client is named, and no figure is one client's: a round in which a single client counted has no
+loss, bytes and seconds, an evaluation on the held-out data of a single client no metrics, a federation of one client
+no size. A metric that a single client has a number for stays too.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .figures import is_shown
@@ -94,7 +96,7 @@ def published_record(record: Mapping[str, Any], openings: Openings = CLOSED) -> 
         "side_metrics": [
             name for name in record.get("side_metrics", []) if is_whole or not _names_a_client(name, clients)
         ],
-        "start": {"eval": _evaluation(record, record["start"].get("eval"), _evaluates_one(record), openings)},
+        "start": {"eval": _evaluation(record, record["start"].get("eval"), _of_one_at_start(record), openings)},
         "rounds": [_round(record, entry, shown, openings) for entry in record["rounds"]],
     }
 
@@ -122,14 +124,16 @@ def published_log(state: Mapping[str, Any], record: Mapping[str, Any], openings:
         if openings.client_metrics:
             kept |= _client_figures(entry, shown)
         evaluated = {key: value for key, value in entry.items() if key.startswith("eval_")}
-        of_one = _evaluates_one(record) if entry.get("step") == 0 else _is_of_one(round.get("client_eval"))
-        kept |= _evaluation(record, evaluated, of_one, openings) or {}
+        is_of_one = _of_one_at_start(record) if entry.get("step") == 0 else _of_one(round)
+        kept |= _evaluation(record, evaluated, is_of_one, openings) or {}
         history.append(kept)
     return {**_chosen(state, _STATE), "log_history": history}
 
 
 def clients_between(record: Mapping[str, Any], after: int) -> set[str]:
-    """Clients whose updates are in the difference between the model after round `after` and that after the last one."""
+    """
+    Clients whose updates are in the difference between the model after round `after` and that after the last one.
+    """
     return {client for entry in record["rounds"] if entry["round"] > after for client in entry["clients"]}
 
 
@@ -152,7 +156,7 @@ def _round(
         **{key: entry.get(key) if counts else None for key in _OVER_CLIENTS},
         "clients": clients,
         "refused": dict(entry.get("refused", {})) if is_whole else {},
-        "eval": _evaluation(record, entry.get("eval"), _is_of_one(entry.get("client_eval")), openings),
+        "eval": _evaluation(record, entry.get("eval"), _of_one(entry), openings),
         "client_eval": evaluations,
     }
 
@@ -167,17 +171,22 @@ def _number(index: int) -> str:
 
 
 def _evaluation(
-    record: Mapping[str, Any], metrics: Mapping[str, Any] | None, of_one: bool, openings: Openings
+    record: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None,
+    is_of_one: Callable[[str], bool],
+    openings: Openings,
 ) -> dict[str, Any] | None:
-    """The figures of an evaluation; those of one client, or of a held-out set that is called like one, only if these are let out."""
-    if metrics is None or (of_one and not openings.client_metrics):
+    """
+    The figures of an evaluation; those of one client, or of a held-out set that is called like one, only if these are
+    let out.
+    """
+    if metrics is None:
+        return None
+    shown = {key: value for key, value in _numbers(metrics).items() if openings.client_metrics or not is_of_one(key)}
+    if metrics and not shown:
         return None
     is_whole = openings.client_names and openings.client_metrics
-    return {
-        key: value
-        for key, value in _numbers(metrics).items()
-        if is_whole or not _names_a_client(key, record["clients"])
-    }
+    return {key: value for key, value in shown.items() if is_whole or not _names_a_client(key, record["clients"])}
 
 
 def _client_figures(entry: Mapping[str, Any], shown: Mapping[str, str]) -> dict[str, Any]:
@@ -191,7 +200,10 @@ def _client_figures(entry: Mapping[str, Any], shown: Mapping[str, str]) -> dict[
 
 
 def _names_a_client(key: str, clients: Collection[str]) -> bool:
-    """Whether the name of a metric has that of a client in it, as that of a held-out set which is called so: `eval_<client>_loss`."""
+    """
+    Whether the name of a metric has that of a client in it, as that of a held-out set which is called so:
+    `eval_<client>_loss`.
+    """
     parts = key.split("_")
     return any("_".join(parts[start:end]) in clients for end in range(len(parts) + 1) for start in range(1, end))
 
@@ -200,14 +212,21 @@ def _counts_many(entry: Mapping[str, Any]) -> bool:
     return len(entry["clients"]) > 1
 
 
-def _is_of_one(client_eval: Mapping[str, Any] | None) -> bool:
-    return client_eval is not None and len(client_eval) == 1
+def _of_one(entry: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Of an evaluation by client: tells the metrics that are those of a single client, as the others have none."""
+    by_client = entry.get("client_eval")
+    if by_client is None:
+        return lambda key: False
+    is_alone = sum(map(bool, by_client.values())) == 1
+    counts = entry.get("eval_clients") or {}
+    return lambda key: is_alone or counts.get(key) == 1
 
 
-def _evaluates_one(record: Mapping[str, Any]) -> bool:
-    """Whether the evaluation before the first round may be on one client, of which the record says nothing."""
-    evaluations = [entry.get("client_eval") for entry in record["rounds"]]
-    return len(record["clients"]) == 1 or any(map(_is_of_one, evaluations))
+def _of_one_at_start(record: Mapping[str, Any]) -> Callable[[str], bool]:
+    """As `_of_one` for the evaluation before the first round, of which the record says nothing: as in any round."""
+    rounds = [_of_one(entry) for entry in record["rounds"]]
+    is_alone = len(record["clients"]) == 1
+    return lambda key: is_alone or any(is_of_one(key) for is_of_one in rounds)
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

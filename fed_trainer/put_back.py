@@ -33,7 +33,8 @@ _HOOKS = (
     "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks",
 )  # fmt: skip
-# which installs its hooks at the first forward pass that needs them, once: without them the model gives no hidden states
+# which installs its hooks at the first forward pass that needs them, once: without them the model gives no hidden
+# states
 _INSTALLS_FOR_GOOD = "transformers.utils.output_capturing"
 # of transformers' rotary embeddings, by layer type too
 _GROWS_WITH_SEQUENCES = ("max_seq_len_cached", "attention_scaling")
@@ -61,7 +62,9 @@ def restoring(*put_back: PutBack, only_after_failure: bool = False) -> Iterator[
 
 
 def remember_hooks(model: nn.Module) -> PutBack:
-    """The hooks of all modules, neither more nor fewer, but for those that transformers has installed for good meanwhile."""
+    """
+    The hooks of all modules, neither more nor fewer, but for those that transformers has installed for good meanwhile.
+    """
     before = [
         (hooks, dict(hooks))
         for module in model.modules()
@@ -111,7 +114,9 @@ def remember_problem_type(model: nn.Module | None) -> PutBack:
 
 
 def remember_frequencies(model: nn.Module) -> PutBack:
-    """The frequencies of a dynamic RoPE, which follow the longest sequence that the model has seen, whosever it was."""
+    """
+    The frequencies of a dynamic RoPE, which follow the longest sequence that the model has seen, whosever it was.
+    """
 
     def grown(module: nn.Module) -> dict[str, Any]:
         return {name: value for name, value in vars(module).items() if name.endswith(_GROWS_WITH_SEQUENCES)}
@@ -134,8 +139,9 @@ def remember_frequencies(model: nn.Module) -> PutBack:
 
 def remember_weights(model: nn.Module) -> PutBack:
     """
-    The memory of all parameters and buffers, for the time that `model.to(dtype)` gives them another. It stays allocated: nothing is
-    copied or rounded, and whoever holds the parameters and buffers holds the same ones afterwards.
+    The memory of all parameters and buffers, for the time that `model.to(dtype)` gives them another. It stays
+    allocated: nothing is copied or rounded, and whoever holds the parameters and buffers holds the same ones
+    afterwards.
     """
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
     buffers = [
@@ -169,7 +175,9 @@ def remember_random_state() -> PutBack:
 
 
 def remember_flags() -> PutBack:
-    """The settings of PyTorch that hold for the whole process or thread, which code that fails half-way leaves switched."""
+    """
+    The settings of PyTorch that hold for the whole process or thread, which code that fails half-way leaves switched.
+    """
     gradients, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     anomaly = torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
     deterministic = torch.get_deterministic_debug_mode()

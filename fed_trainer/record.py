@@ -75,8 +75,8 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
 
 def write_json(path: str | os.PathLike, content: dict[str, Any]) -> None:
     """
-    Write strict JSON (see `storable`) beside and rename, so that a reader, or a crash, never sees half a file; on the disk when it
-    returns.
+    Write strict JSON (see `storable`) beside and rename, so that a reader, or a crash, never sees half a file; on the
+    disk when it returns.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")

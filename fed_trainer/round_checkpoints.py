@@ -37,7 +37,10 @@ logger = logging.get_logger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint as it was read: `adapter` is empty if the state of the model is elsewhere, `parts` are those of the server's file."""
+    """
+    A checkpoint as it was read: `adapter` is empty if the state of the model is elsewhere, `parts` are those of the
+    server's file.
+    """
 
     folder: Path
     record: dict[str, Any]
@@ -96,7 +99,9 @@ class RoundCheckpointsMixin(RunFilesMixin):
     def _write_checkpoint_files(
         self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
     ) -> dict[str, str]:
-        """Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep."""
+        """
+        Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep.
+        """
         self._save_files(folder, weights)
         write_state(self.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}

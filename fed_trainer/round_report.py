@@ -94,7 +94,9 @@ class RoundReportMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         return recorded
 
     def _remember_data(self, clients: Mapping[str, Any]) -> None:
-        """A digest of the data of the clients that have trained for the first time, by which a resumed run recognises it."""
+        """
+        A digest of the data of the clients that have trained for the first time, by which a resumed run recognises it.
+        """
         if not self.is_world_process_zero():
             return
         for client in clients:
@@ -133,7 +135,10 @@ class RoundReportMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
 
 
 def _training_metrics(clients: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, float]:
-    """What the trainer logs of training: means over the clients that have it, weighted by examples, and the sum of tokens."""
+    """
+    What the trainer logs of training: means over the clients that have it, weighted by examples, and the sum of
+    tokens.
+    """
     means = {}
     for name in dict.fromkeys(name for figures in clients.values() for name in figures.get(TRAINING_METRICS, {})):
         values = {client: figures.get(TRAINING_METRICS, {}).get(name) for client, figures in clients.items()}

@@ -103,7 +103,10 @@ class RunFilesMixin(Trainer):
         write_digests(folder, self._saved_names)
 
     def _save_files(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        """Write the model, what is needed to load it, the record and the card; `_saved_names` are the files of the first two."""
+        """
+        Write the model, what is needed to load it, the record and the card; `_saved_names` are the files of the first
+        two.
+        """
         with fresh_folder(folder) as beside:
             self._save_weights(beside, weights)
             if self.processing_class is not None:
@@ -160,7 +163,8 @@ class RunFilesMixin(Trainer):
         **kwargs: Any,
     ) -> Any:
         """
-        Publish the global adapter, what is needed to load it, its card, and of the record and the log what [`Openings`] let out.
+        Publish the global adapter, what is needed to load it, its card, and of the record and the log what
+        [`Openings`] let out.
 
         Args:
             commit_message (`str`, *optional*, defaults to `"End of training"`):

@@ -34,8 +34,9 @@ class FolderInUseError(RuntimeError):
 @contextmanager
 def owning(folder: Path) -> Iterator[None]:
     """
-    Within, no other trainer, of this process or another, can own `folder`. The lock is the operating system's: it ends with its
-    process, however that ends. Of several processes of a launch, which all have to come here, the first holds it.
+    Within, no other trainer, of this process or another, can own `folder`. The lock is the operating system's: it ends
+    with its process, however that ends. Of several processes of a launch, which all have to come here, the first holds
+    it.
 
     Raises:
         FolderInUseError: If another one owns it; the message has its host and process.

@@ -68,7 +68,8 @@ def check_same_data(
     folder: str | os.PathLike,
 ) -> None:
     """
-    Refuse a checkpoint of a run on other data: of the clients that have trained, and of the held-out sets that were evaluated on.
+    Refuse a checkpoint of a run on other data: of the clients that have trained, and of the held-out sets that were
+    evaluated on.
 
     Args:
         record (`dict`):

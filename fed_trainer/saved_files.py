@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Files of a model: written beside, looked at, moved into place, so that a folder's own files are told from what the run wrote."""
+"""
+Files of a model: written beside, looked at, moved into place, so that a folder's own files are told from what the run
+wrote.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ __all__ = ["fresh_folder", "move_into_place", "raise_contents", "remove_supersed
 
 @contextmanager
 def fresh_folder(folder: Path) -> Iterator[Path]:
-    """A hidden folder within `folder`, on the same file system; removed at the end, or the next time, with what is left in it."""
+    """
+    A hidden folder within `folder`, on the same file system; removed at the end, or the next time, with what is left
+    in it.
+    """
     beside = folder / ".saving"
     remove_own_folder(beside)  # of a run that died here before
     make_own(beside)
@@ -67,8 +73,9 @@ def move_into_place(beside: Path, folder: Path) -> list[str]:
 
 def remove_superseded(folder: Path, names: Sequence[str]) -> None:
     """
-    Remove what an earlier save has written into `folder` and the present one, of `names`, has not: weights of another sharding would be
-    loaded in place of the new ones. A file that is no longer what was written is somebody else's and stays.
+    Remove what an earlier save has written into `folder` and the present one, of `names`, has not: weights of another
+    sharding would be loaded in place of the new ones. A file that is no longer what was written is somebody else's and
+    stays.
     """
     try:
         earlier = read_digests(folder)

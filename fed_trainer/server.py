@@ -234,8 +234,8 @@ class Server:
 
     def changed_since(self, round: int | None) -> set[str]:
         """
-        Names of the tensors that have changed since a client came to round number `round`; for a client that has not been here
-        (`None`) all that is or was shared. Roles repeat every two rounds at most.
+        Names of the tensors that have changed since a client came to round number `round`; for a client that has not
+        been here (`None`) all that is or was shared. Roles repeat every two rounds at most.
         """
         first = 1 if round is None else round
         now = self._shared_in[self._round] if round is None else set()
@@ -474,7 +474,10 @@ def _most_steps(args: FederationArguments, settings: Mapping[str, ClientSettings
 
 
 def _base_dtypes(model: nn.Module, pairs: Sequence[FactorPair]) -> dict[str, tuple[torch.dtype, ...]]:
-    """By module the dtype of its base weight, if it is one of floating-point numbers; a quantised weight takes no addition."""
+    """
+    By module the dtype of its base weight, if it is one of floating-point numbers; a quantised weight takes no
+    addition.
+    """
     if not isinstance(model, PeftModel):
         return {}
     base: Any = model.get_base_model()

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The settings of a run as its record keeps them: every field of the config, also of a user's own, but those that are listed here. So what
-is not thought of is compared when a run is resumed.
+The settings of a run as its record keeps them: every field of the config, also of a user's own, but those that are
+listed here. So what is not thought of is compared when a run is resumed.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ def described_arguments(arguments: dict[str, Any], callbacks: Iterable[TrainerCa
         arguments (`dict[str, Any]`):
             The keyword arguments.
         callbacks (`Iterable[TrainerCallback]`):
-            All that are registered. Those of the libraries, which show and report, are left out, and those that say so: their class
-            has `may_differ = True`.
+            All that are registered. Those of the libraries, which show and report, are left out, and those that say
+            so: their class has `may_differ = True`.
     """
     own = [callback if isinstance(callback, type) else type(callback) for callback in callbacks]
     names = [

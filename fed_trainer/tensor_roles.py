@@ -56,8 +56,8 @@ class TensorRoles:
             Role of a tensor that no pattern matches.
 
     Raises:
-        ValueError: For a role that does not exist, a string in the place of a tuple, a pattern that is no regular expression, or one that
-            could match for hours.
+        ValueError: For a role that does not exist, a string in the place of a tuple, a pattern that is no regular
+            expression, or one that could match for hours.
     """
 
     shared: tuple[str, ...] = ()

@@ -1,12 +1,13 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What travels between the server and a client in a round, in bytes: all that an implementation over a network would have to send.
+What travels between the server and a client in a round, in bytes: all that an implementation over a network would have
+to send.
 
-Down: the shared tensors that have changed since the client was last here, cut to its rank; what the local objective sends along; what
-went into the base model meanwhile. Up: the delta, what the local objective sends along, and the numbers that the rule reads.
-Names, framing and figures for the record are not counted, nor what is agreed on before the first round (the base model, the initial
-adapter's frozen part, the seed that masks and restarts are drawn from).
+Down: the shared tensors that have changed since the client was last here, cut to its rank; what the local objective
+sends along; what went into the base model meanwhile. Up: the delta, what the local objective sends along, and the
+numbers that the rule reads. Names, framing and figures for the record are not counted, nor what is agreed on before
+the first round (the base model, the initial adapter's frozen part, the seed that masks and restarts are drawn from).
 """
 
 from __future__ import annotations

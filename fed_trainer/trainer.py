@@ -133,18 +133,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             refuse_unwrapped_adapter(model)
         adapter_folder = None
         if args.initial_adapter is not None:
-            if peft_config is not None or isinstance(model, PeftModel):
-                raise ValueError(
-                    f"`initial_adapter` is {args.initial_adapter!r}, which brings its own PEFT config, but a "
-                    f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
-                )
-            adapter_folder = fetch_adapter(args.initial_adapter, args.initial_adapter_revision, args.hub_token)
-            if not (adapter_folder / CONFIG_NAME).is_file():
-                raise ValueError(
-                    f"`initial_adapter` takes adapters only, but {args.initial_adapter!r} has no {CONFIG_NAME}. To start from a "
-                    f"whole model, load it with `from_pretrained({args.initial_adapter!r})` and pass it as `model`."
-                )
-            check_adapter_files(adapter_folder)
+            adapter_folder = self._fetch_initial_adapter(args.initial_adapter, model, peft_config)
             peft_config = read_peft_config(PeftConfig, adapter_folder)
             peft_config.inference_mode = False
 
@@ -191,6 +180,9 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         published = {} if adapter_folder is None else self._start_from(adapter_folder)
         self._initial_digest = state_digest(published) if published else None
         self._global_state = self._shared_start(published)
+        # nothing changes it in place; a whole model is too large to be held twice
+        self._start_state = self._global_state if isinstance(self.model, PeftModel) else None
+        self._has_left_start = False
         self._client_settings = parse_client_settings(
             given(args, "client_settings"), self._clients, self._global_state
         )
@@ -210,7 +202,12 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._sparse_stage_errors = {}
         self._store = ClientStore(self._folder / PRIVATE_FOLDER)
         self._local_keys = self.server.local_keys(self._global_state)
-        has_optimizer = optimizer is not None
+        self._check_settings(has_optimizer=optimizer is not None)
+        self._record = self._new_record()
+
+    def _check_settings(self, has_optimizer: bool) -> None:
+        """Refuse what does not go together, now that all parts are there."""
+        args = self.args
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
@@ -225,7 +222,6 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             check_deepspeed(args, plugin, self.model, self._live_adapter, self.server, has_optimizer)
         if self.is_fsdp_enabled:
             check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, self.server)
-        self._record = self._new_record()
 
     def train(
         self,
@@ -247,12 +243,14 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         Raises:
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
-            ValueError: If the checkpoint belongs to another run.
-            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not zero.
+            ValueError: If the checkpoint belongs to another run, or a whole model, which this trainer has trained already,
+                is to be trained from its start.
+            NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not
+                zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
                 adapter of the last finished round.
-            BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live model holds
-                that of the round before.
+            BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live
+                model holds that of the round before.
         """
         self._refuse_within_client_model("train")
         if trial is not None:
@@ -358,6 +356,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
         refuse_overflow(self._global_state, self._live_adapter.dtypes())
+        self._has_left_start = True
         self._live_adapter.write(self._global_state)
         if self._base_changes is not None:
             self._base_changes.add(base_change)
@@ -447,7 +446,9 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         return starts_again
 
     def _claim_folder(self, starts_again: bool = False) -> None:
-        """Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it."""
+        """
+        Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it.
+        """
 
         def claim() -> None:
             refuse_another_run(self._folder, starts_again)
@@ -458,6 +459,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         self._abandon_sparse_stage()
+        self._go_back_to_start()
         self.server.forget()
         if self._base_changes is not None:
             self._base_changes.reset()
@@ -473,6 +475,19 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             self._record["start"]["eval"] = self._recorded_evaluation(self.evaluate(ignore_keys=ignore_keys_for_eval))
         self._write_record(self._folder)
         return 0
+
+    def _go_back_to_start(self) -> None:
+        """After rounds of which nothing was saved, or was deleted, a run of this trainer begins where its first one did."""
+        if not self._has_left_start:
+            return
+        if self._start_state is None:
+            raise ValueError(
+                "This trainer has trained its model already, and of a whole model the start is not kept: the run would begin with what was learnt "
+                "before. Load the model anew and make a new trainer."
+            )
+        self._global_state = self._start_state
+        self._live_adapter.write(self._global_state)
+        self._has_left_start = False
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
@@ -490,6 +505,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             self._live_adapter.write({pair.key_B: torch.zeros_like(state[pair.key_B]) for pair in self.server.pairs})
             self._begin_sparse_stage()
         self._load(checkpoint)
+        self._has_left_start = True
         self._global_state = self._live_adapter.read()
         self._go_on_recording(record, fresh)
         self._movement = Movement(has_begun=True)
@@ -575,6 +591,22 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state
+
+    def _fetch_initial_adapter(self, source: str, model: Any, peft_config: PeftConfig | None) -> Path:
+        """The folder of `initial_adapter`, whose files have been looked at."""
+        if peft_config is not None or isinstance(model, PeftModel):
+            raise ValueError(
+                f"`initial_adapter` is {source!r}, which brings its own PEFT config, but a "
+                f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
+            )
+        folder = fetch_adapter(source, self.args.initial_adapter_revision, self.args.hub_token)
+        if not (folder / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"`initial_adapter` takes adapters only, but {source!r} has no {CONFIG_NAME}. To start from a "
+                f"whole model, load it with `from_pretrained({source!r})` and pass it as `model`."
+            )
+        check_adapter_files(folder)
+        return folder
 
     def _start_from(self, folder: Path) -> AdapterState:
         source = f"The adapter {self.args.initial_adapter!r}"

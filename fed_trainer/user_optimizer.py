@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""An optimiser and a schedule that the user made: whether they fit what is trained, and how the schedule starts afresh."""
+"""
+An optimiser and a schedule that the user made: whether they fit what is trained, and how the schedule starts afresh.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,8 @@ def check_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], model: 
 
 class UserSchedule:
     """
-    A schedule of `optimizers=(optimizer, schedule)` as the scheduler of the local rounds: in each it starts afresh, at the rates that it
-    had when it was given, times the factor of the round.
+    A schedule of `optimizers=(optimizer, schedule)` as the scheduler of the local rounds: in each it starts afresh, at
+    the rates that it had when it was given, times the factor of the round.
 
     Args:
         schedule (`torch.optim.lr_scheduler.LRScheduler`):

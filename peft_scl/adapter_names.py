@@ -3,9 +3,9 @@
 """
 Which tensors of a model belong to which adapter, whatever the adapters are called.
 
-PEFT drops the tensors of other adapters from a file by their names: everything with `.<name>.` in its key. An adapter that is
-called like a module of the base model (`"mlp"`, `"0"`) so empties the files of its neighbours. Here the place counts: an adapter's
-name stands right below the containers of the adapter layers.
+PEFT drops the tensors of other adapters from a file by their names: everything with `.<name>.` in its key. An adapter
+that is called like a module of the base model (`"mlp"`, `"0"`) so empties the files of its neighbours. Here the place
+counts: an adapter's name stands right below the containers of the adapter layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _FSDP = "_fsdp_wrapped_module."  # in the names of modules, not in those of tens
 
 
 def called_like_a_module(model: nn.Module, adapter_names: Iterable[str]) -> list[str]:
-    """Those of `adapter_names` that are also a part of the name of a tensor of `model`, beside the places of adapters' names."""
+    """
+    Those of `adapter_names` that are also a part of the name of a tensor of `model`, beside the places of adapters'
+    names.
+    """
     containers, names = _containers(model), set()
     for key in model.state_dict():
         parts = key.split(".")
@@ -44,7 +47,8 @@ def restore_dropped(
     model: nn.Module, adapter_name: str, state_dict: MutableMapping[str, Any], other_names: Collection[str]
 ) -> None:
     """
-    Put back, in place, what PEFT has dropped from `state_dict` because its key contains the name of another adapter by chance.
+    Put back, in place, what PEFT has dropped from `state_dict` because its key contains the name of another adapter by
+    chance.
 
     Args:
         model (`nn.Module`):
@@ -57,7 +61,8 @@ def restore_dropped(
             Names of the other adapters.
 
     Raises:
-        ValueError: If tensors of the adapter are missing and not those of `model`, but gathered ones, so that they cannot be put back.
+        ValueError: If tensors of the adapter are missing and not those of `model`, but gathered ones, so that they
+            cannot be put back.
     """
     if not other_names or not state_dict:  # the processes of FSDP2 and ZeRO-3 that do not write have an empty one
         return
@@ -92,8 +97,9 @@ def without_others(model: nn.Module, state_dict: Mapping[str, Any], other_names:
 
 def without_name(key: str, adapter_name: str, prefix: str) -> str:
     """
-    The name in an adapter file of the tensor `key` of a model: without the name of the adapter, where that stands below a container
-    whose name begins with `prefix`, as in `scl_A.default.weight`. PEFT takes it out wherever it ends a key, also from `score.weight`.
+    The name in an adapter file of the tensor `key` of a model: without the name of the adapter, where that stands
+    below a container whose name begins with `prefix`, as in `scl_A.default.weight`. PEFT takes it out wherever it ends
+    a key, also from `score.weight`.
     """
     parts = key.split(".")
     for place in (len(parts) - 1, len(parts) - 2):

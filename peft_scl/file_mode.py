@@ -15,7 +15,8 @@ def follow_umask(path: str | os.PathLike) -> None:
     """
     Give a file that was just written the mode that `open` would have given it.
 
-    `safetensors.save_file` writes a temporary file and renames it, and that has the mode 0600: nobody else could read an adapter.
+    `safetensors.save_file` writes a temporary file and renames it, and that has the mode 0600: nobody else could read
+    an adapter.
     """
     mask = os.umask(0o077)  # there is no other way to ask; what another thread makes meanwhile is private
     os.umask(mask)

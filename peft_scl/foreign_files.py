@@ -3,8 +3,8 @@
 """
 The one door for files that somebody else may have written: JSON, safetensors and PEFT configs.
 
-What is wrong is said in a sentence with the file's name, before anything of the size that the file claims is allocated and before a
-pattern in it is used.
+What is wrong is said in a sentence with the file's name, before anything of the size that the file claims is allocated
+and before a pattern in it is used.
 """
 
 from __future__ import annotations
@@ -207,11 +207,12 @@ def check_adapter_files(folder: str | os.PathLike, base: nn.Module | None = None
         folder (`str` or `os.PathLike`):
             The folder.
         base (`nn.Module`, *optional*):
-            The base model. If given, no tensor may be larger than the model and the rank have room for, and all have to be finite.
+            The base model. If given, no tensor may be larger than the model and the rank have room for, and all have
+            to be finite.
 
     Raises:
-        ValueError: If a config is no dictionary, has a size that is none, that is too large or that no tensor of the file has, or a
-            pattern that could match for hours; if the weights are no tensors of an adapter.
+        ValueError: If a config is no dictionary, has a size that is none, that is too large or that no tensor of the
+            file has, or a pattern that could match for hours; if the weights are no tensors of an adapter.
     """
     weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     shapes = read_shapes(weights, ADAPTER_DTYPES) if weights.exists() else None
@@ -232,7 +233,9 @@ def check_adapter_files(folder: str | os.PathLike, base: nn.Module | None = None
 
 
 def check_config_file(path: Path, shapes: Shapes | None = None) -> int:
-    """As [`check_adapter_files`], for one config and the shapes of the weights beside it; the largest size that it names."""
+    """
+    As [`check_adapter_files`], for one config and the shapes of the weights beside it; the largest size that it names.
+    """
     config = read_json(path, MOST_CONFIG)
     sizes = {name: config[name] for name in _SIZES if config.get(name) is not None}
     for field in ("rank_pattern", "alpha_pattern"):

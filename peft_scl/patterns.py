@@ -3,9 +3,9 @@
 """
 Regular expressions of others, before they are used: those that could match for hours are refused.
 
-`re` tries one way after the other. The number of ways through a pattern is bounded from its parts: those of a sequence multiply,
-those of alternatives add up, an open-ended repetition can end at every place of the text. A repetition of what is itself open to
-several ways, as in `(a+)+`, has exponentially many.
+`re` tries one way after the other. The number of ways through a pattern is bounded from its parts: those of a sequence
+multiply, those of alternatives add up, an open-ended repetition can end at every place of the text. A repetition of
+what is itself open to several ways, as in `(a+)+`, has exponentially many.
 """
 
 from __future__ import annotations

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from fed_trainer import checkpoint
-from fed_trainer.checkpoint import load_adapter, refuse_another_run, rotate_checkpoints, write_checkpoint
+from fed_trainer.checkpoint import (
+    load_adapter,
+    refuse_another_run,
+    rotate_checkpoints,
+    write_checkpoint,
+)
 from fed_trainer.digests import find_damage
 
 
@@ -267,6 +272,22 @@ def test_folder_with_checkpoints_is_refused(tmp_path: Path) -> None:
         f"`output_dir` {str(tmp_path)!r} already holds a run (checkpoint-10), which starting afresh would mix with this "
         "one. Continue it with `train(resume_from_checkpoint=True)`, choose another `output_dir`, or delete it."
     )
+
+
+@pytest.mark.parametrize("beside", [None, "damaged-checkpoint-1"])
+def test_folder_with_the_record_of_finished_rounds_is_refused(tmp_path: Path, beside: str | None) -> None:
+    (tmp_path / "federation.json").write_text('{"rounds": [{"round": 1}]}')
+    if beside is not None:
+        (tmp_path / beside).mkdir()
+    with pytest.raises(FileExistsError, match=r"already holds a run \(federation.json\)"):
+        refuse_another_run(tmp_path)
+    if beside is None:
+        refuse_another_run(tmp_path, starts_again=True)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"damaged \(the last: {beside} was put aside\).* in another `output_dir`"
+        ):
+            find_checkpoint(tmp_path, True)
 
 
 def test_folder_with_a_final_adapter_is_refused(tmp_path: Path) -> None:

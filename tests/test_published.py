@@ -338,6 +338,29 @@ def test_a_round_of_a_single_client_has_no_figures(run, number):
     assert opened["rounds"][0]["train_loss"] == 3.0 and opened["num_examples"] == 5
 
 
+@pytest.mark.parametrize("how", ["the others could not be evaluated", "the others have no number"])
+def test_a_metric_that_one_client_alone_has_is_not_published(run, how):
+    record, state = run
+    for entry in record["rounds"]:
+        if how == "the others have no number":
+            entry["client_eval"] = {"ward a": {"eval_loss": 1.25, "eval_f1": 0.0625}, "ward c": {"eval_loss": 1.75}}
+            entry["eval"] = {"eval_loss": 1.5, "eval_f1": 0.0625}
+            entry["eval_clients"] = {"eval_loss": 2, "eval_f1": 1}
+        else:
+            entry["client_eval"] = {"ward a": {"eval_loss": 1.25, "eval_f1": 0.0625}, "ward c": {}}
+            entry["eval"] = {"eval_loss": 1.25, "eval_f1": 0.0625, "eval_runtime": 1.0}
+            entry["eval_clients"] = {"eval_loss": 1, "eval_f1": 1}
+    record["start"] = {"eval": {"eval_loss": 2.0, "eval_f1": 0.0625}}
+    state["log_history"] = [{"step": number, "eval_f1": 0.0625} for number in range(3)]
+    kept = {"eval_loss": 1.5} if how == "the others have no number" else None
+    public = published_record(record)
+    assert [entry["eval"] for entry in public["rounds"]] == [kept] * 2
+    assert public["start"]["eval"] == ({"eval_loss": 2.0} if kept else None)
+    assert 0.0625 not in dict(leaves([public, published_log(state, record)])).values()
+    opened = published_record(record, Openings(client_metrics=True))
+    assert opened["rounds"][0]["eval"]["eval_f1"] == 0.0625
+
+
 # Updates of single clients
 
 

@@ -84,13 +84,16 @@ class Aggregator(ABC):
 
     def largest_value(self, state: AdapterState) -> float:
         """
-        The largest magnitude in a client's delta with which the rule is finite and accurate in float32, for the global adapter
-        `state`: [`relative_limit`], unless a rule bounds what it takes.
+        The largest magnitude in a client's delta with which the rule is finite and accurate in float32, for the global
+        adapter `state`: [`relative_limit`], unless a rule bounds what it takes.
         """
         return min(LARGEST_VALUE, relative_limit(state))
 
     def bear(self, num_faulty: int) -> None:  # noqa: B027
-        """Before `finish`: so many clients of the round were refused for what they sent, so they are not among the updates."""
+        """
+        Before `finish`: so many clients of the round were refused for what they sent, so they are not among the
+        updates.
+        """
 
     @abstractmethod
     def finish(self) -> AdapterState:

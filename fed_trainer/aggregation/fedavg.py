@@ -14,8 +14,9 @@ __all__ = ["FedAvg", "FedNova"]
 
 class FedAvg(Aggregator):
     """
-    Mean of the client deltas weighted by numbers of examples (McMahan et al., 2017, https://huggingface.co/papers/1602.05629,
-    algorithm 1): `Delta = sum_k n_k Delta_k / sum_k n_k`, per tensor, summed in float32. Other weights `n_k` by `weights`.
+    Mean of the client deltas weighted by numbers of examples (McMahan et al., 2017,
+    https://huggingface.co/papers/1602.05629, algorithm 1): `Delta = sum_k n_k Delta_k / sum_k n_k`, per tensor, summed
+    in float32. Other weights `n_k` by `weights`.
 
     For LoRA this is FedIT: the factors are averaged one by one, and their product is not the mean of the products. Where all
     clients hold the same frozen factor (FFA-LoRA, RoLoRA) it is.
@@ -25,8 +26,8 @@ class FedAvg(Aggregator):
             Whether a client may lack tensors, as one that trains a subset of the layers does. The mean of a tensor is then
             over the clients that sent it; one that nobody sent stays as it is.
         weights (`str`, *optional*, defaults to `"examples"`):
-            What `n_k` is: `"examples"`, `"tokens"` (those that carry a loss), or `"uniform"`: all clients alike, as in SCAFFOLD and
-            FedDyn.
+            What `n_k` is: `"examples"`, `"tokens"` (those that carry a loss), or `"uniform"`: all clients alike, as in
+            SCAFFOLD and FedDyn.
     """
 
     _sum: AdapterState | None = None

@@ -3,8 +3,9 @@
 """
 How large the values of an update may be, so that what is computed from it is finite and the other updates still count.
 
-A float32 has 24 bits. Beside a value that is `2^12` times as large, another keeps 12 of them; beside one that is `2^24` times as
-large, none. Limits are therefore relative to what is there: the largest value of the state, and at least 1, as `B` starts at zero.
+A float32 has 24 bits. Beside a value that is `2^12` times as large, another keeps 12 of them; beside one that is
+`2^24` times as large, none. Limits are therefore relative to what is there: the largest value of the state, and at
+least 1, as `B` starts at zero.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def largest_product(scaling: float, A: torch.Tensor, B: torch.Tensor) -> float:
 
 
 def product_limit(dtypes: Sequence[torch.dtype], present: float) -> float:
-    """What a product of factors may reach beside weights of these dtypes, and beside the largest product that there is."""
+    """
+    What a product of factors may reach beside weights of these dtypes, and beside the largest product that there is.
+    """
     return min([STATISTICS_ROOM * max(1.0, present), *(dtype_limit(dtype) for dtype in dtypes)])
 
 

@@ -4,8 +4,9 @@
 Rules that bear a number of arbitrary, finite updates. All but [`NormBounding`] compare clients, so they keep every update of
 the round: memory is the number of clients times the adapter, in the dtype it was sent in, plus blocks of a fixed size.
 
-Updates are compared as they travel, integer buffers (counts of batches) aside. For LoRA that means factor by factor, of which the caution about means of factors holds
-too. Only [`NormBounding`] and [`GeometricMedian`] look at numbers of examples or tokens, which a client could lie about.
+Updates are compared as they travel, integer buffers (counts of batches) aside. For LoRA that means factor by factor,
+of which the caution about means of factors holds too. Only [`NormBounding`] and [`GeometricMedian`] look at numbers of
+examples or tokens, which a client could lie about.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def validated(
     sends: Mapping[str, torch.dtype] | None = None,
 ) -> ClientUpdate:
     """
-    The update, if it can be used: itself, or with its tensors detached if they are parts of a graph. Whatever came in, nothing
-    else is raised.
+    The update, if it can be used: itself, or with its tensors detached if they are parts of a graph. Whatever came in,
+    nothing else is raised.
 
     Args:
         update ([`ClientUpdate`]):
@@ -88,9 +88,9 @@ def validated(
             Names and dtypes of the numbers beside the delta ([`LocalObjective.sends`]).
 
     Raises:
-        InvalidUpdateError: For a client of another round, a duplicate, another base model, a number of examples or steps or a
-            scaling that is none, what is no dictionary of plain tensors in memory, a wrong key, shape or dtype, an empty tensor,
-            or a value that is not finite or too large.
+        InvalidUpdateError: For a client of another round, a duplicate, another base model, a number of examples or
+            steps or a scaling that is none, what is no dictionary of plain tensors in memory, a wrong key, shape or
+            dtype, an empty tensor, or a value that is not finite or too large.
     """
     client = _client_of(update)
     reason = (

@@ -124,8 +124,8 @@ class LocalObjective:
 
     def accept(self, sent: AdapterState, delta: AdapterState) -> None:
         """
-        The server took the client's update: enter it into what the server remembers. It sees what was sent, never what the client
-        keeps.
+        The server took the client's update: enter it into what the server remembers. It sees what was sent, never what
+        the client keeps.
 
         Args:
             sent (`dict[str, torch.Tensor]`):

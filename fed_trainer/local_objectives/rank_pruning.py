@@ -24,8 +24,9 @@ class RankPruning(LocalObjective):
     [`~fed_trainer.aggregation.pruning_penalty`] over all pairs. If the local round has shrunk the sum, the client's next rank
     is `floor(decay rank)` ([`~fed_trainer.aggregation.pruned_rank`]), one for all pairs.
 
-    The client's state is `{"rank": ...}`, an integer tensor, which the server is sent too: it cuts what the client gets. `begin` has to be given one from the first round on, and a `start`
-    that is zero behind that rank ([`~fed_trainer.aggregation.truncate_ranks`] with `pad=True`).
+    The client's state is `{"rank": ...}`, an integer tensor, which the server is sent too: it cuts what the client
+    gets. `begin` has to be given one from the first round on, and a `start` that is zero behind that rank
+    ([`~fed_trainer.aggregation.truncate_ranks`] with `pad=True`).
 
     Args:
         pairs (`Sequence[FactorPair]`):

@@ -51,7 +51,10 @@ def answer(adapter_dir: str, prompt: str) -> None:
 
 
 def free_folder(output_dir: str) -> str:
-    """`output_dir`, or with a number behind it if that holds a federation already, of the demo or of anybody: nothing is deleted."""
+    """
+    `output_dir`, or with a number behind it if that holds a federation already, of the demo or of anybody: nothing is
+    deleted.
+    """
     folder, number = output_dir, 1
     while (Path(folder) / RECORD_NAME).is_file():
         number += 1
