@@ -477,13 +477,13 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         return 0
 
     def _go_back_to_start(self) -> None:
-        """After rounds of which nothing was saved, or was deleted, a run of this trainer begins where its first one did."""
+        """After rounds of which nothing was saved, or was deleted, a run begins where the first one of this trainer did."""
         if not self._has_left_start:
             return
         if self._start_state is None:
             raise ValueError(
-                "This trainer has trained its model already, and of a whole model the start is not kept: the run would begin with what was learnt "
-                "before. Load the model anew and make a new trainer."
+                "This trainer has trained its model already, and of a whole model the start is not kept: the run would "
+                "begin with what was learnt before. Load the model anew and make a new trainer."
             )
         self._global_state = self._start_state
         self._live_adapter.write(self._global_state)
