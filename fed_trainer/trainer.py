@@ -180,6 +180,9 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         published = {} if adapter_folder is None else self._start_from(adapter_folder)
         self._initial_digest = state_digest(published) if published else None
         self._global_state = self._shared_start(published)
+        # nothing changes it in place; a whole model is too large to be held twice
+        self._start_state = self._global_state if isinstance(self.model, PeftModel) else None
+        self._has_left_start = False
         self._client_settings = parse_client_settings(
             given(args, "client_settings"), self._clients, self._global_state
         )
@@ -240,7 +243,8 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         Raises:
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
-            ValueError: If the checkpoint belongs to another run.
+            ValueError: If the checkpoint belongs to another run, or a whole model, which this trainer has trained already,
+                is to be trained from its start.
             NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not
                 zero.
             TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
@@ -352,6 +356,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     def _end_of_round(self) -> None:
         self._global_state, base_change = self.server.finish()
         refuse_overflow(self._global_state, self._live_adapter.dtypes())
+        self._has_left_start = True
         self._live_adapter.write(self._global_state)
         if self._base_changes is not None:
             self._base_changes.add(base_change)
@@ -454,6 +459,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         self._abandon_sparse_stage()
+        self._go_back_to_start()
         self.server.forget()
         if self._base_changes is not None:
             self._base_changes.reset()
@@ -469,6 +475,19 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             self._record["start"]["eval"] = self._recorded_evaluation(self.evaluate(ignore_keys=ignore_keys_for_eval))
         self._write_record(self._folder)
         return 0
+
+    def _go_back_to_start(self) -> None:
+        """After rounds of which nothing was saved, or was deleted, a run begins where the first one of this trainer did."""
+        if not self._has_left_start:
+            return
+        if self._start_state is None:
+            raise ValueError(
+                "This trainer has trained its model already, and of a whole model the start is not kept: the run would "
+                "begin with what was learnt before. Load the model anew and make a new trainer."
+            )
+        self._global_state = self._start_state
+        self._live_adapter.write(self._global_state)
+        self._has_left_start = False
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
         checkpoint = self._find_checkpoint(resume_from_checkpoint)
@@ -486,6 +505,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             self._live_adapter.write({pair.key_B: torch.zeros_like(state[pair.key_B]) for pair in self.server.pairs})
             self._begin_sparse_stage()
         self._load(checkpoint)
+        self._has_left_start = True
         self._global_state = self._live_adapter.read()
         self._go_on_recording(record, fresh)
         self._movement = Movement(has_begun=True)

@@ -424,6 +424,48 @@ def test_more_rounds_can_be_asked_of_the_trainer_itself(tmp_path):
     assert [entry["learning_rate"] for entry in trainer._record["rounds"]] == [5e-5, 2.5e-5]
 
 
+class _Interrupts(TrainerCallback):
+    may_differ = True
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "fedavg": {},
+    "fedex_lora": {"aggregation": "fedex_lora"},
+    "slora": {"aggregation": "slora", "aggregation_kwargs": {"sparse_rounds": 1}},
+    "local tensors": {"aggregation": "fedsa_lora", "eval_dataset": {name: _rows(4) for name in "abc"}},
+    "kept optimiser": {"keep_optimizer_state": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_rounds_of_which_nothing_was_saved_are_not_gone_on_from(kind, tmp_path):
+    settings = {"num_rounds": 3, "save_rounds": 3, "learning_rate": 0.1, **kind}
+    expected = _trainer(tmp_path / "whole", **settings)
+    expected.train()
+    again = _trainer(tmp_path / "again", callbacks=[interrupts := _Interrupts(), Observer()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    again.remove_callback(interrupts)
+    again.train(resume_from_checkpoint=True)  # there is nothing to resume yet: it starts again
+    weights = [tmp_path / name / "adapter_model.safetensors" for name in ("whole", "again")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_of_a_whole_model_such_rounds_are_refused(tmp_path):
+    trainer = _trainer(
+        tmp_path, peft_config=None, num_rounds=3, save_rounds=3, callbacks=[interrupts := _Interrupts()]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupts)
+    with pytest.raises(ValueError, match="has trained its model already.* and make a new trainer"):
+        trainer.train(resume_from_checkpoint=True)
+
+
 def _refresh_digest(checkpoint):
     digests = json.loads((checkpoint / "digests.json").read_text())
     digests["federation.json"] = hashlib.sha256((checkpoint / "federation.json").read_bytes()).hexdigest()
