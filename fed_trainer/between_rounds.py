@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
+from .client_errors import ClientError
 from .local_round import LocalRoundMixin
 from .put_back import remember_flags, remember_frequencies, remember_modes, remember_weights, restoring
 
@@ -57,6 +58,11 @@ class BetweenRoundsMixin(LocalRoundMixin):
 
     @contextmanager
     def _leaving_all_as_it_is(self, is_logged: bool = False) -> Iterator[None]:
+        if self.is_in_train:
+            raise ClientError(
+                "It was to evaluate or predict in the middle of a local round, on a model that is half trained, and its figures would "
+                "enter those of the client. Do it between rounds, as in `on_evaluate` or `on_log`."
+            )
         # from one door to the next, such as from set to set: what is logged depends on the mode
         if self._is_between_rounds:
             yield

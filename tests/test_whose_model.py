@@ -90,10 +90,10 @@ class Counts(TrainerCallback):
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    def make(kind="shared", held_out=HELD_OUT, compute_metrics=None, callbacks=None, **settings):
+    def make(kind="shared", held_out=HELD_OUT, compute_metrics=None, callbacks=None, output="out", **settings):
         return FederatedTaskTrainer(
             bert(),
-            FederatedTaskConfig(output_dir=str(tmp_path / "out"), **LOCAL, **ANY, **MODELS[kind], **settings),
+            FederatedTaskConfig(output_dir=str(tmp_path / output), **LOCAL, **ANY, **MODELS[kind], **settings),
             CLIENTS,
             eval_dataset=held_out,
             compute_metrics=compute_metrics,
@@ -220,6 +220,27 @@ def test_the_model_in_training_is_nobodys(make_trainer):
     trainer = make_trainer("local tensors", callbacks=[Peeks()])
     trainer.train()
     assert trainer._record["rounds"][0]["refused"] == {}
+
+
+@pytest.mark.parametrize("kind", ["shared", "local tensors"])
+def test_nothing_is_evaluated_in_the_middle_of_a_local_round(make_trainer, kind):
+    """The model is half trained there, and figures of an evaluation would count as those of the client."""
+    looked = []
+
+    class Looks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            for look in (trainer.evaluate, lambda: trainer.evaluate(OTHER), lambda: trainer.predict(OTHER)):
+                with pytest.raises((ValueError, RuntimeError), match="local round|in training|model of its own"):
+                    look()
+                looked.append(look)
+
+    trainer = make_trainer(kind, callbacks=[Looks()])
+    trainer.train()
+    quiet = make_trainer(kind, output="quiet")
+    quiet.train()
+    assert len(looked) == 3 * 3 * LOCAL["max_steps"]
+    assert trainer._record["rounds"][0]["refused"] == {}
+    assert all(torch.equal(quiet._global_state[key], tensor) for key, tensor in trainer._global_state.items())
 
 
 def test_held_out_data_is_asked_for_by_a_name_that_there_is(make_trainer):
