@@ -135,7 +135,8 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         if self.args.reference == "round":
             assert self._reference is not None
-            self._reference.write(self._global_state)  # a second run of this trainer starts where the first ended
+            self._go_back_to_start()  # of a second run of this trainer
+            self._reference.write(self._global_state)
         return super()._start(ignore_keys_for_eval)
 
     # The reference policy

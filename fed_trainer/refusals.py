@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,6 +27,7 @@ from .sparse_change import check_sparse_change
 
 __all__ = [
     "refuse_adapter_names",
+    "refuse_another_start",
     "refuse_empty_held_out",
     "refuse_kept_optimizers",
     "refuse_one_evaluation",
@@ -115,6 +117,30 @@ def refuse_adapter_names(model: PeftModel) -> None:
         raise ValueError(
             f"The adapter {clashing[0]!r} is called like a module of the model, so PEFT would leave tensors out of the files of the others, "
             "or save them under other names. Give it another name."
+        )
+
+
+def refuse_another_start(live: LiveState, state: AdapterState) -> None:
+    """
+    Refuse a run from a model whose trained tensors were written to after the trainer was made: the first client would overwrite them.
+
+    Args:
+        live ([`LiveState`]):
+            The live model.
+        state (`dict[str, torch.Tensor]`):
+            What the run is to start from.
+
+    Raises:
+        ValueError: Naming the first tensor that is another.
+    """
+    now = live.read()
+    changed = [
+        key for key in state if key not in live.buffers and not torch.equal(now[key], state[key].to(now[key].dtype))
+    ]
+    if changed:
+        raise ValueError(
+            f"{len(changed)} trained tensors of the model were changed since the trainer was made (the first: {changed[0]}), but a run starts "
+            "from what the model held then. Change the model first and make the trainer with it, or pass a saved adapter as `initial_adapter`."
         )
 
 

@@ -65,6 +65,7 @@ from .quantized_base import keep_differentiable
 from .record import RECORD_NAME, read_record
 from .refusals import (
     refuse_adapter_names,
+    refuse_another_start,
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
@@ -460,6 +461,8 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         self._abandon_sparse_stage()
         self._go_back_to_start()
+        if self._initial_lrs is None:  # from then on the live model holds what a local round or an evaluation has left
+            refuse_another_start(self._live_adapter, self._global_state)
         self.server.forget()
         if self._base_changes is not None:
             self._base_changes.reset()

@@ -384,3 +384,25 @@ def test_movement_by_rounds(caplog) -> None:
     end(movement, (some, True))
     for later in (movement, Movement(has_begun=True)):
         end(later, (zero, True))  # rounding at the end of a schedule is no reason to end a long run
+
+
+# Weights
+
+
+@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
+def test_weights_that_were_written_after_the_trainer_was_made_are_not_overwritten_without_a_word(
+    make_trainer, adapter
+):
+    model = bert()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    trainer = make_trainer(model)
+    parameter = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+    before = parameter.detach().clone()
+    with torch.no_grad():
+        parameter.add_(1.0)
+    with pytest.raises(ValueError, match="1 trained tensors of the model were changed since the trainer was made"):
+        trainer.train()
+    with torch.no_grad():
+        parameter.copy_(before)
+    trainer.train()
