@@ -36,7 +36,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fed_trainer.adapter_state import AdapterState, state_bytes
-from fed_trainer.aggregation import ClientUpdate, FedAvg, validated
+from fed_trainer.aggregation import ClientUpdate, FedAvg
+from fed_trainer.aggregation.validation import validated
 from fed_trainer.server_optimizers import ServerOptimizer
 
 

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federated fine-tuning of adapters with the trainers of TRL and transformers."""
 
-from .aggregation import ClientUpdate, TooFewClientsError
+from .aggregation import ClientUpdate
+from .aggregation.validation import TooFewClientsError
 from .agreement import FailedAloneError
 from .client_datasets import ClientDatasets
 from .config import FederatedConfig, FederatedDPOConfig, FederatedRewardConfig, FederatedTaskConfig

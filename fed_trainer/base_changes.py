@@ -15,9 +15,10 @@ from peft_scl.layer import WeightChange
 from peft_scl.lora import PREFIX, LoraExport, LoraModule, lora_export, other_tensors
 
 from .adapter_state import AdapterState
-from .aggregation import FactorPair, LowRank, add_to_base
-from .aggregation.low_rank import bounded, stacked
+from .aggregation.low_rank import LowRank, bounded, stacked
 from .broken_state import WAY_BACK, BrokenStateError
+from .factor_pairs import add_to_base
+from .factors import FactorPair
 
 
 __all__ = ["BaseChanges"]

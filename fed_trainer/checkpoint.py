@@ -18,9 +18,9 @@ from peft_scl.foreign_files import read_tensors
 from .adapter_state import AdapterState
 from .digests import DIGESTS_NAME, TRAINER_STATE_NAME, find_damage, read_digests, write_digests
 from .disk import DamagedFileError, replace_durably, writing
-from .live_model import MODEL_WEIGHTS
 from .owned import MARKER, make_own, remove_own_files, remove_own_folder, unmark
 from .record import RECORD_NAME, read_record
+from .saved_files import MODEL_WEIGHTS
 
 
 __all__ = [

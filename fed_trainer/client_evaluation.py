@@ -17,12 +17,13 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, speed_metrics
 from transformers.utils import logging
 
-from .adapter_state import AdapterState, LiveState
+from .adapter_state import AdapterState
 from .agreement import AgreementMixin
 from .client_datasets import recent
 from .client_errors import ClientError, public_reason
 from .figures import ClientMeans, means_over_clients, without_speed
 from .held_out import is_by_client
+from .live_tensors import LiveState
 
 
 __all__ = ["ClientEvaluationMixin"]

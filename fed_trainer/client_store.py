@@ -11,27 +11,23 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from peft_scl.foreign_files import read_json
 
 from .adapter_state import AdapterState
+from .client_files import OWNER, check_owner, file_name, owner_of
 from .disk import DamagedFileError, file_digest, reading, sync, writing
 from .owned import MARKER, is_own, make_own, remove_own_files
 
 
-__all__ = ["CLIENTS_FOLDER", "PRIVATE_FOLDER", "ClientStore", "check_owner"]
+__all__ = ["PRIVATE_FOLDER", "ClientStore"]
 
 PRIVATE_FOLDER = ".fed_clients"  # within `output_dir`: what clients keep at present
-CLIENTS_FOLDER = "clients"  # within a checkpoint: what they kept then
-LONGEST_NAME = 120
 PENDING = ".new"
 INDEX_NAME = "index.json"
 SHA256_LENGTH = 64
-OWNER = "kept_by"  # in the metadata of a file; the first versions had the name of the client only, as `client`
 
 
 class KeptFile(NamedTuple):
@@ -233,36 +229,13 @@ class ClientStore:
         self._index, self._version = index, version
 
     def _path(self, client: str) -> Path:
-        return self.folder / _file_name(client)
-
-
-def check_owner(path: Path) -> tuple[str, int | None]:
-    """
-    The client and the round of a file, as it says.
-
-    Raises:
-        DamagedFileError: If it has the name of another client.
-    """
-    with reading(path.name):
-        client, round = _owner(path)
-        if _file_name(client) != path.name:
-            raise DamagedFileError(f"{path.name} holds what client {client!r} keeps")
-    return client, round
-
-
-def _owner(path: Path) -> tuple[str, int | None]:
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    if OWNER not in metadata:
-        return metadata["client"], None
-    owner = json.loads(metadata[OWNER])
-    return str(owner["client"]), int(owner["round"])
+        return self.folder / file_name(client)
 
 
 def _difference(path: Path, kept: KeptFile) -> str:
     """In what a file is not what was written."""
     try:
-        client, round = _owner(path)
+        client, round = owner_of(path)
     except Exception:  # whatever a damaged header leads to
         client, round = kept.client, kept.round
     if (client, round) == (kept.client, kept.round):
@@ -276,13 +249,6 @@ def _is_clients(path: Path) -> bool:
     except DamagedFileError:
         return False
     return True
-
-
-def _file_name(client: str) -> str:
-    name = quote(client, safe=" ")
-    if len(name) > LONGEST_NAME:  # file systems take 255 bytes
-        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
-    return f"{name}.safetensors"
 
 
 def _read_index(path: Path) -> dict[str, KeptFile] | None:

@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from .adapter_state import AdapterState, subtract
-from .aggregation import ClientUpdate, TooFewClientsError
-from .aggregation.validation import first_not_finite
+from .aggregation import ClientUpdate
+from .aggregation.validation import TooFewClientsError, first_not_finite
 from .agreement import UNPREPARED
 from .between_rounds import BetweenRoundsMixin
 from .client_datasets import recent
@@ -23,11 +23,11 @@ from .client_errors import ClientError, public_reason
 from .client_evaluation import ClientEvaluationMixin
 from .client_settings import ClientSettings
 from .client_store import ClientStore
-from .clients import ClientSampler, client_seed, local_batch
-from .config import FederationArguments, joins_examples
+from .config import FederationArguments, joins_examples, local_batch
 from .movement import Movement
 from .optimizer_state import UnkeptOptimizerError
 from .put_back import PutBack, remember_problem_type, remember_random_state, restoring
+from .sampling import ClientSampler, client_seed
 from .server import Server
 from .timing import timed
 from .token_counts import count_tokens

@@ -3,79 +3,24 @@
 from __future__ import annotations
 
 import unicodedata
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from .client_datasets import one_of_each_source, rows_by_client
-from .config import FederationArguments, joins_examples
+from .config import FederationArguments, joins_examples, local_batch
 from .held_out import advice_for, column_names
 
 
 __all__ = [
-    "ClientSampler",
     "check_clients",
     "check_model_columns",
     "check_preference_columns",
     "check_same_columns",
     "check_sft_columns",
-    "client_seed",
     "held_out_sets",
-    "local_batch",
 ]
-
-
-class ClientSampler:
-    """
-    Uniform sampling without replacement, a pure function of seed and round: a resumed run samples the same clients.
-
-    Args:
-        clients (`Sequence[str]`):
-            Names of all clients.
-        clients_per_round (`int` or `float`, *optional*):
-            A number of clients (`int`) or a fraction of them (`float`, at most `1.0`; rounded, at least one client).
-            All if `None`.
-        seed (`int`):
-            Seed of the run.
-
-    Raises:
-        ValueError: If more clients are asked for than there are.
-    """
-
-    def __init__(self, clients: Sequence[str], clients_per_round: int | float | None, seed: int) -> None:
-        self.clients = sorted(clients)
-        self.seed = seed
-        if clients_per_round is None:
-            self.num_sampled = len(self.clients)
-        elif isinstance(clients_per_round, Integral) or clients_per_round > 1:
-            self.num_sampled = int(clients_per_round)
-        else:
-            self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
-        if self.num_sampled > len(self.clients):
-            raise ValueError(
-                f"`clients_per_round` is {clients_per_round}, but there are only {len(self.clients)} clients. Set it to at "
-                f"most {len(self.clients)}, or leave it out to train all of them in every round."
-            )
-
-    def sample(self, round: int) -> list[str]:
-        """Names of the clients of a round, in sorted order."""
-        generator = np.random.default_rng([self.seed, round])
-        chosen = generator.choice(len(self.clients), size=self.num_sampled, replace=False)
-        return [self.clients[index] for index in sorted(chosen)]
-
-
-def client_seed(seed: int, round: int, client: str) -> int:
-    """Seed of one client's local round (32 bits), independent of which other clients take part and of their order."""
-    return int(np.random.SeedSequence([seed, round, zlib.crc32(client.encode())]).generate_state(1)[0])
-
-
-def local_batch(args: FederationArguments) -> int:
-    """Examples of one optimiser step over all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def check_clients(clients: Any, args: FederationArguments) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "given",
     "joins_examples",
     "json_mapping",
+    "local_batch",
     "round_lr_factors",
 ]
 
@@ -450,3 +451,8 @@ def round_lr_factors(args: FederationArguments) -> list[float]:
         ValueError: If that is no schedule, or one that needs arguments of its own.
     """
     return lr_factors("round_lr_scheduler_type", args.round_lr_scheduler_type, args.num_rounds)
+
+
+def local_batch(args: FederationArguments) -> int:
+    """Examples of one optimiser step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peft_scl.foreign_files import read_json, read_shapes
 
-from .client_store import CLIENTS_FOLDER, check_owner
+from .client_files import CLIENTS_FOLDER, check_owner
 from .disk import DamagedFileError, file_digest, reading
 from .owned import stays_inside
 from .record import RECORD_NAME, write_json

@@ -19,11 +19,12 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 from peft_scl import FederaConfig
 from peft_scl.federa.layer import evenly_spaced
 
-from .adapter_state import AdapterState, LiveState
+from .adapter_state import AdapterState
 from .aggregation import METHODS
 from .base_changes import NEUTRAL_STARTS
 from .config import FederatedDPOConfig, FederationArguments
 from .live_state import live_state
+from .live_tensors import LiveState
 from .put_back import evaluating, remember_hooks, restoring
 from .record import peft_type_name
 from .trl_mixin import TRLMixin, refuse_without_log_probs

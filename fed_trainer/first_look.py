@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from .aggregation import TooFewClientsError
+from .aggregation.validation import TooFewClientsError
 
 
 __all__ = ["telling_row"]

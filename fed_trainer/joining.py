@@ -9,8 +9,9 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from .adapter_state import AdapterState, base_digest
+from .adapter_state import AdapterState
 from .live_state import live_state
+from .quantized_base import base_digest
 from .record import peft_fields, peft_type_name
 
 

@@ -17,13 +17,12 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from peft_scl.foreign_files import read_json, read_shapes
 
-from .adapter_state import AdapterState, LiveState
+from .adapter_state import AdapterState
+from .live_tensors import LiveState
+from .saved_files import MODEL_WEIGHTS
 
 
-__all__ = ["MODEL_WEIGHTS", "LiveModel", "load_model"]
-
-
-MODEL_WEIGHTS = "model.safetensors"
+__all__ = ["LiveModel", "load_model"]
 
 
 class LiveModel(LiveState):

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel, PeftType, get_peft_model_state_dict
-from transformers import TrainingArguments
 
-from .adapter_state import AdapterState, LiveState
+from .adapter_state import AdapterState
+from .live_tensors import LiveState
 
 
-__all__ = ["LivePrompt", "check_prompt_arguments"]
+__all__ = ["LivePrompt"]
 
 
 _PREFIX = "prompt_encoder."
@@ -26,7 +26,7 @@ _NAMES = {
     "prefix_task_rows": "prefix_task_rows",
 }
 # these put the prompt into the key-value cache, the others before the embeddings
-_IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
+IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 
 class LivePrompt(LiveState):
@@ -94,26 +94,3 @@ class LivePrompt(LiveState):
                 "start without `initial_adapter`."
             )
         return state
-
-
-def check_prompt_arguments(model: PeftModel, args: TrainingArguments) -> None:
-    """
-    Raise for settings under which a prompt would be dropped without a word.
-
-    Raises:
-        ValueError: Naming the setting.
-    """
-    config = model.active_peft_config
-    if not config.is_prompt_learning:
-        return
-    kind = PeftType(config.peft_type).value
-    if config.peft_type in _IN_THE_CACHE and args.gradient_checkpointing:
-        raise ValueError(
-            f"{kind} puts its prompt into the key-value cache, which gradient checkpointing drops, so nothing would be "
-            "trained. Set `gradient_checkpointing=False`."
-        )
-    joining = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name, False)]
-    if joining:
-        raise ValueError(
-            f"`{joining[0]}=True` joins examples into one sequence, of which {kind} gives a prompt to the first alone. Leave it off."
-        )

@@ -7,9 +7,10 @@ from __future__ import annotations
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from .adapter_state import LiveAdapter, LiveState
+from .live_adapter import LiveAdapter
 from .live_model import LiveModel
 from .live_prompt import LivePrompt
+from .live_tensors import LiveState
 
 
 __all__ = ["live_state"]

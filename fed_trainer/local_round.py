@@ -19,10 +19,11 @@ from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
-from .adapter_state import AdapterState, LiveState
+from .adapter_state import AdapterState
 from .agreement import AgreementMixin
 from .client_errors import ClientError
 from .engine_deepspeed import DeepSpeedOptimizer
+from .live_tensors import LiveState
 from .local_figures import LocalFiguresMixin
 from .local_objectives import LocalObjective
 from .optimizer_state import read_optimizer, with_state

@@ -20,11 +20,11 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
 from .client_datasets import ClientDatasets, column_by_client, one_of_each_source, rows_by_client
+from .table import format_table
 
 
 __all__ = [
     "dirichlet_partition",
-    "format_table",
     "iid_partition",
     "natural_partition",
     "partition_counts",
@@ -302,32 +302,6 @@ def partition_summary(clients: Mapping[str, Dataset], column: str | None = None,
         rest = [f"... {len(sizes) - max_clients} more", *[""] * (len(header) - 1)]
         rows = [*rows[:max_clients], rest, rows[-1]]
     return format_table(header, rows, left_columns=("client", "largest label"))
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], left_columns: Sequence[str] = ()) -> str:
-    """
-    Lays out a table as plain text: two spaces between columns, a rule under the header, no space at the end of a line.
-
-    Args:
-        header (`Sequence[str]`):
-            The names of the columns.
-        rows (`Sequence[Sequence[str]]`):
-            The cells, each row as long as the header.
-        left_columns (`Sequence[str]`, *optional*, defaults to `()`):
-            The names of the columns that are aligned to the left. The others, numbers as a rule, go to the right.
-
-    Returns:
-        `str`: The table, without a line break at the end.
-    """
-    widths = [max(map(len, cells)) for cells in zip(header, *rows, strict=True)]
-    lines = []
-    for cells in (header, ["-" * width for width in widths], *rows):
-        aligned = [
-            cell.ljust(width) if name in left_columns else cell.rjust(width)
-            for name, cell, width in zip(header, cells, widths, strict=True)
-        ]
-        lines.append("  ".join(aligned).rstrip())
-    return "\n".join(lines)
 
 
 def _dirichlet_owners(codes: np.ndarray, num_clients: int, alpha: float, seed: int, min_examples: int) -> np.ndarray:

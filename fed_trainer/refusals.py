@@ -16,11 +16,12 @@ from transformers.training_args import OptimizerNames
 
 from peft_scl.adapter_names import called_like_a_module
 
-from .adapter_state import AdapterState, LiveState
-from .aggregation import FactorPair
+from .adapter_state import AdapterState
 from .client_datasets import ClientDatasets, rows_by_client
 from .client_settings import ClientSettings
 from .config import FederationArguments
+from .factors import FactorPair
+from .live_tensors import LiveState
 from .server import Server
 from .sparse_change import check_sparse_change
 

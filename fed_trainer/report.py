@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from peft_scl.foreign_files import read_json
 
 from .figures import evaluations, held_out_metrics
-from .partition import format_table
 from .record import RECORD_NAME
+from .table import format_table
 
 
 if TYPE_CHECKING:

@@ -21,13 +21,15 @@ from peft_scl.foreign_files import read_tensors
 
 from .adapter_state import AdapterState
 from .checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_checkpoints, write_checkpoint
-from .client_store import CLIENTS_FOLDER, ClientStore
+from .client_files import CLIENTS_FOLDER
+from .client_store import ClientStore
 from .digests import SERVER_STATE, TRAINER_STATE_NAME, read_digests
 from .disk import reading
-from .live_model import MODEL_WEIGHTS, load_model
+from .live_model import load_model
 from .processes import first_alone, told_by_first
 from .record import RECORD_NAME, read_record, write_json
 from .run_files import RunFilesMixin
+from .saved_files import MODEL_WEIGHTS
 from .server import Server
 
 

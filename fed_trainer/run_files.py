@@ -21,21 +21,17 @@ from trl.trainer.utils import get_config_model_id
 
 from peft_scl.foreign_files import read_json
 
-from .adapter_state import AdapterState, LiveState
+from .adapter_state import AdapterState
 from .base_changes import BaseChanges
-from .clients import ClientSampler
+from .card import model_card
 from .config import FederationArguments
 from .digests import TRAINER_STATE_NAME, write_digests
-from .hub import model_card, publish
+from .hub import publish
+from .live_tensors import LiveState
 from .owned import remove_own_files
 from .published import Openings, clients_between, published_log, published_record
-from .record import (
-    RECORD_NAME,
-    client_sizes,
-    peft_fields,
-    peft_type_name,
-    write_json,
-)
+from .record import RECORD_NAME, client_sizes, peft_fields, peft_type_name, write_json
+from .sampling import ClientSampler
 from .saved_files import fresh_folder, move_into_place, raise_contents, remove_superseded, saved_shapes
 from .settings import described_arguments, federation_settings, local_settings
 

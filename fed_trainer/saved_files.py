@@ -20,7 +20,7 @@ from .disk import DamagedFileError, file_digest
 from .owned import MARKER, make_own, remove_own_files, remove_own_folder
 
 
-__all__ = ["fresh_folder", "move_into_place", "raise_contents", "remove_superseded", "saved_shapes"]
+__all__ = ["MODEL_WEIGHTS", "fresh_folder", "move_into_place", "raise_contents", "remove_superseded", "saved_shapes"]
 
 
 @contextmanager
@@ -84,3 +84,6 @@ def remove_superseded(folder: Path, names: Sequence[str]) -> None:
     gone = earlier.keys() - set(names)
     ours = [name for name in gone if (folder / name).is_file() and file_digest(folder / name) == earlier[name]]
     remove_own_files(folder, ours)
+
+
+MODEL_WEIGHTS = "model.safetensors"

@@ -13,25 +13,17 @@ from peft import PeftModel
 from torch import nn
 from transformers.training_args import OptimizerNames
 
-from .adapter_state import AdapterState, LiveState
-from .aggregation import (
-    METHODS,
-    ClientUpdate,
-    FactorPair,
-    FedAvg,
-    InvalidUpdateError,
-    LowRank,
-    SLoRA,
-    check_adapter,
-    require_clients,
-    truncate_ranks,
-    validated,
-)
+from .adapter_checks import check_adapter
+from .adapter_state import AdapterState
+from .aggregation import METHODS, ClientUpdate, FedAvg, SLoRA
 from .aggregation.limits import MOST_STEPS, largest_product, product_limit, value_limits
-from .aggregation.validation import first_not_finite
+from .aggregation.low_rank import LowRank
+from .aggregation.validation import InvalidUpdateError, first_not_finite, require_clients, validated
 from .broken_state import WAY_BACK, BrokenStateError
 from .client_settings import ClientSettings
 from .config import FederationArguments, given
+from .factors import FactorPair, truncate_ranks
+from .live_tensors import LiveState
 from .local_objectives import LOCAL_OBJECTIVES, FedDynRegularizer, LocalObjective, RankPruning
 from .processes import from_first, is_first
 from .server_optimizers import SERVER_OPTIMIZERS, FedDyn, ServerOptimizer

@@ -16,9 +16,9 @@ from torch import nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_state import LiveAdapter
-from .aggregation.factors import FactorPair
 from .aggregation.slora import densify, lora_start, shared_mask
+from .factors import FactorPair
+from .live_adapter import LiveAdapter
 
 
 __all__ = ["LiveSparseChange", "SparseChange", "check_sparse_change"]

@@ -29,9 +29,10 @@ from trl.trainer.utils import get_config_model_id
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 from peft_scl.foreign_files import check_adapter_files, read_peft_config
 
-from .adapter_checks import refuse_idle_adapter, refuse_unwrapped_adapter
-from .adapter_state import AdapterState, LiveAdapter, base_digest, check_same_layout, state_bytes
-from .aggregation import SLoRA, TooFewClientsError, state_digest
+from .adapter_checks import check_prompt_arguments, refuse_idle_adapter, refuse_unwrapped_adapter
+from .adapter_state import AdapterState, check_same_layout, state_bytes, state_digest
+from .aggregation import SLoRA
+from .aggregation.validation import TooFewClientsError
 from .base_changes import BaseChanges
 from .broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 from .callbacks import refuse_callback, refuse_callbacks, remove_last
@@ -47,21 +48,22 @@ from .client_datasets import ClientDatasets
 from .client_settings import parse_client_settings
 from .client_store import PRIVATE_FOLDER, ClientStore
 from .client_turn import ClientTurnMixin
-from .clients import ClientSampler, check_clients
+from .clients import check_clients
 from .config import FederationArguments, given, round_lr_factors
 from .data_digests import described_transforms
 from .digests import TRAINER_STATE_NAME
+from .engine_checks import check_deepspeed, check_fsdp
 from .figures import held_out_metrics
 from .first_look import telling_row
 from .held_out import check_held_out, is_by_client
 from .hub import discard_stages, fetch_adapter
-from .launch import check_deepspeed, check_fsdp, check_launch
-from .live_prompt import check_prompt_arguments
+from .launch import check_launch
+from .live_adapter import LiveAdapter
 from .live_state import live_state
 from .movement import Movement
 from .processes import first_alone, rest_at_exit, told_by_first, wait_for_first
 from .progress import RoundProgress
-from .quantized_base import keep_differentiable
+from .quantized_base import base_digest, keep_differentiable
 from .record import RECORD_NAME, read_record
 from .refusals import (
     refuse_adapter_names,
@@ -78,6 +80,7 @@ from .round_checkpoints import RoundCheckpointsMixin, write_state
 from .round_report import RoundReportMixin
 from .run_lock import owning
 from .same_run import check_same_data, check_same_run
+from .sampling import ClientSampler
 from .saved_files import fresh_folder, move_into_place
 from .server import Server, freeze_for_good
 from .settings import described_arguments

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.aggregation.validation import TooFewClientsError
 from fed_trainer.broken_state import BrokenStateError
 from fed_trainer.described import agree, storable
 from fed_trainer.figures import held_out_metrics

@@ -34,7 +34,7 @@ from fed_trainer import (
     FederatedTaskTrainer,
     FederatedTrainer,
 )
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.aggregation.validation import TooFewClientsError
 from fed_trainer.config import FederationArguments
 from peft_scl import FederaConfig, FederaLayer
 

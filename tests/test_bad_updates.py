@@ -18,9 +18,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fed_trainer import FederatedTaskConfig
-from fed_trainer.adapter_state import AdapterState, LiveAdapter
-from fed_trainer.aggregation import METHODS, ClientUpdate, LowRank, TooFewClientsError
+from fed_trainer.adapter_state import AdapterState
+from fed_trainer.aggregation import METHODS, ClientUpdate
+from fed_trainer.aggregation.low_rank import LowRank
+from fed_trainer.aggregation.validation import TooFewClientsError
 from fed_trainer.client_settings import ClientSettings
+from fed_trainer.live_adapter import LiveAdapter
 from fed_trainer.server import Server
 
 

@@ -28,7 +28,7 @@ from fed_trainer import (
     FederatedTaskTrainer,
     FederatedTrainer,
 )
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.aggregation.validation import TooFewClientsError
 from fed_trainer.first_look import telling_row
 from fed_trainer.loss_probe import states_its_loss
 

@@ -11,12 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fed_trainer import checkpoint
-from fed_trainer.checkpoint import (
-    load_adapter,
-    refuse_another_run,
-    rotate_checkpoints,
-    write_checkpoint,
-)
+from fed_trainer.checkpoint import load_adapter, refuse_another_run, rotate_checkpoints, write_checkpoint
 from fed_trainer.digests import find_damage
 
 

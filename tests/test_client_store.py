@@ -11,7 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fed_trainer import client_store
-from fed_trainer.client_store import ClientStore, check_owner
+from fed_trainer.client_files import check_owner
+from fed_trainer.client_store import ClientStore
 from fed_trainer.disk import DamagedFileError, file_digest
 
 

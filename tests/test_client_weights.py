@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
-from fed_trainer.aggregation import METHODS, ClientUpdate, FactorPair, InvalidUpdateError, validated
+from fed_trainer.aggregation import METHODS, ClientUpdate
+from fed_trainer.aggregation.validation import InvalidUpdateError, validated
 from fed_trainer.client_errors import ClientError
+from fed_trainer.factors import FactorPair
 from fed_trainer.token_counts import count_tokens
 
 

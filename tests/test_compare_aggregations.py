@@ -19,7 +19,8 @@ import compare_aggregations  # noqa: E402
 from federated_sft import make_peft_config, prepare  # noqa: E402
 
 from fed_trainer import FederatedTrainer  # noqa: E402
-from fed_trainer.aggregation import METHODS, TooFewClientsError  # noqa: E402
+from fed_trainer.aggregation import METHODS  # noqa: E402
+from fed_trainer.aggregation.validation import TooFewClientsError  # noqa: E402
 from fed_trainer.broken_state import BrokenStateError  # noqa: E402
 from fed_trainer.described import storable  # noqa: E402
 from fed_trainer.local_objectives import LOCAL_OBJECTIVES  # noqa: E402

@@ -14,7 +14,7 @@ from trl import SFTConfig, TrlParser
 
 from fed_trainer import FederatedConfig
 from fed_trainer.aggregation import METHODS
-from fed_trainer.clients import ClientSampler
+from fed_trainer.sampling import ClientSampler
 
 
 DEFAULTS = {field.name: field.default for field in fields(FederatedConfig)}

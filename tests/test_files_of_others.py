@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.adapter_state import LiveAdapter
 from fed_trainer.checkpoint import load_adapter
 from fed_trainer.joining import Invitation, invite, join
+from fed_trainer.live_adapter import LiveAdapter
 from fed_trainer.record import read_record
 from fed_trainer.report import write_report
 from fed_trainer.tensor_roles import TensorRoles

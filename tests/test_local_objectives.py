@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import FactorPair
+from fed_trainer.factors import FactorPair
 from fed_trainer.local_objectives import (
     LOCAL_OBJECTIVES,
     Ditto,

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, set_seed
 from trl import SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.aggregation.validation import TooFewClientsError
 from peft_scl import FederaConfig, SclConfig
 
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import TrainerState
 
 from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.agreement import AgreementMixin, FailedAloneError
-from fed_trainer.hub import model_card
+from fed_trainer.card import model_card
 from fed_trainer.published import Openings, published_log, published_record
 from fed_trainer.record import read_record
 from fed_trainer.report import failures, main, round_table

@@ -26,8 +26,11 @@ from transformers import (
 )
 
 from fed_trainer import ClientUpdate, FederatedConfig, FederatedTrainer
-from fed_trainer.adapter_state import LiveAdapter, base_digest, subtract
-from fed_trainer.aggregation import FedAvg, factor_pairs, shared_mask
+from fed_trainer.adapter_state import subtract
+from fed_trainer.aggregation import FedAvg, shared_mask
+from fed_trainer.factor_pairs import factor_pairs
+from fed_trainer.live_adapter import LiveAdapter
+from fed_trainer.quantized_base import base_digest
 from fed_trainer.sparse_change import LiveSparseChange, SparseChange
 from peft_scl import FederaConfig, SclConfig
 

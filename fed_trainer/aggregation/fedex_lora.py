@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ..adapter_state import AdapterState
+from ..factors import FactorPair, check_foldable
 from ..options import check_integer, check_number
 from .base import ClientUpdate
-from .factors import FactorAggregator, FactorPair, check_foldable, refuse_other_ranks
+from .factors import FactorAggregator, refuse_other_ranks
 from .low_rank import LowRank, LowRankSum, truncate
 
 

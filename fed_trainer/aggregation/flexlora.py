@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .factors import FactorPair
+from ..factors import FactorPair
 from .low_rank import LowRank, product_svd
 from .products import MeanOfProducts
 

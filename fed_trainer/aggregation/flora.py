@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..factors import FactorPair, check_foldable
 from ..options import check_integer
-from .factors import FactorPair, check_foldable
 from .low_rank import LowRank
 from .products import MeanOfProducts
 

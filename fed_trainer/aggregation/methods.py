@@ -4,17 +4,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
-
-from ..adapter_state import AdapterState, LiveAdapter
+from ..factors import FactorPair
 from ..tensor_roles import A_FACTORS, B_FACTORS, TensorRoles
 from .base import Aggregator
-from .factors import FactorPair, check_foldable, factor_pairs
 from .fedavg import FedAvg, FedNova
 from .fedex_lora import FedExLoRA, LoRAFair
 from .flexlora import FlexLoRA
@@ -24,7 +20,7 @@ from .robust import CoordinateMedian, GeometricMedian, Krum, MultiKrum, NormBoun
 from .slora import SLoRA
 
 
-__all__ = ["METHODS", "Method", "check_adapter"]
+__all__ = ["METHODS", "Method"]
 
 
 def _all_shared(round: int) -> TensorRoles:
@@ -134,51 +130,3 @@ METHODS: dict[str, Method] = {
     "norm_bounding": Method(NormBounding),
 }
 """By the name in the config."""
-
-
-def check_adapter(aggregation: str, model: PeftModel) -> list[FactorPair]:
-    """
-    The factor pairs a method works on, after refusing adapters it does not fit.
-
-    Args:
-        aggregation (`str`):
-            Name of the method.
-        model ([`~peft.PeftModel`]):
-            The live model, before its first round.
-
-    Returns:
-        `list[FactorPair]`: For [`Method.build`]; empty for methods that take any adapter.
-
-    Raises:
-        ValueError: Naming the first layer or tensor that does not fit, and why.
-    """
-    method = METHODS[aggregation]
-    if aggregation == "ffa_lora":
-        _check_frozen_factors(LiveAdapter(model).read(include_frozen=True))
-    # with one factor fixed, RoLoRA is exact for what is linear in either; SLoRA replaces both
-    if not method.uses_pairs and aggregation not in ("rolora", "slora"):
-        return []
-    pairs = factor_pairs(model)
-    if method.adds_to_base:
-        check_foldable(pairs, aggregation)
-    return pairs
-
-
-def _check_frozen_factors(state: AdapterState) -> None:
-    """Refuse adapters for which FFA-LoRA would train nothing, or not be exact."""
-    for key, tensor in state.items():
-        if ".scl_delta" in key:
-            raise ValueError(
-                f"'ffa_lora' is exact because one factor is the same everywhere, but {key} belongs to a second product, which "
-                "multiplies the first. Use `variant='compress'` or `train_down_proj='none'`, or 'fedavg'."
-            )
-        if ".lora_magnitude_vector" in key:
-            raise ValueError(
-                f"'ffa_lora' is exact because the adapter is linear in `B`, but with {key} (DoRA) the sum of base weight and product "
-                "is rescaled. Use plain LoRA, or 'fedavg'."
-            )
-        if ".lora_" in key and re.search(A_FACTORS, key) and not tensor.any():
-            raise ValueError(
-                f"'ffa_lora' trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so nothing would be "
-                "trained. Leave embeddings out of `target_modules`, or use 'fedavg'."
-            )

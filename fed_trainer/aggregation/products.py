@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from ..adapter_state import AdapterState
+from ..factors import FactorPair
 from ..options import check_integer
 from .base import ClientUpdate
-from .factors import FactorAggregator, FactorPair
+from .factors import FactorAggregator
 from .low_rank import LowRank, LowRankSum
 
 

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
@@ -17,14 +16,7 @@ from .base import ClientUpdate
 from .limits import LARGEST_VALUE, MOST_STEPS
 
 
-__all__ = [
-    "InvalidUpdateError",
-    "TooFewClientsError",
-    "first_not_finite",
-    "require_clients",
-    "state_digest",
-    "validated",
-]
+__all__ = ["InvalidUpdateError", "TooFewClientsError", "first_not_finite", "require_clients", "validated"]
 
 
 NAMELESS = "(no name)"
@@ -138,18 +130,6 @@ def require_clients(taken: Collection[str], refused: Mapping[str, str], min_clie
         raise TooFewClientsError(
             f"Only {len(taken)} of at least {needed} clients sent an update that can be used. Left out: {reasons}"
         )
-
-
-def state_digest(state: AdapterState) -> str:
-    """
-    SHA-256 of names, dtypes, shapes and all values: whether two machines hold the same frozen tensors, such as the `A` of
-    FFA-LoRA.
-    """
-    digest = hashlib.sha256()
-    for key, tensor in sorted(state.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def first_not_finite(state: AdapterState) -> str | None:

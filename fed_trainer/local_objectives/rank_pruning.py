@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..adapter_state import AdapterState
-from ..aggregation.factors import FactorPair, refuse_start
 from ..aggregation.hetlora import pruned_rank, pruning_penalty
+from ..factors import FactorPair, refuse_start
 from ..options import check_number
 from .base import LocalObjective, add_gradient, check_positive
 

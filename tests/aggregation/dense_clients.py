@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import Aggregator, ClientUpdate, FactorPair
+from fed_trainer.aggregation import Aggregator, ClientUpdate
+from fed_trainer.factors import FactorPair
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fed_trainer.adapter_state import AdapterState, LiveAdapter, subtract
-from fed_trainer.aggregation import (
-    METHODS,
-    ClientUpdate,
-    FactorPair,
-    LowRank,
-    add_to_base,
-    check_adapter,
-    factor_pairs,
-    factors,
-    truncate_ranks,
-)
+from fed_trainer.adapter_checks import check_adapter
+from fed_trainer.adapter_state import AdapterState, subtract
+from fed_trainer.aggregation import METHODS, ClientUpdate, factors
+from fed_trainer.aggregation.low_rank import LowRank
+from fed_trainer.factor_pairs import add_to_base, factor_pairs
+from fed_trainer.factors import FactorPair, truncate_ranks
+from fed_trainer.live_adapter import LiveAdapter
 from peft_scl import FederaConfig, SclConfig
 
 

@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import (
-    ClientUpdate,
-    FedAvg,
-    InvalidUpdateError,
-    TooFewClientsError,
-    require_clients,
-    state_digest,
-    validated,
-)
+from fed_trainer.adapter_state import AdapterState, state_digest
+from fed_trainer.aggregation import ClientUpdate, FedAvg
+from fed_trainer.aggregation.validation import InvalidUpdateError, TooFewClientsError, require_clients, validated
 
 
 REFERENCE = {"x.lora_A.weight": torch.zeros(2, 3, dtype=torch.bfloat16), "x.lora_B.weight": torch.zeros(4, 2)}
