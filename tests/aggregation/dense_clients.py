@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import Aggregator, ClientUpdate
-from fed_trainer.factors import FactorPair
+from fed_trainer.methods.aggregation import Aggregator, ClientUpdate
+from fed_trainer.state.adapter_state import AdapterState
+from fed_trainer.state.factors import FactorPair
 
 
 @dataclass(frozen=True)
