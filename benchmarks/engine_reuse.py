@@ -250,7 +250,7 @@ def measure(args: argparse.Namespace, sides: dict[str, Side], state: State) -> d
     """Seconds per turn beyond its steps, by side and repetition, and how far the adapters of the sides are apart."""
     kept = sides["kept"]
     assert isinstance(kept, Kept)
-    clients = [kept.federation._prepared_client(name) for name in kept.federation._clients]
+    clients = [kept.federation.client.data.prepared(name) for name in kept.federation._clients]
     order = random.Random(0)  # the same in all processes
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     gap = 0.0
@@ -292,10 +292,10 @@ def work(args: argparse.Namespace) -> None:
             sides["fresh_model"] = FreshModel(config, args.model, tokenizer)
         else:
             sides["rewrap"] = Rewrap(args, folder, tokenizer, kept.trainer.train_dataset)
-        figures = {"": measure(args, sides, kept.federation._global_state)}
+        figures = {"": measure(args, sides, kept.federation.federation.state)}
         gc.collect()
         gc.freeze()
-        figures["_frozen"] = measure(args, sides, kept.federation._global_state)
+        figures["_frozen"] = measure(args, sides, kept.federation.federation.state)
     wrapped = {type(side.trainer.model_wrapped).__name__ for side in sides.values()}
     if wrapped != ({"PeftModelForCausalLM"} if args.only == "plain" else {"DeepSpeedEngine"}):
         raise AssertionError(f"{args.only} was asked for, but the models are wrapped by {wrapped}.")

@@ -162,11 +162,13 @@ def footprint(trainer: FederatedTrainer) -> dict[str, int]:
 def one_engine() -> dict[str, Any]:
     """The first local round of the process, many others, and the first one again."""
     trainer = make_trainer("engine")
-    start = trainer._global_state
+    start = trainer.federation.state
     names = list(trainer._clients)
 
     def local_round(client: str, state: dict[str, torch.Tensor], seed: int) -> Any:
-        return trainer.local_round(state, trainer._prepared_client(client), seed=seed, data_seed=None, lr_factor=1.0)
+        return trainer.local_round(
+            state, trainer.client.data.prepared(client), seed=seed, data_seed=None, lr_factor=1.0
+        )
 
     fresh, metrics = local_round(names[0], start, seed=1)
     state, sizes = fresh, []
@@ -193,7 +195,7 @@ def in_bfloat16() -> dict[str, Any]:
     pretended = patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True)
     with pretended, patch("fed_trainer.client.live.deepspeed.ELEMENTS_PER_MESSAGE", 500):
         trainer = make_trainer("bfloat16", bf16=True)
-        start, client = trainer._global_state, trainer._prepared_client("client_0")
+        start, client = trainer.federation.state, trainer.client.data.prepared("client_0")
         start = {key: tensor + 1e-5 for key, tensor in start.items()}  # which bfloat16 would round away
         layer = next(module for name, module in trainer.model.named_modules() if name.endswith("lora_A.default"))
         computed = []
@@ -230,7 +232,7 @@ def federation(trainer: FederatedMixin, resume: bool = False) -> dict[str, Any]:
     # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there; FSDP2 holds parts
     whole = {} if KIND in SPLIT else {key: p.detach() for key, p in trainer.model.named_parameters()}
     return {
-        "global": digest(trainer._global_state),
+        "global": digest(trainer.federation.state),
         "parameters": digest(whole),
         "evaluations": [entry["eval"]["eval_loss"] for entry in (record["start"], *record["rounds"])],
         "wrapped": type(trainer.model_wrapped).__name__,

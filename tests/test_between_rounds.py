@@ -236,7 +236,7 @@ def test_what_is_done_between_rounds_changes_nothing(make_trainer, field):
     trainer = make_trainer("doors", True, **settings)
     trainer.train()
     assert len(trainer.doors.losses) == 2
-    assert same(trainer._global_state, without._global_state)
+    assert same(trainer.federation.state, without._global_state)
 
 
 @pytest.mark.parametrize("field", REFUSED)
@@ -282,7 +282,7 @@ def test_an_evaluation_that_breaks_off_changes_nothing(make_trainer):
     trainer = make_trainer("broken", True, eval_on_start=False, bf16_full_eval=True, skip_memory_metrics=False)
     trainer.doors.on_save = lambda *args, **kwargs: break_off(trainer)
     trainer.train()
-    assert same(trainer._global_state, without._global_state)
+    assert same(trainer.federation.state, without._global_state)
 
 
 def break_off(trainer: Any) -> None:
@@ -338,7 +338,7 @@ def test_an_optimiser_with_other_weights_gives_those_to_be_used(make_trainer):
     plain.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1})
     trainer = make_trainer("ours", True, **settings)
     trainer.optimizer_cls_and_kwargs = (Lookahead, {"lr": 0.1})
-    start, rows = plain._global_state, plain._prepared_client("a")
+    start, rows = plain._global_state, plain.client.data.prepared("a")
     trained, _ = plain.local_round(start, rows, 0, None, 1.0)
     to_be_used, _ = trainer.local_round(start, rows, 0, None, 1.0)
     for key, tensor in to_be_used.items():
@@ -348,7 +348,7 @@ def test_an_optimiser_with_other_weights_gives_those_to_be_used(make_trainer):
     again = make_trainer("without", False, **settings)
     again.optimizer_cls_and_kwargs = (Lookahead, {"lr": 0.1})
     again.train()
-    assert same(trainer._global_state, again._global_state)
+    assert same(trainer.federation.state, again.federation.state)
 
 
 @pytest.mark.parametrize("optim", ["schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"])
@@ -370,5 +370,5 @@ def test_an_evaluation_before_the_first_round_has_the_tokens_and_kernels_of_trai
     trainer.evaluate()
     assert trainer.model.config.bos_token_id == trainer.processing_class.bos_token_id
     assert calls[:2] == ["kernels", "engine"]
-    trainer.local_round(trainer._global_state, trainer._prepared_client("a"), 0, None, 1.0)
+    trainer.local_round(trainer.federation.state, trainer.client.data.prepared("a"), 0, None, 1.0)
     assert calls.count("kernels") == 1 and trainer.args.use_liger_kernel

@@ -136,7 +136,7 @@ def without():
 def result(trainer):
     figures = trainer._record["rounds"][0]["clients"]
     losses = {client: (entry["train_loss"], entry["num_steps"]) for client, entry in figures.items()}
-    return trainer._global_state, losses
+    return trainer.federation.state, losses
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -179,7 +179,7 @@ def test_a_client_that_could_not_be_prepared_at_first_is_tried_again_in_its_turn
     healthy.train()
     monkeypatch.setattr(FederatedTrainer, "_prepare_client_dataset", fails_once)
     trainer = make_trainer("sft", clients)
-    assert failed and list(trainer._prepared_clients) == ["client_c"]
+    assert failed and list(trainer.client.data._prepared) == ["client_c"]
     trainer.train()
     assert trainer._record["rounds"][0]["refused"] == {}
     assert result(trainer)[1] == result(healthy)[1]
@@ -239,7 +239,7 @@ def test_whether_data_is_a_conversation_is_not_for_a_broken_row_to_say(tiny_mode
     args = FederatedConfig(output_dir=str(tmp_path), assistant_only_loss=True, **LOCAL)
     clients = {"client_a": talks("none"), "client_c": talks()}
     trainer = FederatedTrainer(str(tiny_model_dir), args, clients, processing_class=tokenizer)
-    assert list(trainer._prepared_clients) == ["client_c"]
+    assert list(trainer.client.data._prepared) == ["client_c"]
 
 
 def test_clients_with_other_columns_are_refused_with_a_formatting_function_too(tiny_model_dir, tmp_path):

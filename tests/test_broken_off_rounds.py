@@ -145,7 +145,7 @@ class Breaker(TrainerCallback):
             self.client, self.calls = client, 0
             self.point = client.split()[1] if " " in client else ""
             if self.point and self.skips:
-                trainer.server.leave_out(client, "it is not asked")
+                trainer.federation.server.leave_out(client, "it is not asked")
                 return None
             if not self.point:  # as a preparation may do
                 self.drawn[client].append((random.random(), np.random.rand(), torch.rand(1).item()))
@@ -270,7 +270,7 @@ def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, o
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_run_is_that_without_the_clients_that_fail(run, option):
     (trainer, breaker), (without, _) = run(option, True), run(option, False)
-    assert same(trainer._global_state, without._global_state)
+    assert same(trainer.federation.state, without._global_state)
     for entry, expected in zip(trainer._record["rounds"], without._record["rounds"], strict=True):
         assert entry["train_loss"] == expected["train_loss"]
         assert entry["eval"]["eval_loss"] == expected["eval"]["eval_loss"]
@@ -297,7 +297,7 @@ def test_an_interrupt_leaves_nothing_behind(run, make_clients, tiny_model_dir, t
         train_dataset={"00": make_clients(num_clients=1)["client_0"]},
         peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM"),
     )
-    local = trainer._global_state, trainer._prepared_client("00"), 0, None, 1.0
+    local = trainer.federation.state, trainer.client.data.prepared("00"), 0, None, 1.0
     expected, _ = trainer.local_round(*local)
     hooks, training_step = hooks_of(trainer), trainer.training_step
 

@@ -53,15 +53,17 @@ def weights_of(trainer: FederatedTrainer) -> dict[str, torch.Tensor]:
 )
 def test_a_broken_state_is_not_saved_and_the_round_before_goes_on(how, method, make_trainer, tmp_path, monkeypatch):
     trainer = make_trainer(aggregation=method)
-    finish = trainer.server.finish
+    finish = trainer.federation.server.finish
     seen: list[dict[str, torch.Tensor]] = []
     commit, committed = trainer._store.commit, []
-    monkeypatch.setattr(trainer._store, "commit", lambda: (commit(), committed.append(trainer.server._round)))
+    monkeypatch.setattr(
+        trainer._store, "commit", lambda: (commit(), committed.append(trainer.federation.server._round))
+    )
 
     def spoiled():
         seen.append(weights_of(trainer))
         state, base = finish()
-        if trainer.server._round < 2:
+        if trainer.federation.server._round < 2:
             return state, base
         if how == "overflow":
             state = {key: tensor.double() + 1e300 for key, tensor in state.items()}
@@ -71,7 +73,7 @@ def test_a_broken_state_is_not_saved_and_the_round_before_goes_on(how, method, m
             state = {key: torch.full_like(tensor, 1e30) for key, tensor in state.items()}
         return state, base
 
-    monkeypatch.setattr(trainer.server, "finish", spoiled)
+    monkeypatch.setattr(trainer.federation.server, "finish", spoiled)
     with pytest.raises(BrokenStateError, match=r"not saved: `train\(resume_from_checkpoint=True\)` goes on"):
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]

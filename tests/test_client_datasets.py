@@ -111,13 +111,13 @@ def test_the_clients_prepared_last_stay_in_memory(rows, tiny_model_dir, tmp_path
     monkeypatch.setattr(client_turn, "KEPT_PREPARED", 3)
     trainer = trainer_of(iid_partition(rows, 6), tmp_path / "run", tiny_model_dir, clients_per_round=2)
     names = list(trainer._clients)
-    first = trainer._prepared_client(names[0])
+    first = trainer.client.data.prepared(names[0])
     for name in names[1:3]:
-        trainer._prepared_client(name)
-    assert trainer._prepared_client(names[0]) is first
-    trainer._prepared_client(names[3])
-    assert list(trainer._prepared_clients) == [names[2], names[0], names[3]]
-    again = trainer._prepared_client(names[1])
+        trainer.client.data.prepared(name)
+    assert trainer.client.data.prepared(names[0]) is first
+    trainer.client.data.prepared(names[3])
+    assert list(trainer.client.data._prepared) == [names[2], names[0], names[3]]
+    again = trainer.client.data.prepared(names[1])
     assert (
         again["input_ids"][:] == trainer._prepare_client_dataset(trainer._clients[names[1]], names[1])["input_ids"][:]
     )
@@ -127,8 +127,8 @@ def test_a_round_of_many_clients_keeps_them_all(rows, tiny_model_dir, tmp_path, 
     monkeypatch.setattr(client_turn, "KEPT_PREPARED", 1)
     trainer = trainer_of(iid_partition(rows, 6), tmp_path / "run", tiny_model_dir)
     for name in trainer._clients:
-        trainer._prepared_client(name)
-    assert list(trainer._prepared_clients) == list(trainer._clients)
+        trainer.client.data.prepared(name)
+    assert list(trainer.client.data._prepared) == list(trainer._clients)
 
 
 def test_clients_of_one_dataset_are_evaluated_by_client(rows, tiny_model_dir, tmp_path):

@@ -308,7 +308,7 @@ def metrics_of(trainer: Any) -> list[dict[str, Any]]:
 
 def test_what_trl_logs_of_training_is_in_the_record_and_the_log(trl):
     trainer = trl()
-    start = {key: tensor.clone() for key, tensor in trainer._global_state.items()}
+    start = {key: tensor.clone() for key, tensor in trainer.federation.state.items()}
     trainer.train()
     first = metrics_of(trainer)[0]
     # independently: TRL's own trainer, from the same start, on the data in the same order

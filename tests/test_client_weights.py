@@ -159,15 +159,15 @@ def make_trainer(tiny_model_dir, make_clients, tmp_path):
 def test_rounds_with_weights(make_trainer, monkeypatch, tmp_path, weights: str) -> None:
     # so that the first label of a row is a token, which no position predicts
     trainer = make_trainer(aggregation_kwargs={"weights": weights}, num_rounds=2, completion_only_loss=False)
-    updates, receive = [], trainer.server.receive
+    updates, receive = [], trainer.federation.server.receive
     monkeypatch.setattr(
-        trainer.server, "receive", lambda update, *rest: updates.append(update) or receive(update, *rest)
+        trainer.federation.server, "receive", lambda update, *rest: updates.append(update) or receive(update, *rest)
     )
-    start = {key: tensor.clone() for key, tensor in trainer._global_state.items()}
+    start = {key: tensor.clone() for key, tensor in trainer.federation.state.items()}
     trainer.train()
     if weights == "tokens":
         for update in updates:
-            prepared = trainer._prepared_clients[update.client]
+            prepared = trainer.client.data._prepared[update.client]
             expected = sum(sum(row["labels"][i] != -100 for i in range(1, len(row["labels"]))) for row in prepared)
             assert update.num_tokens == expected > 16
     else:

@@ -89,7 +89,7 @@ def test_a_config_builds_a_trainer(name, options, tmp_path, data):
     clients, test = prepare(recipe, args, splits["train"], splits["test"])
     trainer = FederatedTrainer(recipe.model_name_or_path, args, clients, test, make_peft_config(recipe))
     assert trainer.evaluates_clients
-    assert trainer.server.rule.min_updates <= trainer.sampler.num_sampled == 5
+    assert trainer.federation.server.rule.min_updates <= trainer.sampler.num_sampled == 5
 
 
 def compare(monkeypatch, capsys, options, tmp_path, *arguments):

@@ -97,10 +97,10 @@ def left_over() -> list[Any]:
 @pytest.mark.parametrize("loader", LOADERS)
 def test_clients_are_trained_on_their_own_rows(make_trainer, clients, tiny_model_dir, tmp_path, loader):
     trainer = make_trainer(None, **LOADERS[loader])
-    start = trainer._global_state
+    start = trainer.federation.state
     for name, rows in clients.items():
         seed = client_seed(0, 1, name)
-        local, metrics = trainer.local_round(start, trainer._prepared_client(name), seed, None, 1.0)
+        local, metrics = trainer.local_round(start, trainer.client.data.prepared(name), seed, None, 1.0)
         assert not left_over()
         stock = SFTTrainer(
             get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LORA),
@@ -150,9 +150,9 @@ def test_workers_of_what_breaks_off_end(make_trainer, clients, loader):
 
     compute_loss, trainer.compute_loss = trainer.compute_loss, broken
     for break_off in (
-        lambda: trainer.local_round(trainer._global_state, trainer._prepared_client("client_0"), 0, None, 1.0),
+        lambda: trainer.local_round(trainer.federation.state, trainer.client.data.prepared("client_0"), 0, None, 1.0),
         trainer.evaluate,
-        lambda: trainer.predict(trainer._prepared_client("client_0")),
+        lambda: trainer.predict(trainer.client.data.prepared("client_0")),
     ):
         with pytest.raises(RuntimeError):
             break_off()

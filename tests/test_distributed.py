@@ -289,7 +289,9 @@ def test_what_cannot_be_done_under_deepspeed_is_refused(
     )
     plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero, **config})
     with pytest.raises(NotImplementedError, match=message):
-        check_deepspeed(args, plugin, trainer.model, trainer._live_adapter, trainer.server, has_optimizer=False)
+        check_deepspeed(
+            args, plugin, trainer.model, trainer._live_adapter, trainer.federation.server, has_optimizer=False
+        )
 
 
 def test_what_can_be_done_under_deepspeed_is_not_refused(tiny_model_dir, make_clients, tmp_path):
@@ -302,9 +304,13 @@ def test_what_can_be_done_under_deepspeed_is_not_refused(tiny_model_dir, make_cl
     )
     for stage in (1, 2, 3):
         plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {"stage": stage}})
-        check_deepspeed(args, plugin, trainer.model, trainer._live_adapter, trainer.server, has_optimizer=False)
+        check_deepspeed(
+            args, plugin, trainer.model, trainer._live_adapter, trainer.federation.server, has_optimizer=False
+        )
         statistics = SimpleNamespace(buffers={"score.running_mean", "score.running_var"})
         with pytest.raises(NotImplementedError, match="score.running_mean is a running statistic"):
-            check_deepspeed(args, plugin, trainer.model, statistics, trainer.server, has_optimizer=False)
+            check_deepspeed(args, plugin, trainer.model, statistics, trainer.federation.server, has_optimizer=False)
         with pytest.raises(NotImplementedError, match="`optimizers`"):
-            check_deepspeed(args, plugin, trainer.model, trainer._live_adapter, trainer.server, has_optimizer=True)
+            check_deepspeed(
+                args, plugin, trainer.model, trainer._live_adapter, trainer.federation.server, has_optimizer=True
+            )

@@ -183,9 +183,9 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     one = {"client_0": clients["client_0"]}
     trainer = make_trainer(peft_config=config, clients=one, reference=reference, num_rounds=1)
     seed = client_seed(42, 1, "client_0")
-    prepared = trainer._prepared_client("client_0")
+    prepared = trainer.client.data.prepared("client_0")
     start = trainer._live_adapter.read(include_frozen=True)
-    local, metrics = trainer.local_round(trainer._global_state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+    local, metrics = trainer.local_round(trainer.federation.state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
 
     args = DPOConfig(
         output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL
@@ -201,7 +201,7 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     assert stock.train().training_loss == metrics["train_loss"]
     after = get_peft_model_state_dict(stock.model)
     assert all(torch.equal(local[key], after[key]) for key in local)
-    assert not same(local, trainer._global_state)
+    assert not same(local, trainer.federation.state)
 
     trainer.train()
     for key, tensor in adapter(tmp_path / "out").items():
@@ -302,9 +302,9 @@ def test_the_reference_is_neither_trained_nor_sent_nor_published(
 def test_what_a_client_does_not_train_stays_as_it_is(make_trainer, reference):
     """PEFT switches adapters by making them trainable, which must not thaw what is frozen in this round."""
     trainer = make_trainer(peft_config=ADAPTERS["lora"], reference=reference)
-    start = trainer._global_state
+    start = trainer.federation.state
     trained = {key for key in start if ".lora_A." in key}
-    rows = trainer._prepared_client("client_0")
+    rows = trainer.client.data.prepared("client_0")
     local, _ = trainer.local_round(start, rows, seed=0, data_seed=None, lr_factor=1.0, trained=trained)
     assert {key for key in start if not torch.equal(local[key], start[key])} == trained
 
@@ -373,7 +373,7 @@ def test_precomputed_references_are_without_dropout(make_trainer, clients, tiny_
     assert len(modes) == 2 and modes[0] == modes[1] and all(modes[0])  # the second client, after the first has trained
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
     for client in clients:
-        rows = list(trainer._prepared_client(client))
+        rows = list(trainer.client.data.prepared(client))
         found = [torch.tensor([row[f"ref_{answer}_logps"] for row in rows]) for answer in ("chosen", "rejected")]
         torch.testing.assert_close(
             torch.cat(found), log_probs(base, trainer.data_collator(rows)), rtol=1e-5, atol=1e-4
@@ -497,7 +497,7 @@ def test_a_model_with_the_reference_of_an_earlier_run_is_refused_until_it_is_del
         make_trainer("again", model=first.model)
     first.model.delete_adapter("ref")
     again = make_trainer("again", model=first.model, num_rounds=1)
-    assert same(again._reference.read(), first._global_state)
+    assert same(again._reference.read(), first.federation.state)
     again.train()
 
 

@@ -78,7 +78,7 @@ def federation(tiny_model_dir, make_clients, tmp_path):
 
 def check(trainer, live=None, activation_checkpointing=False):
     plugin = SimpleNamespace(activation_checkpointing=activation_checkpointing)
-    check_fsdp(trainer.args, plugin, trainer.model, live or trainer._live_adapter, trainer.server)
+    check_fsdp(trainer.args, plugin, trainer.model, live or trainer._live_adapter, trainer.federation.server)
 
 
 LORA = LoraConfig(task_type="CAUSAL_LM")

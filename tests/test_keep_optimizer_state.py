@@ -57,7 +57,7 @@ def expected(trainer, keep):
     model = get_peft_model(base, LoraConfig(**LORA)).train()
     model.load_state_dict(trainer.model.state_dict())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    batches = [trainer.data_collator(list(trainer._prepared_client(client))) for client in trainer._clients]
+    batches = [trainer.data_collator(list(trainer.client.data.prepared(client))) for client in trainer._clients]
     settings = {"lr": trainer.args.learning_rate, "weight_decay": trainer.args.weight_decay}
     optimizers = [torch.optim.AdamW(trained.values(), **settings) for _ in batches]
     shared = {name: p.detach().clone() for name, p in trained.items()}

@@ -250,7 +250,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_p
     trainer.train(resume_from_checkpoint=True)
 
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
-    assert same(whole._global_state, trainer._global_state)
+    assert same(whole.federation.state, trainer.federation.state)
     for left, right in zip(whole._record["rounds"], trainer._record["rounds"], strict=True):
         assert left["client_eval"] == right["client_eval"]
         assert left["clients"].keys() == right["clients"].keys()

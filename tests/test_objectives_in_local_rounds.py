@@ -55,7 +55,7 @@ class Federation:
             train_dataset={f"client_{index}": rows for index, rows in enumerate(clients)},
             peft_config=LORA,
         )
-        self.start = random_adapter(self.trainer._global_state)
+        self.start = random_adapter(self.trainer.federation.state)
         compute_loss = self.trainer.compute_loss
         self.batches: list[dict[str, torch.Tensor]] = []
         self.trainer.compute_loss = lambda model, inputs, **kwargs: (
@@ -72,7 +72,7 @@ class Federation:
         trained: set[str] | None = None,
     ) -> AdapterState:
         self.batches.clear()
-        dataset = self.trainer._prepared_client(f"client_{client}")
+        dataset = self.trainer.client.data.prepared(f"client_{client}")
         local, metrics = self.trainer.local_round(state, dataset, client, None, 1.0, trained, objective=objective)
         assert metrics["num_steps"] == len(STEPS) and len(self.batches) == sum(STEPS)
         return local

@@ -101,7 +101,7 @@ def held_out(clients):
 def test_fedsa_lora_shares_a_and_leaves_b_with_the_clients(make_trainer, make_clients):
     clients = make_clients(num_clients=3)
     trainer = make_trainer(aggregation="fedsa_lora", clients=clients, eval_dataset=held_out(clients))
-    start = trainer._global_state
+    start = trainer.federation.state
     trainer.train()
 
     kept = {client: trainer._store.read(client)["local"] for client in clients}
@@ -109,7 +109,7 @@ def test_fedsa_lora_shares_a_and_leaves_b_with_the_clients(make_trainer, make_cl
         assert local and all(".lora_B." in key for key in local), client
         assert all(local[key].any() for key in local)
     assert not same(kept["client_0"], kept["client_1"])
-    for key, tensor in trainer._global_state.items():
+    for key, tensor in trainer.federation.state.items():
         assert torch.equal(tensor, start[key]) == (".lora_B." in key), key
     entry = trainer._record["rounds"][-1]
     a_bytes = sum(4 * tensor.numel() for key, tensor in start.items() if ".lora_A." in key)
@@ -139,13 +139,13 @@ def test_a_client_that_has_not_trained_yet_has_the_initial_local_tensors(make_tr
     trainer = make_trainer(
         aggregation="fedsa_lora", clients=clients, clients_per_round=1, num_rounds=1, eval_dataset=held_out(clients)
     )
-    start = trainer._global_state
+    start = trainer.federation.state
     trainer.train()
     (sampled,) = trainer._record["rounds"][0]["clients"]
     for client in clients.keys() - {sampled}:
         state = trainer.client_state(client)
         assert all(torch.equal(state[key], start[key]) for key in state if ".lora_B." in key)
-        assert all(torch.equal(state[key], trainer._global_state[key]) for key in state)
+        assert all(torch.equal(state[key], trainer.federation.state[key]) for key in state)
 
 
 def test_the_model_of_a_client_can_be_saved(make_trainer, make_clients, tmp_path):
@@ -153,7 +153,7 @@ def test_the_model_of_a_client_can_be_saved(make_trainer, make_clients, tmp_path
     trainer.train()
     trainer.save_client_model("client_2", tmp_path / "personal")
     assert same(adapter(tmp_path / "personal"), trainer.client_state("client_2"))
-    assert same(trainer._live_adapter.read(), trainer._global_state)
+    assert same(trainer._live_adapter.read(), trainer.federation.state)
     with pytest.raises(ValueError, match="There is no client 'client_9'"):
         trainer.save_client_model("client_9", tmp_path / "nobody")
 
@@ -172,13 +172,13 @@ def test_without_a_model_for_all_there_is_nothing_to_evaluate_on_common_data(mak
 
 def test_fedper_keeps_the_head_with_the_client(make_classifier):
     trainer = make_classifier(tensor_roles={"local": ["classifier"]})
-    start = trainer._global_state
+    start = trainer.federation.state
     trainer.train()
     heads = [trainer._store.read(client)["local"] for client in trainer._clients]
     assert all(set(head) == {key for key in start if "classifier" in key} for head in heads)
     assert not same(heads[0], heads[1])
-    assert all(torch.equal(trainer._global_state[key], start[key]) for key in heads[0])
-    assert any(not torch.equal(trainer._global_state[key], start[key]) for key in start)
+    assert all(torch.equal(trainer.federation.state[key], start[key]) for key in heads[0])
+    assert any(not torch.equal(trainer.federation.state[key], start[key]) for key in start)
 
 
 def test_fedbn_keeps_the_norms_with_the_client(make_classifier):
@@ -194,7 +194,7 @@ def test_a_frozen_head_neither_changes_nor_travels(make_classifier):
     trainer = make_classifier(tensor_roles={"frozen": ["classifier"]})
     before = {name: p.clone() for name, p in trainer.model.named_parameters() if "classifier" in name}
     trainer.train()
-    assert not any("classifier" in key for key in trainer._global_state)
+    assert not any("classifier" in key for key in trainer.federation.state)
     after = dict(trainer.model.named_parameters())
     assert before and all(torch.equal(before[name], after[name]) for name in before)
 
@@ -259,13 +259,13 @@ def test_a_client_of_a_smaller_rank_sends_and_trains_its_rank_only(make_trainer,
         aggregation=method, client_settings={"client_0": {"r": 1}, "client_2": {"r": 2}}, num_rounds=2
     )
     updates = {}
-    receive = trainer.server.receive
+    receive = trainer.federation.server.receive
 
     def watched(update, *args):
         updates[update.client] = update
         return receive(update, *args)
 
-    monkeypatch.setattr(trainer.server, "receive", watched)
+    monkeypatch.setattr(trainer.federation.server, "receive", watched)
     trainer.train()
     for client, rank in (("client_0", 1), ("client_1", 4), ("client_2", 2)):
         shapes = {key: tuple(tensor.shape) for key, tensor in updates[client].delta.items()}
@@ -317,20 +317,22 @@ def test_a_client_trains_a_subset_of_the_layers(make_trainer):
         num_rounds=1,
     )
     alone = make_trainer("alone", num_rounds=1)
-    start = trainer._global_state
+    start = trainer.federation.state
     trainer.train()
     clients = trainer._record["rounds"][0]["clients"]
     assert (clients["client_0"]["bytes_up"] - 8) * 2 == clients["client_2"]["bytes_up"] - 8
     assert clients["client_0"]["bytes_down"] == clients["client_2"]["bytes_down"]  # it computes with all layers
     # layer 1 is the third client's alone
-    local, _ = alone.local_round(start, alone._prepared_client("client_2"), seed=0, data_seed=None, lr_factor=1.0)
-    moved = [key for key in start if ".layers.1." in key and not torch.equal(trainer._global_state[key], start[key])]
+    local, _ = alone.local_round(start, alone.client.data.prepared("client_2"), seed=0, data_seed=None, lr_factor=1.0)
+    moved = [
+        key for key in start if ".layers.1." in key and not torch.equal(trainer.federation.state[key], start[key])
+    ]
     assert moved and all(not torch.equal(local[key], start[key]) for key in moved)
 
 
 def test_the_mean_of_a_layer_is_over_the_clients_that_train_it(make_trainer, monkeypatch):
     trainer = make_trainer(client_settings={"client_0": {"layers_to_transform": [0]}}, num_rounds=1)
-    start, original, ends = trainer._global_state, trainer.local_round, []
+    start, original, ends = trainer.federation.state, trainer.local_round, []
 
     def watched(state, *args, **kwargs):
         local, metrics = original(state, *args, **kwargs)
@@ -339,7 +341,7 @@ def test_the_mean_of_a_layer_is_over_the_clients_that_train_it(make_trainer, mon
 
     monkeypatch.setattr(trainer, "local_round", watched)
     trainer.train()
-    for key, tensor in trainer._global_state.items():
+    for key, tensor in trainer.federation.state.items():
         chosen = ends if ".layers.0." in key else ends[1:]
         expected = sum(end[key].double() for end in chosen) / len(chosen)
         torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
@@ -350,8 +352,10 @@ def test_the_mean_of_a_layer_is_over_the_clients_that_train_it(make_trainer, mon
 def test_local_budgets_differ_and_fednova_hears_of_it(make_trainer, monkeypatch):
     trainer = make_trainer(aggregation="fednova", client_settings={"client_1": {"max_steps": 5}}, num_rounds=1)
     steps = {}
-    add = trainer.server.rule.add
-    monkeypatch.setattr(trainer.server.rule, "add", lambda u: steps.update({u.client: u.num_steps}) or add(u))
+    add = trainer.federation.server.rule.add
+    monkeypatch.setattr(
+        trainer.federation.server.rule, "add", lambda u: steps.update({u.client: u.num_steps}) or add(u)
+    )
     trainer.train()
     assert steps == {"client_0": 2, "client_1": 5, "client_2": 2}
     assert trainer.args.max_steps == 2
@@ -614,9 +618,11 @@ def test_what_a_client_keeps_is_checked_in_its_turn_and_the_turn_tried_again(mak
     for output, times in (("once", 1), ("twice", 2)):
         trainer = make_trainer(output, num_rounds=1, client_retries=1, **KEPT[part])
         spoils(trainer, monkeypatch, part, times)
-        receive = trainer.server.receive
+        receive = trainer.federation.server.receive
         monkeypatch.setattr(
-            trainer.server, "receive", lambda *args, receive=receive: received.append(args) or receive(*args)
+            trainer.federation.server,
+            "receive",
+            lambda *args, receive=receive: received.append(args) or receive(*args),
         )
         trainer.train()
         refused = trainer._record["rounds"][0]["refused"]
@@ -627,21 +633,21 @@ def test_what_a_client_keeps_is_checked_in_its_turn_and_the_turn_tried_again(mak
             assert refused["client_1"].startswith("its local round failed: ")
             assert f"({part}), which stays with the client, has values that are not finite" in refused["client_1"]
     assert [update.client for update, _ in received] == [*trainer._clients, "client_0", "client_2"]
-    shared = {key for key in trainer._global_state if key not in trainer._local_keys}
+    shared = {key for key in trainer.federation.state if key not in trainer._local_keys}
     for update, asked in received:  # all that the server is handed
         assert update.delta.keys() == asked.keys() == shared
 
 
 def test_a_change_of_the_base_that_is_not_finite_ends_the_run(make_trainer, monkeypatch):
     trainer = make_trainer(aggregation="flora", num_rounds=1)
-    finish = trainer.server.rule.finish
+    finish = trainer.federation.server.rule.finish
 
     def overflowing():
         delta = finish()
-        next(iter(trainer.server.rule.base_change.values())).left.fill_(float("inf"))
+        next(iter(trainer.federation.server.rule.base_change.values())).left.fill_(float("inf"))
         return delta
 
-    monkeypatch.setattr(trainer.server.rule, "finish", overflowing)
+    monkeypatch.setattr(trainer.federation.server.rule, "finish", overflowing)
     with pytest.raises(ValueError, match="not finite in the change of .*_proj .left., although no update had"):
         trainer.train()
     assert all(torch.isfinite(tensor).all() for tensor in trainer.model.state_dict().values())
@@ -749,7 +755,7 @@ def test_a_client_downloads_what_it_missed_of_the_base(make_trainer, make_client
     )
     trainer.train()
     rounds = trainer._record["rounds"]
-    adapter_bytes = sum(4 * tensor.numel() for tensor in trainer._global_state.values())
+    adapter_bytes = sum(4 * tensor.numel() for tensor in trainer.federation.state.values())
     last_seen = dict.fromkeys(trainer._clients, 0)
     for entry in rounds:
         for client, figures in entry["clients"].items():

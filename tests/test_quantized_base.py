@@ -161,7 +161,7 @@ def test_a_reward_model_on_a_4_bit_base_and_its_head(make_clients, base_dir, tmp
         peft_config=LoraConfig(**{**LORA, "task_type": "SEQ_CLS"}),
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )
-    start = trainer._global_state
+    start = trainer.federation.state
     trainer.train()
     assert trainer._record["rounds"][-1]["eval"]["eval_loss"] < trainer._record["start"]["eval"]["eval_loss"]
     head = "base_model.model.score.weight"

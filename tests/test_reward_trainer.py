@@ -83,7 +83,7 @@ def same(left, right):
 def test_rounds_are_stock_trainers_averaged_in_float64(make_trainer, clients, tiny_model_dir, tmp_path, peft_config):
     trainer = make_trainer(peft_config=peft_config)
     state = trainer._live_adapter.read(include_frozen=True)
-    assert "base_model.model.score.weight" in trainer._global_state
+    assert "base_model.model.score.weight" in trainer.federation.state
     trainer.train()
     for entry in trainer._record["rounds"]:
         mean = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in state.items()}
@@ -119,8 +119,8 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     one = {"client_0": clients["client_0"]}
     trainer = make_trainer(clients=one, peft_config=peft_config)
     seed = client_seed(42, 1, "client_0")
-    prepared = trainer._prepared_client("client_0")
-    local, _ = trainer.local_round(trainer._global_state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+    prepared = trainer.client.data.prepared("client_0")
+    local, _ = trainer.local_round(trainer.federation.state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
 
     args = RewardConfig(
         output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL

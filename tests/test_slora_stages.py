@@ -332,7 +332,7 @@ def test_one_trainer_goes_through_both_stages(
     make_trainer: Callable[..., FederatedTrainer], settings: dict[str, bool]
 ) -> None:
     trainer = make_trainer(**settings)
-    data, engines = trainer._prepared_client("client_0"), []
+    data, engines = trainer.client.data.prepared("client_0"), []
     create = trainer.create_optimizer
     trainer.create_optimizer = lambda *args: engines.append(trainer.optimizer is None) or create(*args)
 
@@ -397,5 +397,5 @@ def test_a_trainer_that_was_interrupted_in_either_stage_goes_on_itself(
     with pytest.raises(Interruption):
         trainer.train()
     trainer.train(resume_from_checkpoint=step > 6)
-    assert same(trainer._global_state, whole._global_state)
+    assert same(trainer.federation.state, whole.federation.state)
     assert trainer._record["sparse_stage"] == whole._record["sparse_stage"]

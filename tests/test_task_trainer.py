@@ -126,7 +126,7 @@ def test_rounds_equal_fresh_trainers_averaged_in_float64(make_trainer, tmp_path,
     """The kept model and optimiser against a new model and `Trainer` per client and round, averaged densely."""
     clients = {"a": rows_of(0), "b": rows_of(1, 6), "c": rows_of(2)}  # unequal weights
     trainer = make_trainer(model=bert(trained), clients=clients, peft_config=peft_config)
-    state = {key: tensor.clone() for key, tensor in trainer._global_state.items()}
+    state = {key: tensor.clone() for key, tensor in trainer.federation.state.items()}
     assert {"classifier.weight", "classifier.bias"} <= {key.removeprefix("base_model.model.") for key in state}
     trainer.train()
 
@@ -210,7 +210,7 @@ def test_frozen_parameters_of_a_plain_model_neither_travel_nor_change(make_train
     before, after = bert().state_dict(), weights(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == trainer._global_state.keys() == {key for key in before if re.search(BIASES, key)}
+    assert changed == trainer.federation.state.keys() == {key for key in before if re.search(BIASES, key)}
     sent = sum(before[key].numel() for key in changed)
     assert trainer._record["num_trainable_parameters"] == sent
     assert trainer._record["rounds"][0]["bytes_up"] == 3 * (4 * sent + 8)
@@ -297,7 +297,7 @@ def test_running_statistics_outside_the_adapter_are_refused(make_trainer):
         make_trainer(model=Normed(bert().config), peft_config=LORA)
     config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["norm"], task_type="SEQ_CLS")
     trainer = make_trainer(model=Normed(bert().config), peft_config=config)
-    assert "base_model.model.norm.running_mean" in trainer._global_state
+    assert "base_model.model.norm.running_mean" in trainer.federation.state
 
 
 @pytest.mark.parametrize(

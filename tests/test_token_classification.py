@@ -91,7 +91,7 @@ def make_trainer(tmp_path):
 def test_the_tagger_and_its_head_are_trained_and_published(make_trainer, tmp_path, peft_config):
     tagger().save_pretrained(tmp_path / "base")
     trainer = make_trainer("out", peft_config, num_rounds=3)
-    start = trainer._global_state
+    start = trainer.federation.state
     assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} <= start.keys()
     trainer.train()
     evaluations = [trainer._record["start"]["eval"], *(entry["eval"] for entry in trainer._record["rounds"])]

@@ -71,7 +71,7 @@ def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(
     clients = make_clients(num_clients=3)
     clients["client_1"] = clients["client_1"].select(range(6))  # unequal weights
     trainer = make_trainer(clients=clients, peft_config=peft_config, num_rounds=2, round_lr_scheduler_type="linear")
-    state = {key: tensor.clone() for key, tensor in trainer._global_state.items()}
+    state = {key: tensor.clone() for key, tensor in trainer.federation.state.items()}
     trainer.train()
 
     for round in (1, 2):
@@ -101,7 +101,7 @@ def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(
 
 def test_one_client_with_one_round_is_plain_fine_tuning(make_trainer, make_clients, tmp_path):
     trainer = make_trainer(clients=make_clients(num_clients=1), num_rounds=1)
-    before = trainer._global_state
+    before = trainer.federation.state
     trainer.train()
     after = adapter(tmp_path / "out")
     assert not same(before, after)
@@ -193,7 +193,7 @@ def test_federa_resumes_exactly_and_ends_as_a_plain_lora(make_trainer, tiny_mode
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))
     assert same(whole.model.state_dict(), parts.model.state_dict())
     # clients and server exchange factors of rank 4; what is saved has their start beside them
-    sent = sum(tensor.numel() * tensor.element_size() for tensor in whole._global_state.values())
+    sent = sum(tensor.numel() * tensor.element_size() for tensor in whole.federation.state.values())
     assert whole._record["rounds"][0]["bytes_up"] == 3 * (sent + 8)
     assert sum(tensor.numel() for tensor in adapter(tmp_path / "whole").values()) * 4 == 2 * sent
 
@@ -293,7 +293,7 @@ def test_record_log_history_and_table(make_trainer, tmp_path, capsys):
     )
     output = trainer.train()
     record = json.loads((tmp_path / "out" / "federation.json").read_text())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in trainer._global_state.values())
+    size = sum(tensor.numel() * tensor.element_size() for tensor in trainer.federation.state.values())
     assert record["num_trainable_parameters"] * 4 == size
     for entry in record["rounds"]:
         assert list(entry["clients"]) == trainer.sampler.sample(entry["round"])
@@ -328,7 +328,7 @@ def test_engine_and_model_are_built_once(make_trainer, monkeypatch):
 def test_modules_to_save_travel_with_the_adapter(make_trainer, tmp_path):
     config = SclConfig(**SCL, modules_to_save=["norm"])
     trainer = make_trainer(peft_config=config, num_rounds=1)
-    start = {key: tensor for key, tensor in trainer._global_state.items() if "norm" in key}
+    start = {key: tensor for key, tensor in trainer.federation.state.items() if "norm" in key}
     assert start
     trainer.train()
     saved = adapter(tmp_path / "out")

@@ -134,8 +134,8 @@ def test_the_second_client_is_trained_as_by_the_stock_trainer(make_trainer, proc
     """The first is prepared by TRL itself; `pixel_values` have to reach the model for the others as well."""
     trainer = make_trainer("out")
     seed = client_seed(42, 1, "camera-1")
-    prepared = trainer._prepared_client("camera-1")
-    local, metrics = trainer.local_round(trainer._global_state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+    prepared = trainer.client.data.prepared("camera-1")
+    local, metrics = trainer.local_round(trainer.federation.state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
 
     args = SFTConfig(
         output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL
@@ -151,7 +151,7 @@ def test_the_second_client_is_trained_as_by_the_stock_trainer(make_trainer, proc
     assert stock.train().training_loss == metrics["train_loss"]
     after = get_peft_model_state_dict(stock.model)
     assert all(torch.equal(local[key], after[key]) for key in local)
-    assert not same(local, trainer._global_state)
+    assert not same(local, trainer.federation.state)
 
 
 @pytest.mark.parametrize("is_preference", [False, True], ids=["sft", "dpo"])

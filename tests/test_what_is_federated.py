@@ -171,7 +171,7 @@ def test_a_round_is_the_mean_in_float64_and_stock_peft_loads_it(make_trainer, bi
     mean = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in start.items()}
     for client, weight in (("client_0", 0.6), ("client_1", 0.4)):
         seed = client_seed(42, 1, client)
-        local, _ = trainer.local_round(start, trainer._prepared_client(client), seed, None, 1.0)
+        local, _ = trainer.local_round(start, trainer.client.data.prepared(client), seed, None, 1.0)
         assert not any(torch.equal(local[key], start[key]) for key in start), "a tensor that travels was not trained"
         for key in mean:
             mean[key] += weight * local[key].double()
@@ -471,7 +471,7 @@ def test_bitfit_changes_and_sends_the_biases_alone(make_trainer, biased_dir, tmp
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     # a bias of the keys moves no score, so its gradient is rounding error or nothing
     assert {key for key in before if re.search(r"[qvo]_proj\.bias$", key)} <= changed
-    assert changed <= trainer._global_state.keys() == {key for key in before if key.endswith(".bias")}
+    assert changed <= trainer.federation.state.keys() == {key for key in before if key.endswith(".bias")}
 
 
 @pytest.mark.parametrize("aggregation", ["ffa_lora", "fedsa_lora", "rolora", "slora", "flora"])

@@ -148,7 +148,7 @@ def test_every_door_leads_to_a_model_that_is_somebodys(trained, kind):
     trainer = trained(kind)
     for name, door in DOORS.items():
         if kind == "shared":
-            assert door(trainer, OTHER) == pytest.approx(loss_of(trainer._global_state, OTHER), abs=1e-6), name
+            assert door(trainer, OTHER) == pytest.approx(loss_of(trainer.federation.state, OTHER), abs=1e-6), name
         else:
             trainer.model.train()
             with pytest.raises(ValueError, match="Every client has a model of its own, so there is not one to"):
@@ -160,7 +160,7 @@ def test_every_door_leads_to_a_model_that_is_somebodys(trained, kind):
                 assert model is trainer.model
             assert loss == pytest.approx(loss_of(trainer.client_state(client), OTHER), abs=1e-6), (name, client)
     live = trainer._live_adapter.read()
-    assert all(torch.equal(live[key], tensor) for key, tensor in trainer._global_state.items())
+    assert all(torch.equal(live[key], tensor) for key, tensor in trainer.federation.state.items())
     losses = {client: loss_of(trainer.client_state(client), OTHER) for client in "ab"}
     assert (losses["a"] != losses["b"]) == (kind != "shared")
 
@@ -205,7 +205,7 @@ def test_the_model_of_a_client_is_not_the_federations(trained, kind, tmp_path):
     with pytest.raises(ZeroDivisionError), trainer.client_model("b"):
         raise ZeroDivisionError
     live = trainer._live_adapter.read()
-    assert all(torch.equal(live[key], tensor) for key, tensor in trainer._global_state.items())
+    assert all(torch.equal(live[key], tensor) for key, tensor in trainer.federation.state.items())
     trainer.save_model(str(tmp_path / "shared"))  # the shared part, which its card says
     card = (tmp_path / "shared" / "README.md").read_text(encoding="utf-8")
     assert "stays with it" in card or "stay with the clients" in card
@@ -240,7 +240,7 @@ def test_nothing_is_evaluated_in_the_middle_of_a_local_round(make_trainer, kind)
     quiet.train()
     assert len(looked) == 3 * 3 * LOCAL["max_steps"]
     assert trainer._record["rounds"][0]["refused"] == {}
-    assert all(torch.equal(quiet._global_state[key], tensor) for key, tensor in trainer._global_state.items())
+    assert all(torch.equal(quiet._global_state[key], tensor) for key, tensor in trainer.federation.state.items())
 
 
 def test_held_out_data_is_asked_for_by_a_name_that_there_is(make_trainer):

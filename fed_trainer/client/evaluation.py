@@ -19,10 +19,12 @@ from transformers.utils import logging
 
 from ..data.client_datasets import recent
 from ..data.held_out import is_by_client
+from ..federation.rounds import Federation
 from ..output.figures import ClientMeans, means_over_clients, without_speed
 from ..state.adapter_state import AdapterState
 from ..state.client_errors import ClientError, public_reason
 from .agreement import AgreementMixin
+from .data import ClientData
 from .live.state import LiveState
 
 
@@ -38,7 +40,8 @@ class ClientEvaluationMixin(AgreementMixin):
     """
 
     _live_adapter: LiveState
-    _global_state: AdapterState
+    federation: Federation
+    _data: ClientData
     _clients: Mapping[str, Dataset]
     _prepared_held_out: dict[str, Dataset]
     # what is counted over the run, and no figure of a client
@@ -51,11 +54,6 @@ class ClientEvaluationMixin(AgreementMixin):
 
     def client_state(self, client: str) -> AdapterState:
         """What the model of a client is made of."""
-        raise NotImplementedError
-
-    @property
-    def _num_kept(self) -> int:
-        """How many prepared datasets stay in memory."""
         raise NotImplementedError
 
     def _prepare_held_out_dataset(self, dataset: Dataset, client: str) -> Dataset:
@@ -114,7 +112,7 @@ class ClientEvaluationMixin(AgreementMixin):
             yield self.model
         finally:
             self._owner = None
-            self._live_adapter.write(self._global_state)
+            self._live_adapter.write(self.federation.state)
 
     # The doors to the live model
 
@@ -271,7 +269,7 @@ class ClientEvaluationMixin(AgreementMixin):
     def _held_out_of(self, client: str) -> Dataset:
         held_out: Any = self.eval_dataset
         prepare = partial(self._prepare_held_out, held_out, client)
-        return recent(self._prepared_held_out, client, prepare, self._num_kept)
+        return recent(self._prepared_held_out, client, prepare, self._data.num_kept)
 
     def _prepare_held_out(self, held_out: Mapping[str, Dataset], client: str) -> Dataset:
         try:

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
 from .agreement import UNPREPARED, AgreementMixin
+from .data import ClientData
 from .put_back import evaluating, remember_flags, remember_problem_type, remember_random_state, restoring
 from .token_counts import IGNORED_LABEL
 
@@ -34,12 +34,8 @@ class LossProbeMixin(AgreementMixin):
     which `Trainer` then multiplies by the number of processes and does not divide by the accumulated batches.
     """
 
-    _clients: Mapping[str, Dataset]
+    _data: ClientData
     _asks_the_loss: bool = False
-
-    def _prepared_client(self, client: str) -> Dataset:
-        """A client's prepared data."""
-        raise NotImplementedError
 
     def _look_at_the_loss(self) -> None:
         """Find out, once the engine is built."""
@@ -67,10 +63,10 @@ class LossProbeMixin(AgreementMixin):
         size = self.args.per_device_train_batch_size
         for start in itertools.count(0, size):
             is_over = True
-            for client in self._clients:
+            for client in self._data.clients:
                 try:
                     with self._failing_together(UNPREPARED):
-                        prepared = self._prepared_client(client)
+                        prepared = self._data.prepared(client)
                         if start >= len(prepared):
                             continue
                         is_over = False

@@ -28,21 +28,23 @@ PRIVATE_FOLDER = ".fed_clients"  # within `output_dir`: what clients keep at pre
 PENDING = ".new"
 INDEX_NAME = "index.json"
 SHA256_LENGTH = 64
+FIRST_VERSIONS = 0  # the round of files that do not tell theirs
 
 
 class KeptFile(NamedTuple):
-    """What is known of a client's file since it was written; `round` is `None` in runs of the first versions."""
+    """What is known of a client's file since it was written."""
 
     client: str
-    round: int | None
+    round: int
     digest: str
     size: int
 
 
 class ClientStore:
     """
-    One safetensors file per client. A file is written beside and renamed at the end of the round, and never changed afterwards:
-    a round that breaks off leaves all clients as they were, and checkpoints hold hard links instead of copies.
+    One safetensors file per client and round. A file never changes after it was written, and a client has two at most: that
+    of the last update that counted, and that of its last turn, of which it learns in its next packet whether it counted. So a
+    round that breaks off leaves all clients as they were, and checkpoints hold hard links instead of copies.
 
     The digest of a file is computed once, when it is written, and kept in `index.json` with the client and the round;
     whenever the file is read, it is compared. The first process writes, the others read.
@@ -55,22 +57,29 @@ class ClientStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._index: dict[str, KeptFile] = {}  # by name of file
+        self._names: dict[str, list[str]] = {}  # of the files of a client, the older first
         self._version: tuple[int, int] | None = None  # of the index on disk
-        self._pending: dict[str, KeptFile] = {}
+        self._is_unwritten = False  # whether the index has entries that are not on disk
         self._unproven: set[str] = set()  # written since the last checkpoint
 
-    def read(self, client: str) -> dict[str, AdapterState]:
+    def read(self, client: str, counted: int | None) -> dict[str, AdapterState]:
         """
         What the client has kept, by part; empty for a client that has kept nothing.
+
+        Args:
+            client (`str`):
+                Its name.
+            counted (`int`, *optional*):
+                The last round in which its update counted, as its packet says.
 
         Raises:
             DamagedFileError: If it is not what was written.
         """
-        path = self._path(client)
         self._refresh()
         parts: dict[str, AdapterState] = {}
-        if (kept := self._index.get(path.name)) is None:
+        if (name := self._valid(client, counted)) is None:
             return parts
+        path, kept = self.folder / name, self._index[name]
         try:
             with reading(path.name):
                 if file_digest(path) != kept.digest:
@@ -80,47 +89,60 @@ class ClientStore:
                 tensors = load_file(path, backend="pread")
         except DamagedFileError as damage:
             raise DamagedFileError(
-                f"What client {client!r} keeps is damaged, in {str(self.folder)!r}: {damage}. `train(resume_from_checkpoint=True)` "
-                "continues from the last checkpoint that is not."
+                f"What client {client!r} keeps is damaged, in {str(self.folder)!r}: {damage}. "
+                "`train(resume_from_checkpoint=True)` continues from the last checkpoint that is not."
             ) from damage
         for entry, tensor in tensors.items():
             part, _, key = entry.partition("/")
             parts.setdefault(part, {})[key] = tensor
         return parts
 
-    def write(self, client: str, parts: dict[str, AdapterState], round: int) -> None:
-        """Keep `parts`, of `round`, in place of what the client has kept so far, from `commit` on."""
+    def write(self, client: str, parts: dict[str, AdapterState], round: int, counted: int | None) -> None:
+        """
+        Keep `parts`, of `round`: they hold in place of what the client has kept so far as soon as the update of that round is
+        said to have counted.
+
+        Args:
+            client (`str`):
+                Its name.
+            parts (`dict[str, dict[str, torch.Tensor]]`):
+                What it is to keep.
+            round (`int`):
+                The round.
+            counted (`int`, *optional*):
+                As in `read`: of what is there already, what this leaves open is deleted.
+        """
+        self._drop(client, self._valid(client, counted))
         tensors = {f"{part}/{key}": tensor for part, state in parts.items() for key, tensor in state.items()}
         if not tensors:
             return
         if not self.folder.is_dir():
             self._make_folder()
-        path = self._path(client)
+        path = self.folder / file_name(client, round)
         # one entry: safetensors writes several in any order, and the same state should be the same file
         content = save(tensors, metadata={OWNER: json.dumps({"client": client, "round": round})})
+        beside = path.with_name(f"{path.name}{PENDING}")
         with writing(f"What client {client!r} keeps"):
-            path.with_name(f"{path.name}{PENDING}").write_bytes(content)
-        self._pending[path.name] = KeptFile(client, round, hashlib.sha256(content).hexdigest(), len(content))
+            beside.write_bytes(content)
+            os.replace(beside, path)
+        self._enter(path.name, KeptFile(client, round, hashlib.sha256(content).hexdigest(), len(content)))
+        self._unproven.add(path.name)
+        self._is_unwritten = True
 
-    def commit(self) -> None:
-        """At the end of a round: what was written holds."""
-        if not self._pending:
-            return
-        for name in self._pending:
-            os.replace(self.folder / f"{name}{PENDING}", self.folder / name)
-        self._index |= self._pending
-        self._unproven |= self._pending.keys()
-        self._pending = {}
-        self._write_index()
+    def flush(self) -> None:
+        """Let the other processes, and those that come after this one, know what was written since the last time."""
+        if self._is_unwritten:
+            self._write_index()
 
-    def discard(self) -> None:
-        """Forget what was written since the last `commit`."""
-        remove_own_files(self.folder, [f"{name}{PENDING}" for name in self._pending])
-        self._pending = {}
-
-    def link_into(self, folder: Path) -> dict[str, str]:
+    def link_into(self, folder: Path, counted: Mapping[str, int]) -> dict[str, str]:
         """
-        Put the files of all clients into `folder`, which is made if there are any, and onto the disk.
+        Put what holds of the files of all clients into `folder`, which is made if there are any, and onto the disk.
+
+        Args:
+            folder (`Path`):
+                Folder of a checkpoint.
+            counted (`Mapping[str, int]`):
+                By client the last round in which its update counted.
 
         Returns:
             `dict[str, str]`: Their digests by name: those that were computed when the files were written.
@@ -129,19 +151,21 @@ class ClientStore:
             DamagedFileError: If a file is not what was written; those that are in an earlier checkpoint are compared
                 by size.
         """
-        if not self._index:
+        valid = {client: self._valid(client, counted.get(client)) for client in self._names}
+        names = {file_name(client): name for client, name in valid.items() if name is not None}
+        if not names:
             return {}
         folder.mkdir(parents=True, exist_ok=True)
-        for name, kept in self._index.items():
-            path = self.folder / name
+        for target, name in names.items():
+            path, kept = self.folder / name, self._index[name]
             with reading(f"What client {kept.client!r} keeps, {name},"):
                 is_new = name in self._unproven
                 if path.stat().st_size != kept.size or (is_new and file_digest(path, durably=True) != kept.digest):
                     raise DamagedFileError(f"What client {kept.client!r} keeps is damaged: {_difference(path, kept)}")
-            _link(path, folder / name)
+            _link(path, folder / target)
         sync(folder)
-        self._unproven = set()
-        return {name: kept.digest for name, kept in self._index.items()}
+        self._unproven -= set(names.values())
+        return {target: self._index[name].digest for target, name in names.items()}
 
     def restore(self, folder: Path, digests: Mapping[str, str]) -> None:
         """
@@ -159,9 +183,11 @@ class ClientStore:
         self._make_folder()
         for name, digest in digests.items():
             path = folder / name
-            _link(path, self.folder / name)
+            client, round = check_owner(path)
+            round = FIRST_VERSIONS if round is None else round
             digest = digest if len(digest) == SHA256_LENGTH else file_digest(path)
-            self._index[name] = KeptFile(*check_owner(path), digest, path.stat().st_size)
+            _link(path, self.folder / file_name(client, round))
+            self._enter(file_name(client, round), KeptFile(client, round, digest, path.stat().st_size))
         self._write_index()
 
     def clear(self) -> None:
@@ -185,7 +211,34 @@ class ClientStore:
 
     def forget(self) -> None:
         """Forget everything, without a look at the disk."""
-        self._index, self._pending, self._unproven, self._version = {}, {}, set(), None
+        self._index, self._names, self._unproven, self._version = {}, {}, set(), None
+        self._is_unwritten = False
+
+    def _enter(self, name: str, kept: KeptFile) -> None:
+        self._index[name] = kept
+        names = self._names.setdefault(kept.client, [])
+        if name not in names:
+            names.append(name)
+            names.sort(key=lambda each: self._index[each].round)
+
+    def _valid(self, client: str, counted: int | None) -> str | None:
+        """The file that holds: of the last round that was written and counted."""
+        if counted is None:
+            return None
+        names = self._names.get(client, [])
+        return next((name for name in reversed(names) if self._index[name].round <= counted), None)
+
+    def _drop(self, client: str, kept: str | None) -> None:
+        """Delete the files of a client but for one."""
+        dropped = [name for name in self._names.get(client, []) if name != kept]
+        if not dropped:
+            return
+        remove_own_files(self.folder, dropped)
+        for name in dropped:
+            del self._index[name]
+            self._unproven.discard(name)
+        self._names[client] = [] if kept is None else [kept]
+        self._is_unwritten = True
 
     def _found(self) -> tuple[list[str], list[str]]:
         """The names of what runs have written into the folder, without its mark, and of what else is there."""
@@ -212,13 +265,13 @@ class ClientStore:
         with writing(str(path)):
             beside.write_text(json.dumps(self._index), encoding="utf-8")
             os.replace(beside, path)
-        self._version = _version(path)
+        self._version, self._is_unwritten = _version(path), False
 
     def _refresh(self) -> None:
         """Take over what the first process has written."""
         path = self.folder / INDEX_NAME
         version = _version(path)
-        if version == self._version:
+        if version == self._version or self._is_unwritten:  # the first process knows better
             return
         index = _read_index(path)
         if index is None:
@@ -226,10 +279,9 @@ class ClientStore:
                 f"{str(path)!r} is not what was written, so nothing is known of what clients keep. "
                 "`train(resume_from_checkpoint=True)` continues from the last checkpoint."
             )
-        self._index, self._version = index, version
-
-    def _path(self, client: str) -> Path:
-        return self.folder / file_name(client)
+        self._index, self._names, self._version = {}, {}, version
+        for name, kept in index.items():
+            self._enter(name, kept)
 
 
 def _difference(path: Path, kept: KeptFile) -> str:

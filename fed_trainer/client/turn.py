@@ -1,287 +1,298 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What happens at one client in one round: it gets, trains, sends and keeps."""
+"""A client's turn: it gets a packet, trains, sends one back, and keeps what is its own."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch import nn
 from transformers.utils import logging
 
-from ..config import FederationArguments, joins_examples, local_batch
-from ..data.client_datasets import recent
+from ..config import FederationArguments
 from ..federation.client_settings import ClientSettings
-from ..federation.movement import Movement
-from ..federation.sampling import ClientSampler, client_seed
-from ..federation.server import Server
-from ..federation.traffic import download_bytes, upload_bytes
-from ..federation.validation import TooFewClientsError, first_not_finite
-from ..methods.aggregation import ClientUpdate
+from ..federation.packet import DELTA, DRAWN, EXTRAS, OBJECTIVE, STATE, Packet, named
+from ..federation.plan import Plan
+from ..federation.sampling import client_seed
+from ..federation.validation import first_not_finite
+from ..methods.objectives import LocalObjective
 from ..output.timing import timed
 from ..state.adapter_state import AdapterState, subtract
-from ..state.client_errors import ClientError, public_reason
+from ..state.client_errors import ClientError, TurnFailedError
 from .agreement import UNPREPARED
-from .between_rounds import BetweenRoundsMixin
-from .evaluation import ClientEvaluationMixin
+from .data import ClientData
 from .optimizer_state import UnkeptOptimizerError
 from .put_back import PutBack, remember_problem_type, remember_random_state, restoring
 from .store import ClientStore
-from .token_counts import count_tokens
 
 
-__all__ = ["ClientTurnMixin"]
+__all__ = ["Client"]
 
 logger = logging.get_logger(__name__)
 
-KEPT_PREPARED = 256  # datasets
 # what a client keeps: parts of its file
-LOCAL, PERSONAL, OBJECTIVE = "local", "personal", "objective"
+LOCAL, PERSONAL, OBJECTIVE_STATE = "local", "personal", "objective"
 OPTIMIZER, PERSONAL_OPTIMIZER = "optimizer", "personal_optimizer"
 
 
-class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
-    """The turn of a client within a round, on the live model."""
+@dataclass(frozen=True)
+class Turn:
+    """
+    What a turn begins with.
 
-    args: FederationArguments
-    server: Server
-    sampler: ClientSampler
-    _store: ClientStore
-    _clients: Mapping[str, Dataset]
-    _client_settings: dict[str, ClientSettings]
-    _prepared_clients: dict[str, Dataset]
-    _num_tokens: dict[str, int]  # of clients that have been counted, if the mean is weighted by them
-    _local_keys: set[str]
-    _base_digest: str | None
-    _record: dict[str, Any]
-    _movement: Movement
-    _bytes_in_vain: Counter[str]  # traffic of the round's clients that were left out
+    Args:
+        client (`str`), round (`int`), lr_factor (`float`):
+            Whose turn it is, in which round, with what factor on the learning rate.
+        settings ([`ClientSettings`]):
+            What the client does differently.
+        start (`dict[str, torch.Tensor]`):
+            The whole state that it trains from, in the shapes of the live model.
+        shared (`dict[str, torch.Tensor]`):
+            The part of it that is shared in this round.
+        asked (`dict[str, torch.Tensor]`):
+            What an update is to be sent of, in the shapes to send.
+        received (`dict[str, torch.Tensor]`):
+            What the server sends along for the local objective.
+        kept (`dict[str, dict[str, torch.Tensor]]`):
+            What the client has kept, by part.
+    """
 
-    def _client_round(
-        self, client: str, round: int, lr_factor: float, seconds: dict[str, float]
-    ) -> dict[str, Any] | None:
+    client: str
+    round: int
+    lr_factor: float
+    settings: ClientSettings
+    start: AdapterState
+    shared: AdapterState
+    asked: AdapterState
+    received: AdapterState
+    kept: dict[str, AdapterState]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a turn has come to: nothing is changed yet."""
+
+    delta: AdapterState
+    keeps: dict[str, AdapterState]
+    extras: AdapterState
+    figures: dict[str, Any]
+
+
+class Client:
+    """
+    The clients of this process, one after the other on its one live model. Nothing of the server is known here but what is
+    in a packet, and nothing that a client keeps is known there.
+
+    Args:
+        trainer ([`EngineMixin`]):
+            The engine of the local rounds.
+        plan ([`Plan`]):
+            What the settings imply.
+        data ([`ClientData`]):
+            The data of the clients.
+        store ([`ClientStore`]):
+            What they keep.
+        state (`dict[str, torch.Tensor]`):
+            What is trained, before the first round: agreed on with the server.
+    """
+
+    def __init__(self, trainer: Any, plan: Plan, data: ClientData, store: ClientStore, state: AdapterState) -> None:
+        self.trainer, self.plan, self.data, self.store = trainer, plan, data, store
+        self.args: FederationArguments = trainer.args
+        self._known = dict(state)
+
+    def begin(self, state: AdapterState) -> None:
+        """What is trained is known to be `state`: at the start, after a resume, or as other tensors are trained from now on."""
+        self._known = dict(state)
+
+    def turn(self, packet: Packet) -> Packet:
         """
-        One client's turn: it gets the shared tensors, trains, and its update is offered to the server.
+        One client's turn.
+
+        Args:
+            packet ([`Packet`]):
+                What the server sends; its `kind` is `"train"`.
 
         Returns:
-            `dict[str, Any]` or `None`: its figures, if its update counts; `server.refused` says why it does not.
+            [`Packet`]: the update.
+
+        Raises:
+            TurnFailedError: If it comes to nothing.
+            UnkeptOptimizerError: If the optimiser cannot be kept by client, which is no client's fault.
         """
+        seconds: dict[str, float] = {}
         with timed(seconds, "prepare"):
-            kept = self._store.read(client)
-            settings = self._settings_of(client, kept)
-            asked, shared = self.server.asked_of(settings), self.server.start_of(settings)
-            start = {**self._global_state, **shared, **kept.get(LOCAL, {})}
-        trained = None
-        for attempt in range(1 + self.args.client_retries):
+            turn = self._begin_turn(packet)
+        outcome = self._try(turn, seconds)
+        self._keep(turn, outcome, packet.meta["counted"])
+        return self._answer(turn, outcome, seconds)
+
+    def model_state(self, state: AdapterState, client: str, counted: int | None) -> AdapterState:
+        """
+        What the model of a client is made of: the global `state` with the tensors that the client keeps, or its own model
+        (Ditto). One that has not trained yet has the global state.
+        """
+        kept = self.store.read(client, counted)
+        return {**state, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}
+
+    # The steps of a turn
+
+    def _begin_turn(self, packet: Packet) -> Turn:
+        meta, plan = packet.meta, self.plan
+        client, round = meta["client"], meta["round"]
+        kept = self.store.read(client, meta["counted"])
+        settings = plan.settings_of(client, meta["rank"])
+        sent = {**packet.part(STATE), **packet.part(DRAWN)}
+        self._known |= {key: tensor for key, tensor in sent.items() if tensor.shape == self._known[key].shape}
+        whole = {key: _padded(tensor, self._known[key].shape) for key, tensor in sent.items()}
+        state = {**self._known, **whole}
+        shared = {key: state[key] for key in state if key in plan.shared_keys(state, round)}
+        return Turn(
+            client,
+            round,
+            meta["lr_factor"],
+            settings,
+            {**state, **kept.get(LOCAL, {})},
+            shared,
+            plan.asked_of(plan.cut_to_rank(shared, settings), settings),
+            packet.part(OBJECTIVE),
+            kept,
+        )
+
+    def _try(self, turn: Turn, seconds: dict[str, float]) -> Outcome:
+        """The local round, as often as `client_retries` allows."""
+        trainer, attempts = self.trainer, 1 + self.args.client_retries
+        reason = ""
+        for attempt in range(1, attempts + 1):
             try:
                 with restoring(*self._remember_turn(), only_after_failure=True):
-                    with timed(seconds, "prepare"), self._failing_together(UNPREPARED):
-                        dataset = self._prepared_client(client)
-                        if self.server.counts_tokens and client not in self._num_tokens:
-                            self._num_tokens[client] = self._count_tokens(client, dataset)
+                    with timed(seconds, "prepare"), trainer._failing_together(UNPREPARED):
+                        dataset = self.data.prepared(turn.client)
+                        if self.plan.counts_tokens:
+                            self.data.count(turn.client)
                     with timed(seconds, "local"):
-                        trained = self._train_client(client, round, lr_factor, dataset, settings, start, shared, kept)
-                break
+                        return self._train(turn, dataset)
             except UnkeptOptimizerError:
                 raise  # no client's fault
             except Exception as error:
-                reason = f"its local round failed: {self._reason_of_all(error, client, round)}"
+                reason = f"its local round failed: {trainer._reason_of_all(error, turn.client, turn.round)}"
                 logger.warning(
-                    f"Round {round}, client {client!r}, attempt {attempt + 1} of {1 + self.args.client_retries}: {reason}",
+                    f"Round {turn.round}, client {turn.client!r}, attempt {attempt} of {attempts}: {reason}",
                     exc_info=True,
                 )
             with timed(seconds, "local"):
-                self._recover()  # here the error no longer holds on to activations
-        traffic = {"bytes_down": download_bytes(self.server, client, settings, self._record["rounds"])}
-        if trained is None:
-            self._bytes_in_vain.update(traffic)
-            self.server.leave_out(client, reason)
-            return None
-        delta, keeps, extras, metrics = trained
-        with timed(seconds, "aggregate"):
-            update = ClientUpdate(
-                client,
-                self._num_examples(client),
-                self.server.cut(delta, asked),
-                metrics,
-                num_steps=int(metrics["num_steps"]),
-                base_digest=self._base_digest,
-                num_tokens=self._num_tokens.get(client),
-                extras=extras,
-            )
-            traffic["bytes_up"] = upload_bytes(self.server, update)
-            if self.server.receive(update, asked) is not None:
-                self._bytes_in_vain.update(traffic)
-                return None
-            self._has_counted(client, delta, keeps, round)
-        return {"num_examples": update.num_examples, **metrics, **traffic}
-
-    def _has_counted(self, client: str, delta: AdapterState, keeps: dict[str, AdapterState], round: int) -> None:
-        """The client's update counts, so what it has changed does too, and what it keeps is kept."""
-        buffers = self._live_adapter.buffers  # which a forward pass changes
-        self._movement.saw(client, {key: delta[key] for key in delta.keys() - buffers}, self._has_rate)
-        if self.is_world_process_zero():
-            self._store.write(client, keeps, round)
+                trainer._recover()  # here the error no longer holds on to activations
+        raise TurnFailedError(reason, seconds)
 
     def _remember_turn(self) -> list[PutBack]:
         """What a turn that breaks off must not have moved on, beside what its local rounds put back."""
-        return [remember_random_state(), remember_problem_type(self.model), self._remember_figures()]
+        trainer = self.trainer
+        return [remember_random_state(), remember_problem_type(trainer.model), trainer._remember_figures()]
 
-    def _train_client(
-        self,
-        client: str,
-        round: int,
-        lr_factor: float,
-        dataset: Dataset,
-        settings: ClientSettings,
-        start: AdapterState,
-        shared: AdapterState,
-        kept: dict[str, AdapterState],
-    ) -> tuple[AdapterState, dict[str, AdapterState], AdapterState, dict[str, Any]]:
-        """
-        The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and
-        its figures; nothing is changed yet.
-        """
-        train = functools.partial(
-            self.local_round,
-            dataset=dataset,
-            seed=client_seed(self.args.seed, round, client),
-            data_seed=None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client),
-            lr_factor=lr_factor,
-            trained=self.server.trained_keys(self._global_state, round, settings),
-            max_steps=settings.max_steps,
-            timeout=self.args.client_timeout,
-        )
-        objective = self.server.objective
+    def _train(self, turn: Turn, dataset: Dataset) -> Outcome:
+        objective, kept = self.plan.objective, turn.kept
         is_personal = objective is not None and objective.is_personal
         if objective is not None:
-            objective.begin(shared, self._remembered(kept, settings))
-        local, metrics = train(
-            start, objective=None if is_personal else objective, optimizer_state=kept.get(OPTIMIZER)
+            objective.begin(turn.shared, self._memory(objective, turn), turn.received)
+        local, figures, optimizer = self._local_round(
+            turn, dataset, turn.start, None if is_personal else objective, kept.get(OPTIMIZER)
         )
-        delta, extras = subtract(local, start), {}
-        keeps: dict[str, AdapterState] = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
+        delta, extras = subtract(local, turn.start), {}
+        keeps: dict[str, AdapterState] = {LOCAL: {key: local[key] for key in self.plan.local_keys(local)}}
         if self.args.keep_optimizer_state:
-            keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **self.optimizer_state()}
+            keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **optimizer}
         if objective is not None:
-            keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
+            keeps[OBJECTIVE_STATE] = objective.finish({key: delta[key] for key in turn.shared})
             extras = objective.to_server()
         if is_personal:
-            keeps[PERSONAL], personal = train(
-                {**start, **kept.get(PERSONAL, {})},
-                objective=objective,
-                optimizer_state=kept.get(PERSONAL_OPTIMIZER),
+            keeps[PERSONAL], personal, optimizer = self._local_round(
+                turn, dataset, {**turn.start, **kept.get(PERSONAL, {})}, objective, kept.get(PERSONAL_OPTIMIZER)
             )
             if self.args.keep_optimizer_state:
-                keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
-            metrics |= {f"personal_{key}": value for key, value in personal.items()}
+                keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **optimizer}
+            figures |= {f"personal_{key}": value for key, value in personal.items()}
         self._check_finite(keeps)
-        return delta, keeps, extras, metrics
+        return Outcome(delta, keeps, extras, figures)
+
+    def _local_round(
+        self,
+        turn: Turn,
+        dataset: Dataset,
+        start: AdapterState,
+        objective: LocalObjective | None,
+        optimizer_state: AdapterState | None,
+    ) -> tuple[AdapterState, dict[str, Any], AdapterState]:
+        """The trained state, its figures, and what the optimiser remembers, if that is to be kept."""
+        args, seed = self.args, (turn.round, turn.client)
+        trained, figures = self.trainer.local_round(
+            start,
+            dataset=dataset,
+            seed=client_seed(args.seed, *seed),
+            data_seed=None if args.data_seed is None else client_seed(args.data_seed, *seed),
+            lr_factor=turn.lr_factor,
+            trained=self.plan.trained_keys(start, turn.round, turn.settings),
+            max_steps=turn.settings.max_steps,
+            objective=objective,
+            timeout=args.client_timeout,
+            optimizer_state=optimizer_state,
+        )
+        return trained, figures, self.trainer.optimizer_state() if args.keep_optimizer_state else {}
+
+    def _memory(self, objective: LocalObjective, turn: Turn) -> AdapterState | None:
+        """What the local objective is told of the client."""
+        if turn.kept.get(OBJECTIVE_STATE):
+            return turn.kept[OBJECTIVE_STATE]
+        return (
+            objective.first_memory(turn.settings.r or self.plan.largest_rank(turn.shared)) if self.plan.pairs else None
+        )
 
     def _check_finite(self, keeps: Mapping[str, AdapterState]) -> None:
         """What a client keeps is its own to check: once not finite, it would be so in all rounds to come."""
         kept = {f"{key} ({part})": tensor for part, state in keeps.items() for key, tensor in state.items()}
         if (broken := first_not_finite(kept)) is not None:
-            self._all_have_stopped = True  # the processes keep the same
+            self.trainer._all_have_stopped = True  # the processes keep the same
             raise ClientError(
                 f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
             )
 
-    def _remembered(self, kept: dict[str, AdapterState], settings: ClientSettings) -> AdapterState | None:
-        """What the local objective is told of the client."""
-        return kept.get(OBJECTIVE) or self.server.first_memory(settings)
+    def _keep(self, turn: Turn, outcome: Outcome, counted: int | None) -> None:
+        """What the client keeps holds as soon as it is told that the update has counted."""
+        if self.trainer.is_world_process_zero():
+            self.store.write(turn.client, outcome.keeps, turn.round, counted)
 
-    def _settings_of(self, client: str, kept: dict[str, AdapterState]) -> ClientSettings:
-        settings = self._client_settings.get(client, ClientSettings())
-        rank = kept.get(OBJECTIVE, {}).get("rank")  # of HetLoRA's self-pruning
-        return settings if rank is None else dataclasses.replace(settings, r=int(rank))
+    def _answer(self, turn: Turn, outcome: Outcome, seconds: dict[str, float]) -> Packet:
+        buffers = self.plan.buffers  # which a forward pass changes
+        moved = any(bool(tensor.any()) for key, tensor in outcome.delta.items() if key not in buffers)
+        delta = {
+            key: outcome.delta[key][tuple(slice(size) for size in tensor.shape)].contiguous()
+            for key, tensor in turn.asked.items()
+        }
+        return Packet(
+            "update",
+            {**named(DELTA, delta), **named(EXTRAS, outcome.extras)},
+            {
+                "round": turn.round,
+                "client": turn.client,
+                "num_examples": self.data.num_examples(turn.client),
+                "num_steps": int(outcome.figures["num_steps"]),
+                "num_tokens": self.data.num_tokens.get(turn.client),
+                "base_digest": self.plan.facts.base_digest,
+                "numbers": list(self.plan.rule.numbers),
+                "figures": outcome.figures,
+                "moved": moved,
+                "has_rate": self.trainer._has_rate,
+                "seconds": seconds,
+            },
+        )
 
-    @property
-    def has_personal_models(self) -> bool:
-        """Whether clients keep a part of their model, so that there is none for all."""
-        objective = self.server.objective
-        return bool(self._local_keys) or (objective is not None and objective.is_personal)
 
-    def client_state(self, client: str) -> AdapterState:
-        """
-        What the model of a client is made of: the global state with the tensors that the client keeps, or its own model (Ditto).
-        A client that has not trained yet has the global state.
-        """
-        kept = self._store.read(client)
-        return {**self._global_state, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}
-
-    def _num_examples(self, client: str) -> int:
-        """Examples that are trained on; preparation drops those without a label, and packing joins them."""
-        if joins_examples(self.args):
-            return self._record["clients"][client]["num_examples"]
-        return len(self._prepared_client(client))
-
-    def _count_tokens(self, client: str, dataset: Dataset) -> int:
-        rows: Any = self._remove_unused_columns(dataset, description="training")
-        seed = client_seed(self.args.seed, 0, client)
-        size = self.args.per_device_train_batch_size
-        return count_tokens(rows, self.data_collator, size, self._loss_shifts_labels, seed)
-
-    def _prepared_client(self, client: str) -> Dataset:
-        """A client's dataset, tokenised at its first local round and kept, until many others have come after it."""
-        return recent(self._prepared_clients, client, lambda: self._prepare_client(client), self._num_kept)
-
-    def _first_prepared(self) -> Dataset:
-        """
-        The data of the first client that can be prepared. The others before it are tried again in their turns.
-
-        Raises:
-            TooFewClientsError: If there is none, which is known before the first round then.
-        """
-        reasons: dict[str, str] = {}
-        cause = None
-        for client in self._clients:
-            try:
-                with self._failing_together(UNPREPARED):
-                    return self._prepared_client(client)
-            except Exception as error:
-                cause = cause or error
-                reasons[client] = public_reason(error)
-                logger.warning(
-                    f"Client {client!r} cannot be prepared and is tried again in its turn: {reasons[client]}"
-                )
-            self._all_have_stopped = False
-        shown = "; ".join(f"{client!r}: {reason}" for client, reason in list(reasons.items())[:3])
-        raise TooFewClientsError(
-            f"None of the {len(reasons)} clients can be prepared, so there is nothing to train on. The first: {shown}"
-        ) from cause
-
-    def _prepare_client(self, client: str) -> Dataset:
-        raw = self._clients[client]
-        prepared = self._prepare_client_dataset(raw, client)
-        self._check_prepared(client, len(raw), len(prepared))
-        return prepared
-
-    @property
-    def _num_kept(self) -> int:
-        """How many prepared datasets stay in memory: all of a round."""
-        return max(KEPT_PREPARED, self.sampler.num_sampled)
-
-    def _check_prepared(self, client: str, num_raw: int, num_prepared: int) -> None:
-        if num_prepared == 0:
-            raise ClientError(
-                f"Client {client!r} has {num_raw} examples, but none is left after preparation: no label of them is within "
-                "`max_length`. Raise it (prompts may fill it), or leave the client out."
-            )
-        if num_prepared < local_batch(self.args) and not joins_examples(self.args):
-            raise ClientError(
-                f"Client {client!r} has {num_raw} examples, but only {num_prepared} are left after preparation (the others have no "
-                f"label within `max_length`), fewer than one local batch of {local_batch(self.args)}. Raise `max_length` (prompts "
-                "may fill it), lower the batch size, or leave the client out."
-            )
-
-    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
-        """Tokenise one client's data; the base trainer's own preparation, where it has one."""
-        return dataset
-
-    def _prepare_held_out_dataset(self, dataset: Dataset, client: str) -> Dataset:
-        return self._prepare_client_dataset(dataset, client)
+def _padded(tensor: torch.Tensor, shape: Collection[int]) -> torch.Tensor:
+    """A tensor of a smaller rank in the shape of the live model, with zeros behind."""
+    missing = [whole - part for whole, part in zip(shape, tensor.shape, strict=True)]
+    if not any(missing):
+        return tensor
+    return nn.functional.pad(tensor, [size for pair in ((0, m) for m in reversed(missing)) for size in pair])

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 from transformers.utils import logging
 
-from ..state.adapter_state import AdapterState
-
 
 __all__ = ["Movement", "NothingTrainedError"]
 
@@ -36,22 +34,21 @@ class Movement:
         """Start a round."""
         self._idle, self._moves = [], False
 
-    def saw(self, client: str, delta: AdapterState, has_rate: bool) -> None:
+    def saw(self, client: str, moved: bool, has_rate: bool) -> None:
         """
-        Look at what a client has trained, whether it travels or stays.
+        A client's update counts.
 
         Args:
             client (`str`):
                 Its name.
-            delta (`dict[str, torch.Tensor]`):
-                The difference to what it started from.
+            moved (`bool`):
+                Whether it has changed anything of what it trains, whether that travels or stays.
             has_rate (`bool`):
                 Whether the learning rate of some step was not zero.
         """
-        if not self._moves:  # one is enough
-            self._moves = any(bool(tensor.any()) for tensor in delta.values())
-            if not self._moves and has_rate:
-                self._idle.append(client)
+        self._moves |= moved
+        if not moved and has_rate:
+            self._idle.append(client)
 
     def end(self, round: int) -> None:
         """

@@ -30,7 +30,7 @@ def check_owner(path: Path) -> tuple[str, int | None]:
     """
     with reading(path.name):
         client, round = owner_of(path)
-        if file_name(client) != path.name:
+        if path.name not in (file_name(client), file_name(client, round)):
             raise DamagedFileError(f"{path.name} holds what client {client!r} keeps")
     return client, round
 
@@ -45,9 +45,12 @@ def owner_of(path: Path) -> tuple[str, int | None]:
     return str(owner["client"]), int(owner["round"])
 
 
-def file_name(client: str) -> str:
-    """The name of the file of a client: its own, as far as file systems take it."""
-    name = quote(client, safe=" ")
+def file_name(client: str, round: int | None = None) -> str:
+    """
+    The name of the file of a client: its own, as far as file systems take it, and in the store of a run, which may hold two,
+    the round behind it.
+    """
+    name = quote(client, safe=" ")  # which has no @
     if len(name) > LONGEST_NAME:  # file systems take 255 bytes
         name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
-    return f"{name}.safetensors"
+    return f"{name}.safetensors" if round is None else f"{name}@{round}.safetensors"

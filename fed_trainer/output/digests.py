@@ -16,15 +16,24 @@ from .owned import stays_inside
 from .record import RECORD_NAME, write_json
 
 
-__all__ = ["DIGESTS_NAME", "SERVER_STATE", "TRAINER_STATE_NAME", "find_damage", "read_digests", "write_digests"]
+__all__ = [
+    "DIGESTS_NAME",
+    "FEDERATION_STATE",
+    "SERVER_STATE",
+    "TRAINER_STATE_NAME",
+    "find_damage",
+    "read_digests",
+    "write_digests",
+]
 
 DIGESTS_NAME = "digests.json"
 TRAINER_STATE_NAME = "trainer_state.json"
 SERVER_STATE = "server_state.safetensors"
+FEDERATION_STATE = "federation_state.json"  # in a checkpoint: who was here when
 # what a resumed run reads if it is there, and therefore must not have appeared later
 READ_ON_RESUMING = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "model.safetensors.index.json",
-    RECORD_NAME, SERVER_STATE, TRAINER_STATE_NAME,
+    RECORD_NAME, FEDERATION_STATE, SERVER_STATE, TRAINER_STATE_NAME,
 )  # fmt: skip
 SIZE = " bytes"  # of a client's file, in checkpoints of the first versions
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 
-__all__ = ["ClientError", "public_reason"]
+
+__all__ = ["ClientError", "TurnFailedError", "public_reason"]
 
 
 class ClientError(ValueError):
@@ -13,6 +15,22 @@ class ClientError(ValueError):
     A client whose local round cannot be used, in our own words: the message quotes nothing that the client holds, so
     it may stand in the record and in the logs of others.
     """
+
+
+class TurnFailedError(RuntimeError):
+    """
+    A client's turn that has come to nothing, however often it was tried.
+
+    Args:
+        reason (`str`):
+            Why, in words that may stand in the record.
+        seconds (`Mapping[str, float]`):
+            What it took, by phase.
+    """
+
+    def __init__(self, reason: str, seconds: Mapping[str, float]) -> None:
+        super().__init__(reason)
+        self.seconds = dict(seconds)
 
 
 def public_reason(error: BaseException) -> str:

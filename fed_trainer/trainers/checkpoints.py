@@ -17,14 +17,15 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from peft_scl.file_mode import follow_umask
-from peft_scl.foreign_files import read_tensors
+from peft_scl.foreign_files import read_json, read_tensors
 
 from ..client.live.model import load_model
-from ..client.store import ClientStore
-from ..federation.server import Server
+from ..client.turn import Client
+from ..federation.rounds import Federation
+from ..federation.visits import Visits
 from ..output.checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_checkpoints, write_checkpoint
 from ..output.client_files import CLIENTS_FOLDER
-from ..output.digests import SERVER_STATE, TRAINER_STATE_NAME, read_digests
+from ..output.digests import FEDERATION_STATE, SERVER_STATE, TRAINER_STATE_NAME, read_digests
 from ..output.disk import reading
 from ..output.record import RECORD_NAME, read_record, write_json
 from ..output.saved_files import MODEL_WEIGHTS
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 class Checkpoint(NamedTuple):
     """
     A checkpoint as it was read: `adapter` is empty if the state of the model is elsewhere, `parts` are those of the
-    server's file.
+    server's file, `visits` what the server remembers of the clients, `None` in checkpoints of earlier versions.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Checkpoint(NamedTuple):
     state: TrainerState
     adapter: AdapterState
     parts: dict[str, AdapterState]
+    visits: dict[str, Any] | None
 
 
 def write_state(state: TrainerState, path: Path) -> None:
@@ -62,9 +64,8 @@ class RoundCheckpointsMixin(RunFilesMixin):
     (`server_state.safetensors`), and what the clients keep (`clients/`, hard links).
     """
 
-    server: Server
-    _store: ClientStore
-    _local_keys: set[str]
+    federation: Federation
+    client: Client
 
     def _save_round(self, round: int) -> None:
         write = functools.partial(
@@ -108,13 +109,15 @@ class RoundCheckpointsMixin(RunFilesMixin):
         write_state(self.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
         entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
-        entries |= {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
+        entries |= {f"server.{key}": tensor for key, tensor in self.federation.server.state_dict().items()}
         if self._base_changes is not None:
             entries |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
         if entries:
             save_file(entries, folder / SERVER_STATE)
             follow_umask(folder / SERVER_STATE)
-        kept = self._store.link_into(folder / CLIENTS_FOLDER)
+        visits = self.federation.server.visits
+        write_json(folder / FEDERATION_STATE, visits.state_dict())
+        kept = self.client.store.link_into(folder / CLIENTS_FOLDER, visits.counted)
         return {f"{CLIENTS_FOLDER}/{name}": digest for name, digest in kept.items()}
 
     @property
@@ -164,7 +167,12 @@ class RoundCheckpointsMixin(RunFilesMixin):
         if self._saved_file_is_state and isinstance(self.model, PeftModel):
             with reading(ADAPTER_WEIGHTS):
                 adapter = load_adapter(folder)
-        return Checkpoint(folder, record, state, adapter, parts)
+        visits = None
+        with reading(FEDERATION_STATE):
+            if (folder / FEDERATION_STATE).is_file():
+                visits = read_json(folder / FEDERATION_STATE)
+                Visits().load_state_dict(visits)
+        return Checkpoint(folder, record, state, adapter, parts, visits)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         """
@@ -185,9 +193,14 @@ class RoundCheckpointsMixin(RunFilesMixin):
         self._live_adapter.load(saved, source)
         if self._base_changes is not None:
             self._base_changes.load_state_dict(parts["base"])
-        self.server.load_state_dict(parts["server"])
+        self.federation.server.load_state_dict(parts["server"])
+        visits = self.federation.server.visits
+        if checkpoint.visits is None:
+            visits.load_rounds(checkpoint.record["rounds"])
+        else:
+            visits.load_state_dict(checkpoint.visits)
         self._load_reference(parts["reference"])
-        self._store.forget()
+        self.client.store.forget()
         first_alone(functools.partial(self._restore_clients, folder))
 
     def _restore_clients(self, folder: Path) -> None:
@@ -195,4 +208,4 @@ class RoundCheckpointsMixin(RunFilesMixin):
         of_clients = f"{CLIENTS_FOLDER}/"
         digests = read_digests(folder).items()
         kept = {name.removeprefix(of_clients): digest for name, digest in digests if name.startswith(of_clients)}
-        self._store.restore(folder / CLIENTS_FOLDER, kept)
+        self.client.store.restore(folder / CLIENTS_FOLDER, kept)

@@ -130,15 +130,15 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     def local_round(self, *args: Any, **kwargs: Any) -> tuple[AdapterState, dict[str, Any]]:
         if self.args.reference == "round":
             assert self._reference is not None
-            self._reference.write(self._global_state)  # that of the last round until this one ends
+            self._reference.write(self.federation.state)  # that of the last round until this one ends
         return super().local_round(*args, **kwargs)
 
-    def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
+    def _start(self) -> int:
         if self.args.reference == "round":
             assert self._reference is not None
             self._go_back_to_start()  # of a second run of this trainer
-            self._reference.write(self._global_state)
-        return super()._start(ignore_keys_for_eval)
+            self._reference.write(self.federation.state)
+        return super()._start()
 
     # The reference policy
 
@@ -269,7 +269,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 "`ref_model` is the reference of a model that is trained without an adapter. With an adapter set `reference`, and "
                 "leave it out."
             )
-        if METHODS[self.args.aggregation].adds_to_base or self.args.aggregation == "slora":
+        if METHODS[self.args.aggregation].moves_base:
             raise ValueError(
                 f"`aggregation={self.args.aggregation!r}` changes the base weights, on which the reference stands as well, so it would "
                 "change with them. Use an aggregation that leaves them alone, such as 'fedavg'."

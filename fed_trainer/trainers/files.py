@@ -24,6 +24,7 @@ from peft_scl.foreign_files import read_json
 from ..client.live.base_changes import BaseChanges
 from ..client.live.state import LiveState
 from ..config import FederationArguments
+from ..federation.rounds import Federation
 from ..federation.sampling import ClientSampler
 from ..output.card import model_card
 from ..output.digests import TRAINER_STATE_NAME, write_digests
@@ -33,7 +34,6 @@ from ..output.published import Openings, clients_between, published_log, publish
 from ..output.record import RECORD_NAME, client_sizes, peft_fields, peft_type_name, write_json
 from ..output.saved_files import fresh_folder, move_into_place, raise_contents, remove_superseded, saved_shapes
 from ..output.settings import described_arguments, federation_settings, local_settings
-from ..state.adapter_state import AdapterState
 
 
 __all__ = ["RunFilesMixin"]
@@ -53,7 +53,7 @@ class RunFilesMixin(Trainer):
     _folder: Path
     _clients: Mapping[str, Dataset]
     _live_adapter: LiveState
-    _global_state: AdapterState
+    federation: Federation
     _local_keys: set[str]
     _owner: str | None
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
@@ -264,8 +264,8 @@ class RunFilesMixin(Trainer):
             "base_digest": self._base_digest,
             "initial_digest": self._initial_digest,
             "peft_type": peft_type_name(peft_config) if peft_config is not None else None,
-            "num_trainable_parameters": sum(tensor.numel() for tensor in self._global_state.values()),
-            "num_local_parameters": sum(self._global_state[key].numel() for key in self._local_keys),
+            "num_trainable_parameters": sum(tensor.numel() for tensor in self.federation.state.values()),
+            "num_local_parameters": sum(self.federation.state[key].numel() for key in self._local_keys),
             "aggregation": self.args.aggregation,
             "federation": federation_settings(self.args),
             "peft_config": peft_fields(peft_config) if peft_config is not None else {},

@@ -4,22 +4,18 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
-from peft.utils import CONFIG_NAME
+from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -27,49 +23,50 @@ from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
 
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
-from peft_scl.foreign_files import check_adapter_files, read_peft_config
 
+from ..client.between_rounds import BetweenRoundsMixin
+from ..client.data import ClientData
 from ..client.live import live_state
-from ..client.live.adapter import LiveAdapter
 from ..client.live.base_changes import BaseChanges
 from ..client.live.base_model import base_digest, keep_differentiable
-from ..client.live.sparse_change import LiveSparseChange
+from ..client.live.facts import check_adapter, model_facts
+from ..client.live.sparse_stage import SparseStage
+from ..client.live.state import LiveState
 from ..client.store import PRIVATE_FOLDER, ClientStore
-from ..client.turn import ClientTurnMixin
-from ..config import FederationArguments, given, round_lr_factors
+from ..client.turn import Client
+from ..config import FederationArguments, given
 from ..data.client_datasets import ClientDatasets
 from ..data.digests import described_transforms
 from ..data.held_out import check_held_out, is_by_client
-from ..federation.broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 from ..federation.client_settings import parse_client_settings
-from ..federation.movement import Movement
+from ..federation.plan import Plan
+from ..federation.rounds import Federation
 from ..federation.sampling import ClientSampler
-from ..federation.server import Server, freeze_for_good
+from ..federation.server import Server
+from ..federation.transport import InProcess
 from ..federation.validation import TooFewClientsError
-from ..methods.aggregation import SLoRA
 from ..output.checkpoint import (
     has_nothing_to_resume,
-    load_adapter,
     refuse_another_run,
     refuse_foreign_checkpoints,
     refuse_later_rounds,
     remove_leftovers,
 )
 from ..output.digests import TRAINER_STATE_NAME
-from ..output.figures import held_out_metrics
-from ..output.hub import discard_stages, fetch_adapter
+from ..output.hub import discard_stages
 from ..output.progress import RoundProgress
-from ..output.record import RECORD_NAME, read_record
+from ..output.record import RECORD_NAME
 from ..output.run_lock import owning
 from ..output.same_run import check_same_data, check_same_run
 from ..output.saved_files import fresh_folder, move_into_place
 from ..output.settings import described_arguments
-from ..output.timing import timed
-from ..state.adapter_state import AdapterState, check_same_layout, state_bytes, state_digest
+from ..state.adapter_state import AdapterState, state_digest
 from ..state.processes import first_alone, rest_at_exit, told_by_first, wait_for_first
+from .adapter import InitialAdapter, wrapped
 from .checkpoints import RoundCheckpointsMixin, write_state
 from .first_look import telling_row
-from .refusals.adapters import check_prompt_arguments, refuse_idle_adapter, refuse_unwrapped_adapter
+from .host import TrainerHost
+from .refusals.adapters import check_prompt_arguments, freeze_for_good, refuse_idle_adapter, refuse_unwrapped_adapter
 from .refusals.callbacks import refuse_callback, refuse_callbacks, remove_last
 from .refusals.data import check_clients
 from .refusals.engines import check_deepspeed, check_fsdp
@@ -81,7 +78,6 @@ from .refusals.settings import (
     refuse_kept_optimizers,
     refuse_one_evaluation,
     refuse_other_weights_in_evaluation,
-    refuse_sparse_start,
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
@@ -93,7 +89,7 @@ __all__ = ["FederatedMixin"]
 logger = logging.get_logger(__name__)
 
 
-class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
+class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
@@ -102,9 +98,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     """
 
     _config_class: type[FederationArguments] = FederationArguments
-    _base_change_bytes = 0
     _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
-    _sparse_stage_errors: dict[str, float]
     _takes_torch_datasets = True  # as held-out data
     _refuses_callbacks = False  # while `Trainer.__init__` adds a bar over steps
 
@@ -135,11 +129,10 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
         if isinstance(model, (PreTrainedModel, PeftModel)):
             refuse_unwrapped_adapter(model)
-        adapter_folder = None
+        initial = None
         if args.initial_adapter is not None:
-            adapter_folder = self._fetch_initial_adapter(args.initial_adapter, model, peft_config)
-            peft_config = read_peft_config(PeftConfig, adapter_folder)
-            peft_config.inference_mode = False
+            initial = InitialAdapter(args, model, peft_config)
+            peft_config = initial.config
 
         self._folder = Path(args.output_dir or "")
         is_sorted = isinstance(train_dataset, ClientDatasets)
@@ -163,69 +156,75 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         refuse_callbacks(self.callback_handler.callbacks)  # of `report_to`, too
         self._refuses_callbacks = True
 
-        self._prepared_clients: dict[str, Dataset] = {}
-        self._num_tokens: dict[str, int] = {}
         self._prepared_held_out: dict[str, Dataset] = {}
         self._first_look = None
-        self.train_dataset = self._first_prepared()
-        refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
-        if isinstance(self.model, PeftModel):
-            refuse_adapter_names(self.model)
-        self._live_adapter = live_state(self.model)
-        self._check_model()
-        if isinstance(self.model, PeftModel):
-            check_prompt_arguments(self.model, args)
-            keep_differentiable(self.model.get_base_model())
-        refuse_what_would_leak(self.model, self._live_adapter)
-        freeze_for_good(args, self.model, self._live_adapter)
+        data = ClientData(self, self._clients, self.sampler.num_sampled)
+        self._data = data
+        self.train_dataset = data.first_prepared()
         optimizer, schedule = kwargs.get("optimizers") or (None, None)
+        self._look_at_the_model()
         self._take_optimizers(optimizer, schedule)
-        self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
-        published = {} if adapter_folder is None else self._start_from(adapter_folder)
-        self._initial_digest = state_digest(published) if published else None
-        self._global_state = self._shared_start(published)
-        # nothing changes it in place; a whole model is too large to be held twice
-        self._start_state = self._global_state if isinstance(self.model, PeftModel) else None
-        self._has_left_start = False
-        self._client_settings = parse_client_settings(
-            given(args, "client_settings"), self._clients, self._global_state
-        )
-        self.server = Server(
-            args,
-            self.model,
-            self._live_adapter,
-            self._client_settings,
-            len(self._clients),
-            self.sampler.num_sampled,
-            self._base_digest,
-        )
+        start = self._start_state_of(initial)
+        settings = parse_client_settings(given(args, "client_settings"), self._clients, start)
+        facts = model_facts(args.aggregation, self.model, self._live_adapter, self._base_digest)
+        plan = Plan(args, facts, start, settings, len(self._clients), self.sampler.num_sampled)
+        self.client = Client(self, plan, data, ClientStore(self._folder / PRIVATE_FOLDER), start)
+        self._host = TrainerHost(self)
+        self.federation = Federation(args, Server(plan), self.sampler, InProcess(self.client), self._host, start)
         self._base_changes = None
-        if self.server.method.adds_to_base:
+        if plan.method.adds_to_base:
             assert isinstance(self.model, PeftModel)  # others have no factor pairs
-            self._base_changes = BaseChanges(self.model, self.server.pairs)
-        self._sparse_stage_errors = {}
-        self._store = ClientStore(self._folder / PRIVATE_FOLDER)
-        self._local_keys = self.server.local_keys(self._global_state)
+            self._base_changes = BaseChanges(self.model, plan.pairs)
+        self.stage = SparseStage(self.model, plan, args.seed)
+        self._local_keys = plan.local_keys(start)
         self._check_settings(has_optimizer=optimizer is not None)
         self._record = self._new_record()
 
+    def _look_at_the_model(self) -> None:
+        """What of the model is trained, after refusing one that cannot be."""
+        model, args = self.model, self.args
+        refuse_unwrapped_adapter(model)  # of `from_pretrained` of an adapter
+        if isinstance(model, PeftModel):
+            refuse_adapter_names(model)
+        self._live_adapter = live_state(model)
+        self._check_model()
+        if isinstance(model, PeftModel):
+            check_prompt_arguments(model, args)
+            keep_differentiable(model.get_base_model())
+        refuse_what_would_leak(model, self._live_adapter)
+        check_adapter(args.aggregation, model)
+        freeze_for_good(args, self._live_adapter)
+
+    def _start_state_of(self, initial: InitialAdapter | None) -> AdapterState:
+        """What is trained, before the first round."""
+        self._base_digest = base_digest(self.model) if isinstance(self.model, PeftModel) else None
+        published: AdapterState = {}
+        if initial is not None:
+            name = get_config_model_id(self.model.config)
+            published = initial.write_into(self._live_adapter, self._base_digest, name)
+        self._initial_digest = state_digest(published) if published else None
+        start = self._shared_start(published)
+        # nothing changes it in place; a whole model is too large to be held twice
+        self._start_state = start if isinstance(self.model, PeftModel) else None
+        self._has_left_start = False
+        return start
+
     def _check_settings(self, has_optimizer: bool) -> None:
         """Refuse what does not go together, now that all parts are there."""
-        args = self.args
+        args, plan = self.args, self.client.plan
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
-        if self.server.sparse_rounds and isinstance(self.model, PeftModel):
-            refuse_sparse_start(args, self.model, self.server.pairs, has_optimizer)
+        self.stage.check(args, has_optimizer)
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
             refuse_one_evaluation(self.eval_dataset, self._local_keys)
         if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            refuse_turns_that_differ(args, self.server, self._global_state)
+            refuse_turns_that_differ(args, plan, self.federation.state)
         if self.is_deepspeed_enabled:
             plugin = self.accelerator.state.deepspeed_plugin
-            check_deepspeed(args, plugin, self.model, self._live_adapter, self.server, has_optimizer)
+            check_deepspeed(args, plugin, self.model, self._live_adapter, plan, has_optimizer)
         if self.is_fsdp_enabled:
-            check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, self.server)
+            check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, plan)
 
     def train(
         self,
@@ -262,7 +261,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
         refuse_callbacks(self.callback_handler.callbacks)
-        if not isinstance(self._live_adapter, LiveSparseChange):  # in that stage the LoRA waits
+        if not self.stage.is_on:  # in that stage the LoRA waits
             self._check_model()
         with owning(self._folder):
             return self._run(resume_from_checkpoint, ignore_keys_for_eval)
@@ -276,52 +275,12 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             self._claim_folder()
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             self._ensure_engine()  # a checkpoint is loaded into its float32 masters
-        done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
-        lr_factors = round_lr_factors(self.args)  # `num_rounds` may have been raised since
-        last = self.args.num_rounds
-
-        with RoundProgress(last, done, self._shows_progress) as progress, self._keeping_the_global_adapter():
-            for round in range(done + 1, last + 1):
-                seconds: dict[str, float] = {}
-                self._bytes_in_vain = Counter()
-                clients: dict[str, dict[str, Any]] = {}
-                if isinstance(self._live_adapter, LiveSparseChange) and round > self.server.sparse_rounds:
-                    self._end_sparse_stage()
-                self._ensure_engine()  # what fails here is no client's fault
-                sampled = self.sampler.sample(round)
-                self.server.begin(self._global_state, round, sampled)
-                self._movement.begin()
-                if self.is_world_process_zero():
-                    self._store.discard()  # of a round that was broken off
-                for client in sampled:
-                    metrics = self._client_round(client, round, lr_factors[round - 1], seconds)
-                    if metrics is None:
-                        logger.warning(
-                            f"Round {round} goes on without client {client!r}: {self.server.refused[client]}"
-                        )
-                        continue
-                    clients[client] = metrics
-                    progress.client(round, client, int(metrics["num_examples"]), metrics)
-                self._movement.end(round)
-                before = self._turn_back_to()
-                with timed(seconds, "aggregate"), self._turning_back(before):
-                    self._end_of_round()
-
-                self.state.global_step = self.state.epoch = round
-                evaluation = None
-                if self._is_due(round, self.args.eval_rounds) and self.eval_dataset is not None:
-                    with timed(seconds, "evaluate"), self._turning_back(before):
-                        evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
-                        refuse_broken_loss(evaluation, self._earlier_evaluations)
-                self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
-                if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
-                    with timed(seconds, "checkpoint"):
-                        self._save_round(round)
-                    self.log({"seconds_checkpoint": seconds["checkpoint"]})  # known only now
-                    self._write_record(self._folder)
-                progress.round(self._record["rounds"][-1]["train_loss"], held_out_metrics(self._record).get(round, {}))
-                if self.control.should_training_stop:  # a callback
-                    break
+        self.ignored_in_evaluation = ignore_keys_for_eval
+        done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start()
+        with RoundProgress(self.args.num_rounds, done, self._shows_progress) as progress:
+            self._host.progress = progress
+            with self._keeping_the_global_adapter():
+                self.federation.run()
         return self._end()
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
@@ -355,64 +314,49 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                     self._save_weights(beside, weights)
                     move_into_place(beside, Path(output_dir))
 
-    # The steps of a round
+    # What the model is made of
 
-    def _end_of_round(self) -> None:
-        self._global_state, base_change = self.server.finish()
-        refuse_overflow(self._global_state, self._live_adapter.dtypes())
-        self._has_left_start = True
-        self._live_adapter.write(self._global_state)
-        if self._base_changes is not None:
-            self._base_changes.add(base_change)
-        first_alone(self._store.commit)  # last: clients keep nothing of a round that has broken the model
-        self._base_change_bytes = sum(state_bytes(change._asdict()) for change in base_change.values())
+    @property
+    def has_personal_models(self) -> bool:
+        """Whether clients keep a part of their model, so that there is none for all."""
+        objective = self.client.plan.objective
+        return bool(self._local_keys) or (objective is not None and objective.is_personal)
 
-    def _turn_back_to(self) -> tuple[AdapterState, AdapterState]:
-        """The global state, and what is in the base weights; neither is copied, as nothing changes them in place."""
-        return self._global_state, {} if self._base_changes is None else self._base_changes.state_dict()
+    def client_state(self, client: str) -> AdapterState:
+        """
+        What the model of a client is made of: the global state with the tensors that the client keeps, or its own model (Ditto).
+        A client that has not trained yet has the global state.
+        """
+        federation = self.federation
+        return self.client.model_state(federation.state, client, federation.server.visits.counted.get(client))
 
-    @contextmanager
-    def _turning_back(self, before: tuple[AdapterState, AdapterState]) -> Iterator[None]:
-        """After a state that the model cannot compute with, the live model holds that of the round before."""
-        try:
-            yield
-        except BrokenStateError:
-            self._global_state, base = before
-            if self._base_changes is not None:
-                self._base_changes.load_state_dict(base)
-            raise
+    def end_sparse_stage(self) -> None:
+        """SLoRA goes on with a LoRA that starts from what its first stage has learnt."""
+        self._train_from_now_on(self.stage.end())
+        self.federation.server.forget()
+
+    def _train_from_now_on(self, live: LiveState) -> None:
+        """Other tensors are trained: the engine is built anew."""
+        self._live_adapter = live
+        self.federation.state = live.read()
+        self.client.begin(self.federation.state)
+        self._drop_engine()
+
+    def _abandon_sparse_stage(self) -> None:
+        """Leave the first stage that a run of this trainer broke off in."""
+        if self.stage.is_on:
+            self._train_from_now_on(self.stage.abandon())
 
     @property
     def _earlier_evaluations(self) -> list[dict[str, float] | None]:
         return [self._record["start"]["eval"], *(entry["eval"] for entry in self._record["rounds"])]
 
-    def _begin_sparse_stage(self) -> None:
-        """SLoRA begins with a sparse change of the base weights."""
-        rule = self.server.rule
-        assert isinstance(rule, SLoRA) and isinstance(self.model, PeftModel)
-        self._live_adapter = LiveSparseChange(self.model, self.server.pairs, rule.density, self.args.seed)
-        self._global_state = self._live_adapter.read()
-        self._drop_engine()
+    def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        """Tokenise one client's data; the base trainer's own preparation, where it has one."""
+        return dataset
 
-    def _abandon_sparse_stage(self) -> None:
-        """Leave the first stage that a run of this trainer broke off in, without a start for the LoRA."""
-        if isinstance(self._live_adapter, LiveSparseChange):
-            self._live_adapter.abandon()
-            self._train_the_lora()
-
-    def _end_sparse_stage(self) -> None:
-        """SLoRA goes on with a LoRA that starts from what the first stage has learnt."""
-        assert isinstance(self._live_adapter, LiveSparseChange)
-        self._sparse_stage_errors = self._live_adapter.finish()
-        self._train_the_lora()
-        self.server.forget()
-
-    def _train_the_lora(self) -> None:
-        """The sparse change has left the model: from now on its LoRA is what is trained."""
-        assert isinstance(self.model, PeftModel)
-        self._live_adapter = LiveAdapter(self.model)
-        self._global_state = self._live_adapter.read()
-        self._drop_engine()
+    def _prepare_held_out_dataset(self, dataset: Dataset, client: str) -> Dataset:
+        return self._prepare_client_dataset(dataset, client)
 
     def _check_clients(self, clients: Mapping[str, Dataset], eval_dataset: Any, model: Any, **kwargs: Any) -> None:
         """Refuse data that the base trainer cannot use; `kwargs` are the base trainer's."""
@@ -423,18 +367,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
         """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""
-        if not isinstance(model, nn.Module if peft_config is not None else (PreTrainedModel, PeftModel)):
-            raise TypeError(
-                f"`model` should be a `PreTrainedModel` or a `PeftModel` but is a {type(model).__name__}. Load it first, for "
-                "instance with `AutoModelForSequenceClassification.from_pretrained(...)`."
-            )
-        if peft_config is None:
-            return {"model": model}
-        if isinstance(model, PeftModel):
-            raise ValueError("`model` is a `PeftModel` already, but a `peft_config` was given too. Give one of them.")
-        set_seed(self.args.seed)  # adapters start at random
-        # a copy: for a classifier PEFT adds the head to `modules_to_save` of the config, each time it gets it
-        return {"model": get_peft_model(model, copy.deepcopy(peft_config))}
+        return {"model": wrapped(model, peft_config, self.args.seed)}
 
     # Beginning and end
 
@@ -456,29 +389,31 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
         def claim() -> None:
             refuse_another_run(self._folder, starts_again)
-            self._store.clear()
+            self.client.store.clear()
 
-        self._store.forget()
+        self.client.store.forget()
         first_alone(claim)
 
-    def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
+    def _start(self) -> int:
         self._abandon_sparse_stage()
         self._go_back_to_start()
+        state = self.federation.state
         if self._initial_lrs is None:  # from then on the live model holds what a local round or an evaluation has left
-            refuse_another_start(self._live_adapter, self._global_state)
-        self.server.forget()
+            refuse_another_start(self._live_adapter, state)
         if self._base_changes is not None:
             self._base_changes.reset()
         self._record = self._new_record()
         self._total_train_tokens = 0
-        self._movement = Movement()
         self._published_round = 0
-        if self.server.sparse_rounds:
-            self._begin_sparse_stage()
+        self.federation.restart(state)
+        self.client.begin(state)
+        if self.stage.rounds:
+            self._train_from_now_on(self.stage.begin())
         self._write_record(self._folder)  # from now on there is something to resume
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
-            self._record["start"]["eval"] = self._recorded_evaluation(self.evaluate(ignore_keys=ignore_keys_for_eval))
+            evaluation = self.evaluate(ignore_keys=self.ignored_in_evaluation)
+            self._record["start"]["eval"] = self._recorded_evaluation(evaluation)
         self._write_record(self._folder)
         return 0
 
@@ -491,8 +426,8 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                 "This trainer has trained its model already, and of a whole model the start is not kept: the run would "
                 "begin with what was learnt before. Load the model anew and make a new trainer."
             )
-        self._global_state = self._start_state
-        self._live_adapter.write(self._global_state)
+        self.federation.state = self._start_state
+        self._live_adapter.write(self._start_state)
         self._has_left_start = False
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
@@ -505,16 +440,15 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         done = record["rounds"][-1]["round"]
         refuse_later_rounds(self._folder, done)
         refuse_foreign_checkpoints(self._folder, range(done + 1, self.args.num_rounds + 1))
-        self._sparse_stage_errors = {}  # of a run that was stopped in its first stage
-        if done <= self.server.sparse_rounds:
-            state = self._live_adapter.read(include_frozen=True)  # of a later stage, if this trainer has got there
-            self._live_adapter.write({pair.key_B: torch.zeros_like(state[pair.key_B]) for pair in self.server.pairs})
-            self._begin_sparse_stage()
+        self.stage.errors = {}  # of a run that was stopped in its first stage
+        if done <= self.stage.rounds:
+            self._train_from_now_on(self.stage.begin_again(self._live_adapter))
         self._load(checkpoint)
         self._has_left_start = True
-        self._global_state = self._live_adapter.read()
+        state = self._live_adapter.read()
+        self.federation.go_on(state, done)
+        self.client.begin(state)
         self._go_on_recording(record, fresh)
-        self._movement = Movement(has_begun=True)
         self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
         return done
@@ -531,8 +465,8 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
 
     def _end(self) -> TrainOutput:
         rounds = self._record["rounds"]
-        if isinstance(self._live_adapter, LiveSparseChange):  # stopped by a callback
-            self._end_sparse_stage()
+        if self.stage.is_on:  # stopped by a callback
+            self.end_sparse_stage()
         self.save_model(_internal_call=True)
         if self.is_world_process_zero():
             write_state(self.state, self._folder / TRAINER_STATE_NAME)
@@ -569,7 +503,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             raise
         finally:
             if not is_alone:
-                self._live_adapter.write(self._global_state)
+                self._live_adapter.write(self.federation.state)
                 self._live_adapter.train_only(None)
 
     # Small things
@@ -577,9 +511,6 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
     @property
     def _shows_progress(self) -> bool:
         return self.is_world_process_zero() and not self.args.disable_tqdm
-
-    def _is_due(self, round: int, every: int) -> bool:
-        return round % every == 0 or round == self.args.num_rounds
 
     def _shared_start(self, published: AdapterState) -> AdapterState:
         """
@@ -596,35 +527,4 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3 with `bf16`
             state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-        return state
-
-    def _fetch_initial_adapter(self, source: str, model: Any, peft_config: PeftConfig | None) -> Path:
-        """The folder of `initial_adapter`, whose files have been looked at."""
-        if peft_config is not None or isinstance(model, PeftModel):
-            raise ValueError(
-                f"`initial_adapter` is {source!r}, which brings its own PEFT config, but a "
-                f"{'`peft_config`' if peft_config is not None else '`PeftModel`'} was given too. Give one of them."
-            )
-        folder = fetch_adapter(source, self.args.initial_adapter_revision, self.args.hub_token)
-        if not (folder / CONFIG_NAME).is_file():
-            raise ValueError(
-                f"`initial_adapter` takes adapters only, but {source!r} has no {CONFIG_NAME}. To start from a "
-                f"whole model, load it with `from_pretrained({source!r})` and pass it as `model`."
-            )
-        check_adapter_files(folder)
-        return folder
-
-    def _start_from(self, folder: Path) -> AdapterState:
-        source = f"The adapter {self.args.initial_adapter!r}"
-        state = self._live_adapter.from_saved(load_adapter(folder, self._live_adapter.saved_shapes()), source)
-        check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
-        record = read_record(folder)
-        theirs, ours = record.get("base_digest"), self._base_digest
-        if theirs is not None and ours is not None and theirs != ours:
-            raise ValueError(
-                f"{source} was trained on another base model ({record['base_model']!r}) than "
-                f"{get_config_model_id(self.model.config)!r}: the shapes agree, the weights do not. Load that base model, or "
-                "start without `initial_adapter`."
-            )
-        self._live_adapter.write(state)
         return state

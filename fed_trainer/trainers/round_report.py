@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +11,11 @@ from datasets import Dataset
 
 from ..client.engine import LocalRoundMixin
 from ..client.evaluation import ClientEvaluationMixin
+from ..client.live.sparse_stage import SparseStage
 from ..client.local_figures import NUM_TOKENS, TRAINING_METRICS
 from ..config import FederationArguments
 from ..data.digests import client_digest
-from ..federation.server import Server
+from ..federation.rounds import Round
 from ..output.figures import is_finite_number, mean_over_clients
 from ..output.same_run import held_out_digests
 from ..state.described import described, storable
@@ -29,38 +29,29 @@ class RoundReportMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
     """The record of a run, round by round."""
 
     args: FederationArguments
-    server: Server
+    stage: SparseStage
     _clients: Mapping[str, Dataset]
-    _bytes_in_vain: Counter[str]
-    _base_change_bytes: int
-    _sparse_stage_errors: dict[str, float]
 
-    def _report(
-        self,
-        round: int,
-        clients: dict[str, dict[str, Any]],
-        lr_factor: float,
-        seconds: dict[str, float],
-        evaluation: dict[str, Any] | None,
-    ) -> None:
+    def _report(self, round: Round, evaluation: Mapping[str, Any] | None) -> None:
         """Enter the round into the record, `log_history` and whatever `report_to` names."""
-        if self._sparse_stage_errors:
+        if self.stage.errors:
             # how much of the sparse change the start of the LoRA does not hold, by module
-            self._record["sparse_stage"] = {"rounds": round - 1, "relative_errors": self._sparse_stage_errors}
-            self._sparse_stage_errors = {}
+            self._record["sparse_stage"] = {"rounds": round.number - 1, "relative_errors": self.stage.errors}
+            self.stage.errors = {}
+        clients = round.clients
         weights = {client: figures["num_examples"] for client, figures in clients.items()}
         means = self.client_means if evaluation is not None else None
         entry: dict[str, Any] = {
-            "round": round,
+            "round": round.number,
             "clients": storable(clients),
-            "refused": self.server.refused,
+            "refused": round.refused,
             "train_loss": mean_over_clients({c: f["train_loss"] for c, f in clients.items()}, weights),
             "training_metrics": _training_metrics(clients, weights),
-            **self._learning_rates(lr_factor),
-            "bytes_up": self._bytes_in_vain["bytes_up"] + sum(client["bytes_up"] for client in clients.values()),
-            "bytes_down": self._bytes_in_vain["bytes_down"] + sum(client["bytes_down"] for client in clients.values()),
-            "base_change_bytes": self._base_change_bytes,
-            "seconds": seconds,
+            **self._learning_rates(round.lr_factor),
+            "bytes_up": round.in_vain["bytes_up"] + sum(client["bytes_up"] for client in clients.values()),
+            "bytes_down": round.in_vain["bytes_down"] + sum(client["bytes_down"] for client in clients.values()),
+            "base_change_bytes": round.base_change_bytes,
+            "seconds": round.seconds,
             "eval": None if evaluation is None else self._recorded_evaluation(evaluation),
             "client_eval": storable(self.client_evaluation) if evaluation is not None else None,
             "eval_clients": None if means is None else means.num_clients,
@@ -83,7 +74,7 @@ class RoundReportMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
             logs |= {f"clients/{client}/{name}": value for name, value in own.items()}
         return logs
 
-    def _recorded_evaluation(self, metrics: dict[str, Any]) -> dict[str, Any]:
+    def _recorded_evaluation(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """What an evaluation has measured, as JSON takes it; the record learns what it was measured on."""
         self._record["side_metrics"] = sorted({*self._record["side_metrics"], *self._seen_side_metrics})
         by_client = self.evaluates_clients

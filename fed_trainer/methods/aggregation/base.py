@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
+
+from transformers import TrainingArguments
 
 from ...state.adapter_state import AdapterState
 from ...state.low_rank import LowRank
@@ -58,7 +61,36 @@ class Aggregator(ABC):
     Turns the updates of one round into one; takes them one at a time, so memory need not grow with their number.
 
     A rule sees only what is shared (see [`TensorRoles`]). A round is `begin`, an `add` per client and one `finish`.
+
+    Attributes:
+        sparse_rounds (`int`):
+            Rounds of a first stage, which trains a sparse change of the target weights in place of the adapter; for most
+            rules there is none.
+        density (`float`):
+            Share of every target weight that this stage trains.
     """
+
+    sparse_rounds: int = 0
+    density: float = 0.0
+
+    @classmethod
+    def options_from(cls, args: TrainingArguments) -> dict[str, Any]:
+        """
+        Options that follow from the settings of the local rounds, beside those that the user gives.
+
+        Raises:
+            ValueError: If the user has given others.
+        """
+        return {}
+
+    @classmethod  # noqa: B027 (few rules need it)
+    def check_ranks(cls, ranks: Collection[int], largest: int) -> None:
+        """
+        Refuse ranks of all the clients that the rule could not work with, beside the `largest`, that of the adapter.
+
+        Raises:
+            ValueError: Saying what to set.
+        """
 
     @property
     def numbers(self) -> tuple[str, ...]:

@@ -2,7 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers.training_args import OptimizerNames
 
 from ...state.adapter_state import AdapterState
 from ...state.checks import check_flag, check_number
@@ -102,6 +105,19 @@ class FedNova(FedAvg):
         weights (`str`, *optional*, defaults to `"examples"`):
             As in [`FedAvg`]: `p_k` is the client's share of them.
     """
+
+    @classmethod
+    def options_from(cls, args: Any) -> dict[str, Any]:
+        """The momentum of the local SGD, which the normalisation follows."""
+        pairs = (entry.split("=") for entry in (args.optim_args or "").replace(" ", "").split(",") if entry)
+        used = float(dict(pairs).get("momentum", 0)) if args.optim == OptimizerNames.SGD else 0.0
+        told = (args.aggregation_kwargs or {}).get("momentum", used)
+        if told != used:
+            raise ValueError(
+                f"`aggregation_kwargs` gives 'fednova' the momentum {told}, but that of the local optimiser is {used} "
+                f"(`optim={args.optim!s}`, `optim_args={args.optim_args!r}`). Leave it out: it is read from there."
+            )
+        return {"momentum": used}
 
     def __init__(self, momentum: float = 0.0, partial: bool = False, weights: str = "examples") -> None:
         check_number("momentum", momentum, lambda value: 0 <= value < 1, "in [0, 1)")

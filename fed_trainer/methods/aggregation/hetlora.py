@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -44,6 +44,14 @@ class HetLoRA(FactorAggregator):
         check_weights(weighting, "weighting", ("norm", *WEIGHTS))
         super().__init__(pairs, weights="examples" if weighting == "norm" else weighting)
         self.weighting = weighting
+
+    @classmethod
+    def check_ranks(cls, ranks: Collection[int], largest: int) -> None:
+        if max(ranks) < largest:
+            raise ValueError(
+                f"The PEFT config has the rank {largest}, but the largest of `client_settings` is {max(ranks)}: in 'hetlora' the "
+                f"directions that no client has become zero for good. Set `r={max(ranks)}` in the PEFT config."
+            )
 
     @property
     def numbers(self) -> tuple[str, ...]:

@@ -3,24 +3,25 @@
 """
 What a client adds to its own gradients: FedProx, SCAFFOLD (option II), FedDyn, Ditto, the self-pruning of HetLoRA.
 
-One object serves a whole run; clients are trained one after the other. A round is
+An objective and `server = objective.server_half()` serve a whole run; clients are trained one after the other. A round is
 
 ```python
+server.begin_round()
 for client in sampled:
     previous = stored.get(client)
-    objective.begin(state, previous)
-    local, _ = trainer.local_round(state, ..., objective=objective)  # `add_gradients` in every optimiser step
-    delta = subtract(local, state)
+    objective.begin(state, previous, server.to_client(client))
+    (trained,) = trainer.local_rounds([Task(state, ..., objective=objective)])  # `add_gradients` in every step
+    delta = subtract(trained.state, state)
     client_state = objective.finish(delta)  # stays with the client
     sent = objective.to_server()  # travels with the delta
     if accepted(delta):  # a refused client leaves no trace
-        objective.accept(sent, delta)
+        server.accept(client, sent, delta)
         stored[client] = client_state
-objective.end_round()
+server.end_round()
 ```
 """
 
-from .base import LocalObjective
+from .base import LocalObjective, ServerHalf
 from .feddyn import FedDynRegularizer
 from .fedprox import Ditto, FedProx
 from .rank_pruning import RankPruning
@@ -35,6 +36,7 @@ __all__ = [
     "LocalObjective",
     "RankPruning",
     "Scaffold",
+    "ServerHalf",
     "check_plain_sgd",
 ]
 

@@ -11,14 +11,77 @@ from transformers import TrainingArguments
 
 from ...state.adapter_state import AdapterState
 from ...state.checks import check_number
+from ..server_optimizers import ServerOptimizer
 
 
-__all__ = ["LocalObjective"]
+__all__ = ["LocalObjective", "ServerHalf"]
+
+
+class ServerHalf:
+    """
+    What the server does for a local objective: it sends something along, and remembers of the updates that count.
+
+    This class does nothing, as most objectives are the clients' alone. The tensors are in float32 on the CPU.
+    """
+
+    def to_client(self, client: str) -> AdapterState:
+        """What a client is sent beside the shared tensors, keyed like these."""
+        return {}
+
+    def rank_of(self, client: str) -> int | None:
+        """The rank that the client has from now on, if the objective changes ranks."""
+        return None
+
+    def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
+        """
+        Why the server cannot go on with what a client sent, if it cannot.
+
+        Args:
+            sent (`dict[str, torch.Tensor]`):
+                Finite numbers under the names and of the dtypes of [`LocalObjective`]'s `sends`.
+            delta (`dict[str, torch.Tensor]`):
+                The client's update, of what it trains.
+        """
+        return None
+
+    def begin_round(self) -> None:
+        """Before the first client of a round: nothing is left of a round that was broken off."""
+
+    def accept(self, client: str, sent: AdapterState, delta: AdapterState) -> None:
+        """
+        The client's update counts: enter it into what holds from `end_round` on.
+
+        Args:
+            client (`str`):
+                Its name.
+            sent (`dict[str, torch.Tensor]`):
+                What `to_server` gave.
+            delta (`dict[str, torch.Tensor]`):
+                The client's update, of what it trains.
+        """
+
+    def end_round(self) -> None:
+        """After the last client of a round."""
+
+    def state_dict(self) -> AdapterState:
+        """What the server remembers between rounds, as flat names for safetensors; copies."""
+        return {}
+
+    def load_state_dict(self, state: AdapterState) -> None:
+        """
+        Take over a `state_dict`.
+
+        Raises:
+            ValueError: If it is that of another objective.
+        """
+        if state:
+            raise ValueError(other_objective(next(iter(state)), self))
 
 
 class LocalObjective:
     """
-    A term of the clients' gradients, with what a client and the server remember of it between rounds.
+    A term of the clients' gradients, with what a client remembers of it between rounds; the server's half is another object
+    (`server_half`), and the two meet in what is sent.
 
     It acts on the parameters that train in the round and are shared. What is remembered is in float32 on the CPU, keyed like
     the adapter; the parameters may be on any device and of any floating dtype.
@@ -33,16 +96,26 @@ class LocalObjective:
         is_personal (`bool`):
             Whether it belongs to a second local round of each client, which trains a model of the client's own and sends
             nothing.
+        follows_factors (`bool`):
+            Whether it goes on with the adapter of the client from the round before.
+        needs_all_tensors (`bool`):
+            Whether it is defined over all tensors of every client.
+        needs_exact_updates (`bool`):
+            Whether the two halves draw conclusions from the same update, so that it must not be rounded on the way.
     """
 
     keeps_client_state: bool = False
     uniform: bool = False
     sends: Mapping[str, torch.dtype] = MappingProxyType({})
     is_personal: bool = False
+    follows_factors: bool = False
+    needs_all_tensors: bool = False
+    needs_exact_updates: bool = False
 
     def __init__(self) -> None:
         self._start: AdapterState = {}
         self._client_state: AdapterState = {}
+        self._received: AdapterState = {}
         self._constants: dict[str, tuple[torch.Tensor, ...]] = {}  # of the round, next to the parameters
 
     def check(self, args: TrainingArguments) -> None:
@@ -61,7 +134,21 @@ class LocalObjective:
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """As `check`, for the optimiser of the local rounds, once it exists."""
 
-    def begin(self, start: AdapterState, client_state: AdapterState | None) -> None:
+    def server_half(self) -> ServerHalf:
+        """The server's part of the objective."""
+        return ServerHalf()
+
+    def server_optimizer(self, num_clients: int) -> ServerOptimizer | None:
+        """The server's step, if the objective has one of its own; `num_clients` is the number of all clients."""
+        return None
+
+    def first_memory(self, rank: int) -> AdapterState | None:
+        """What a client remembers before its first round, at the rank that it begins with."""
+        return None
+
+    def begin(
+        self, start: AdapterState, client_state: AdapterState | None, received: AdapterState | None = None
+    ) -> None:
         """
         Begin the local round of one client.
 
@@ -70,8 +157,11 @@ class LocalObjective:
                 The shared tensors the client was sent; not changed.
             client_state (`dict[str, torch.Tensor]`, *optional*):
                 What `finish` gave in the last round of the client that was accepted; `None` if there is none.
+            received (`dict[str, torch.Tensor]`, *optional*):
+                What [`ServerHalf`] sent along.
         """
-        self._start, self._client_state, self._constants = start, client_state or {}, {}
+        self._start, self._client_state, self._received = start, client_state or {}, received or {}
+        self._constants = {}
 
     def add_gradients(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
         """
@@ -102,54 +192,9 @@ class LocalObjective:
         """
         return {}
 
-    def to_clients(self) -> AdapterState:
-        """What the server sends to the clients of a round beside the shared tensors, keyed like these."""
-        return {}
-
     def to_server(self) -> AdapterState:
         """After `finish`: what the client sends beside its update, the numbers that `sends` names."""
         return {}
-
-    def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
-        """
-        Why the server cannot go on with what a client sent, if it cannot.
-
-        Args:
-            sent (`dict[str, torch.Tensor]`):
-                Finite numbers under the names and of the dtypes of `sends`.
-            delta (`dict[str, torch.Tensor]`):
-                The client's update, of what it trains.
-        """
-        return None
-
-    def accept(self, sent: AdapterState, delta: AdapterState) -> None:
-        """
-        The server took the client's update: enter it into what the server remembers. It sees what was sent, never what
-        the client keeps.
-
-        Args:
-            sent (`dict[str, torch.Tensor]`):
-                What `to_server` gave.
-            delta (`dict[str, torch.Tensor]`):
-                The client's update, of what it trains.
-        """
-
-    def end_round(self) -> None:
-        """After the last client of a round."""
-
-    def state_dict(self) -> AdapterState:
-        """What the server remembers between rounds, as flat names for safetensors; copies."""
-        return {}
-
-    def load_state_dict(self, state: AdapterState) -> None:
-        """
-        Take over a `state_dict`.
-
-        Raises:
-            ValueError: If it is that of another objective.
-        """
-        if state:
-            raise ValueError(other_objective(next(iter(state)), self))
 
     def _constants_of(self, key: str) -> tuple[torch.Tensor, ...]:
         """What stays the same during a local round, for one parameter."""
@@ -178,7 +223,7 @@ def check_positive(name: str, value: object) -> None:
     check_number(name, value, lambda number: number > 0, "positive and finite")
 
 
-def other_objective(entry: str, objective: LocalObjective) -> str:
+def other_objective(entry: str, objective: ServerHalf) -> str:
     return (
         f"The state has {entry!r}, which {type(objective).__name__} does not keep. Resume with the local objective the run was "
         "started with."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...state.adapter_state import AdapterState
+from ..server_optimizers import FedDyn, ServerOptimizer
 from .base import LocalObjective, check_positive
 
 
@@ -24,11 +25,16 @@ class FedDynRegularizer(LocalObjective):
 
     keeps_client_state = True
     uniform = True
+    needs_all_tensors = True
+    needs_exact_updates = True
 
     def __init__(self, alpha: float) -> None:
         super().__init__()
         check_positive("alpha", alpha)
         self.alpha = alpha
+
+    def server_optimizer(self, num_clients: int) -> ServerOptimizer | None:
+        return FedDyn(self.alpha, num_clients)
 
     def _constants_of(self, key: str) -> tuple[torch.Tensor, ...]:
         return self._start[key], self._remembered(key)

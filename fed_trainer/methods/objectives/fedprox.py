@@ -45,3 +45,4 @@ class Ditto(FedProx):
     """
 
     is_personal = True
+    follows_factors = True

@@ -12,7 +12,7 @@ from ...state.adapter_state import AdapterState
 from ...state.checks import check_number
 from ...state.factors import FactorPair, refuse_start
 from ..aggregation.hetlora import pruned_rank, pruning_penalty
-from .base import LocalObjective, add_gradient, check_positive
+from .base import LocalObjective, ServerHalf, add_gradient, check_positive, other_objective
 
 
 __all__ = ["RankPruning"]
@@ -38,6 +38,8 @@ class RankPruning(LocalObjective):
     """
 
     keeps_client_state = True
+    follows_factors = True
+    needs_all_tensors = True
     sends: Mapping[str, torch.dtype] = MappingProxyType({"rank": torch.int64})
 
     def __init__(self, pairs: Sequence[FactorPair], decay: float, penalty_weight: float) -> None:
@@ -49,13 +51,21 @@ class RankPruning(LocalObjective):
         self.pairs = list(pairs)
         self.decay, self.penalty_weight = decay, penalty_weight
 
-    def begin(self, start: AdapterState, client_state: AdapterState | None) -> None:
+    def server_half(self) -> ServerHalf:
+        return RankPruningServer(self.pairs)
+
+    def first_memory(self, rank: int) -> AdapterState | None:
+        return {"rank": torch.tensor(rank)}
+
+    def begin(
+        self, start: AdapterState, client_state: AdapterState | None, received: AdapterState | None = None
+    ) -> None:
         if client_state is None:
             raise ValueError(
                 "The ranks of the clients are pruned from some rank on, but the client has no state and so no rank. Begin its first "
                 'round with `{"rank": torch.tensor(rank)}`.'
             )
-        super().begin(start, client_state)
+        super().begin(start, client_state, received)
         self._rank = int(client_state["rank"])
 
     def add_gradients(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
@@ -74,12 +84,6 @@ class RankPruning(LocalObjective):
     def to_server(self) -> AdapterState:
         return {"rank": torch.tensor(self._next_rank)}
 
-    def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
-        largest = max(len(delta[pair.key_A]) for pair in self.pairs)
-        if not 1 <= sent["rank"] <= largest:
-            return f"its next rank is {int(sent['rank'])}, but it should be between 1 and its present one, {largest}."
-        return None
-
     def _penalty(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack(
             [
@@ -87,3 +91,49 @@ class RankPruning(LocalObjective):
                 for pair in self.pairs
             ]
         ).sum()
+
+
+class RankPruningServer(ServerHalf):
+    """
+    The server's half: it cuts what a client gets to the rank that the client has told.
+
+    Args:
+        pairs (`Sequence[FactorPair]`):
+            The factor pairs of the adapter.
+    """
+
+    def __init__(self, pairs: Sequence[FactorPair]) -> None:
+        self.pairs = list(pairs)
+        self._ranks: dict[str, int] = {}
+        self._next_ranks: dict[str, int] = {}  # from the end of the round on
+
+    def rank_of(self, client: str) -> int | None:
+        return self._ranks.get(client)
+
+    def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
+        largest = max(len(delta[pair.key_A]) for pair in self.pairs)
+        if not 1 <= sent["rank"] <= largest:
+            return f"its next rank is {int(sent['rank'])}, but it should be between 1 and its present one, {largest}."
+        return None
+
+    def begin_round(self) -> None:
+        self._next_ranks = {}
+
+    def accept(self, client: str, sent: AdapterState, delta: AdapterState) -> None:
+        self._next_ranks[client] = int(sent["rank"])
+
+    def end_round(self) -> None:
+        self._ranks |= self._next_ranks
+        self._next_ranks = {}
+
+    def state_dict(self) -> AdapterState:
+        return {f"rank.{client}": torch.tensor(rank) for client, rank in self._ranks.items()}
+
+    def load_state_dict(self, state: AdapterState) -> None:
+        ranks = {}
+        for entry, tensor in state.items():
+            name, _, client = entry.partition(".")
+            if name != "rank":
+                raise ValueError(other_objective(entry, self))
+            ranks[client] = int(tensor)
+        self._ranks, self._next_ranks = ranks, {}

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 from ...state.adapter_state import AdapterState
 from ...state.client_errors import ClientError
 from ..aggregation.limits import STATISTICS_ROOM, largest_value, relative_limit
-from .base import LocalObjective, other_objective
+from .base import LocalObjective, ServerHalf, other_objective
 
 
 __all__ = ["Scaffold", "check_plain_sgd"]
@@ -38,6 +38,7 @@ class Scaffold(LocalObjective):
 
     keeps_client_state = True
     uniform = True
+    needs_exact_updates = True
     sends: Mapping[str, torch.dtype] = MappingProxyType({"sum_of_lrs": torch.float32})
 
     def __init__(self, num_clients: int) -> None:
@@ -45,8 +46,9 @@ class Scaffold(LocalObjective):
         if num_clients < 1:
             raise ValueError(f"`num_clients` should be at least 1 but the value passed is {num_clients!r}")
         self.num_clients = num_clients
-        self._control: AdapterState = {}
-        self._changes: AdapterState = {}  # of the round
+
+    def server_half(self) -> ServerHalf:
+        return ScaffoldServer(self.num_clients)
 
     def check(self, args: TrainingArguments) -> None:
         super().check(args)
@@ -65,8 +67,10 @@ class Scaffold(LocalObjective):
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         check_plain_sgd(optimizer)
 
-    def begin(self, start: AdapterState, client_state: AdapterState | None) -> None:
-        super().begin(start, client_state)
+    def begin(
+        self, start: AdapterState, client_state: AdapterState | None, received: AdapterState | None = None
+    ) -> None:
+        super().begin(start, client_state, received)
         self._sum_of_lrs = 0.0
 
     def add_gradients(self, parameters: dict[str, nn.Parameter], lr: float) -> None:
@@ -82,7 +86,7 @@ class Scaffold(LocalObjective):
     def _correction(self, key: str) -> torch.Tensor:
         """`c - c_k`"""
         own = self._remembered(key)
-        return self._control[key] - own if key in self._control else -own
+        return self._received[key] - own if key in self._received else -own
 
     def finish(self, delta: AdapterState) -> AdapterState:
         if not self._sum_of_lrs > 0:
@@ -93,11 +97,26 @@ class Scaffold(LocalObjective):
         trained = {key: -self._correction(key) - delta[key].float() / self._sum_of_lrs for key in self._constants}
         return self._client_state | trained
 
-    def to_clients(self) -> AdapterState:
-        return self._control
-
     def to_server(self) -> AdapterState:
         return {"sum_of_lrs": torch.tensor(self._sum_of_lrs, dtype=torch.float32)}
+
+
+class ScaffoldServer(ServerHalf):
+    """
+    The server's half of SCAFFOLD: the control `c`, the mean of those of all clients.
+
+    Args:
+        num_clients (`int`):
+            Number of all clients.
+    """
+
+    def __init__(self, num_clients: int) -> None:
+        self.num_clients = num_clients
+        self._control: AdapterState = {}
+        self._changes: AdapterState = {}  # of the round
+
+    def to_client(self, client: str) -> AdapterState:
+        return self._control
 
     def fault_of(self, sent: AdapterState, delta: AdapterState) -> str | None:
         total = float(sent["sum_of_lrs"])
@@ -113,7 +132,10 @@ class Scaffold(LocalObjective):
             )
         return None
 
-    def accept(self, sent: AdapterState, delta: AdapterState) -> None:
+    def begin_round(self) -> None:
+        self._changes = {}
+
+    def accept(self, client: str, sent: AdapterState, delta: AdapterState) -> None:
         total = float(sent["sum_of_lrs"])
         for key, tensor in delta.items():
             change = tensor.float() / -total

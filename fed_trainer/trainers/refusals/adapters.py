@@ -4,24 +4,20 @@
 
 from __future__ import annotations
 
-import re
-
 from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import TrainingArguments
 
-from ...client.live.adapter import LiveAdapter
-from ...client.live.pairs import factor_pairs
 from ...client.live.prompt import IN_THE_CACHE
+from ...client.live.state import LiveState
+from ...config import FederationArguments
+from ...federation.plan import user_roles
 from ...methods.aggregation.methods import METHODS
-from ...state.adapter_state import AdapterState
-from ...state.factors import FactorPair, check_foldable
-from ...state.roles import A_FACTORS
 
 
-__all__ = ["check_adapter", "check_prompt_arguments", "refuse_idle_adapter", "refuse_unwrapped_adapter"]
+__all__ = ["check_prompt_arguments", "freeze_for_good", "refuse_idle_adapter", "refuse_unwrapped_adapter"]
 
 
 def refuse_unwrapped_adapter(model: nn.Module) -> None:
@@ -82,54 +78,6 @@ def _tuned(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
 
 
-def check_adapter(aggregation: str, model: PeftModel) -> list[FactorPair]:
-    """
-    The factor pairs a method works on, after refusing adapters it does not fit.
-
-    Args:
-        aggregation (`str`):
-            Name of the method.
-        model ([`~peft.PeftModel`]):
-            The live model, before its first round.
-
-    Returns:
-        `list[FactorPair]`: For [`Method.build`]; empty for methods that take any adapter.
-
-    Raises:
-        ValueError: Naming the first layer or tensor that does not fit, and why.
-    """
-    method = METHODS[aggregation]
-    if aggregation == "ffa_lora":
-        _check_frozen_factors(LiveAdapter(model).read(include_frozen=True))
-    # with one factor fixed, RoLoRA is exact for what is linear in either; SLoRA replaces both
-    if not method.uses_pairs and aggregation not in ("rolora", "slora"):
-        return []
-    pairs = factor_pairs(model)
-    if method.adds_to_base:
-        check_foldable(pairs, aggregation)
-    return pairs
-
-
-def _check_frozen_factors(state: AdapterState) -> None:
-    """Refuse adapters for which FFA-LoRA would train nothing, or not be exact."""
-    for key, tensor in state.items():
-        if ".scl_delta" in key:
-            raise ValueError(
-                f"'ffa_lora' is exact because one factor is the same everywhere, but {key} belongs to a second product, which "
-                "multiplies the first. Use `variant='compress'` or `train_down_proj='none'`, or 'fedavg'."
-            )
-        if ".lora_magnitude_vector" in key:
-            raise ValueError(
-                f"'ffa_lora' is exact because the adapter is linear in `B`, but with {key} (DoRA) the sum of base weight and product "
-                "is rescaled. Use plain LoRA, or 'fedavg'."
-            )
-        if ".lora_" in key and re.search(A_FACTORS, key) and not tensor.any():
-            raise ValueError(
-                f"'ffa_lora' trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so nothing would be "
-                "trained. Leave embeddings out of `target_modules`, or use 'fedavg'."
-            )
-
-
 def check_prompt_arguments(model: PeftModel, args: TrainingArguments) -> None:
     """
     Raise for settings under which a prompt would be dropped without a word.
@@ -151,3 +99,23 @@ def check_prompt_arguments(model: PeftModel, args: TrainingArguments) -> None:
         raise ValueError(
             f"`{joining[0]}=True` joins examples into one sequence, of which {kind} gives a prompt to the first alone. Leave it off."
         )
+
+
+def freeze_for_good(args: FederationArguments, live: LiveState) -> None:
+    """
+    Freeze what has the role "frozen" in every round, such as the `A` of FFA-LoRA, before anybody builds an optimiser.
+
+    Raises:
+        ValueError: If the patterns do not fit the tensors.
+    """
+    whole, travelling = live.read(include_frozen=True), live.read()
+    method, own = METHODS[args.aggregation], user_roles(args)
+    splits = [method.roles(round).joined(own).split(whole) for round in (1, 2)]
+    frozen = splits[0].frozen.keys() & splits[1].frozen.keys() & travelling.keys()
+    counted = sorted(frozen & live.buffers)
+    if counted:
+        raise ValueError(
+            f"{counted[0]} is to be frozen, but it is a running statistic, which every forward pass in training changes. Let it "
+            "be local or shared."
+        )
+    live.freeze(frozen)

@@ -14,14 +14,14 @@ from ...config import FederationArguments
 
 if TYPE_CHECKING:
     from ...client.live.state import LiveState
-    from ...federation.server import Server
+    from ...federation.plan import Plan
 
 
 __all__ = ["check_deepspeed", "check_fsdp"]
 
 
 def check_deepspeed(
-    args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, server: Server, has_optimizer: bool
+    args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, plan: Plan, has_optimizer: bool
 ) -> None:
     """
     Refuse what a federation cannot do under DeepSpeed.
@@ -35,7 +35,7 @@ def check_deepspeed(
             The model, before the engine is built.
         live ([`LiveState`]):
             Its tensors.
-        server ([`Server`]):
+        plan ([`Plan`]):
             The method.
         has_optimizer (`bool`):
             Whether the user has given an optimiser.
@@ -85,7 +85,7 @@ def check_deepspeed(
             f"`local_objective={args.local_objective!r}` adds to the gradients before the step, but DeepSpeed steps within the "
             f"backward pass. {ddp}."
         )
-    elif server.sparse_rounds:
+    elif plan.sparse_rounds:
         reason = (
             f"`aggregation='slora'` trains other parameters in its second stage, which needs a second engine. {ddp}."
         )
@@ -93,7 +93,7 @@ def check_deepspeed(
         reason = f"ZeRO-3 splits the whole model, and its parts would have to be gathered for every client. {zero2}."
     elif stage == 3 and model.active_peft_config.is_prompt_learning:  # type: ignore[union-attr]
         reason = f"PEFT computes a prompt when it saves it, which it cannot under ZeRO-3. {zero2}."
-    elif stage == 3 and server.method.adds_to_base:
+    elif stage == 3 and plan.method.adds_to_base:
         reason = (
             f"`aggregation={args.aggregation!r}` adds to base weights, which ZeRO-3 has split. {zero2}, or 'fedavg'."
         )
@@ -101,7 +101,7 @@ def check_deepspeed(
         raise NotImplementedError(reason)
 
 
-def check_fsdp(args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, server: Server) -> None:
+def check_fsdp(args: FederationArguments, plugin: Any, model: nn.Module, live: LiveState, plan: Plan) -> None:
     """
     Refuse what a federation cannot do under FSDP2.
 
@@ -114,7 +114,7 @@ def check_fsdp(args: FederationArguments, plugin: Any, model: nn.Module, live: L
             The model, before the engine is built.
         live ([`LiveState`]):
             Its tensors.
-        server ([`Server`]):
+        plan ([`Plan`]):
             The method.
 
     Raises:
@@ -144,11 +144,11 @@ def check_fsdp(args: FederationArguments, plugin: Any, model: nn.Module, live: L
         )
     elif live.buffers:
         reason = f"{min(live.buffers)} is a running statistic, of which FSDP2 leaves each process its own, so they would go apart. {ddp}."
-    elif server.method.adds_to_base:
+    elif plan.method.adds_to_base:
         reason = (
             f"`aggregation={args.aggregation!r}` adds to base weights, which FSDP2 has split. {ddp}, or use 'fedavg'."
         )
-    elif server.sparse_rounds:
+    elif plan.sparse_rounds:
         reason = f"`aggregation='slora'` trains base weights in its first stage, which FSDP2 has split. {ddp}."
     elif args.local_objective is not None:
         reason = f"`local_objective={args.local_objective!r}` adds to gradients, of which FSDP2 leaves each process a part. {ddp}."

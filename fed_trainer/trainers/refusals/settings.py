@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,14 +16,13 @@ from transformers.training_args import OptimizerNames
 
 from peft_scl.adapter_names import called_like_a_module
 
-from ...client.live.sparse_change import check_sparse_change
 from ...client.live.state import LiveState
 from ...config import FederationArguments
 from ...data.client_datasets import ClientDatasets, rows_by_client
 from ...federation.client_settings import ClientSettings
-from ...federation.server import Server
+from ...federation.plan import Plan
+from ...methods.aggregation import METHODS
 from ...state.adapter_state import AdapterState
-from ...state.factors import FactorPair
 
 
 __all__ = [
@@ -33,18 +32,9 @@ __all__ = [
     "refuse_kept_optimizers",
     "refuse_one_evaluation",
     "refuse_other_weights_in_evaluation",
-    "refuse_sparse_start",
     "refuse_turns_that_differ",
     "refuse_what_would_leak",
 ]
-
-
-_FRESH_OPTIMIZER = {
-    "fednova": "its normalisation counts the steps of an optimiser that has started afresh",
-    "slora": "its second stage trains other parameters",
-    "flora": "clients start from newly drawn factors in every round, which the moments are not of",
-    "flexlora": "clients start from newly decomposed factors in every round, which the moments are not of",
-}
 
 
 def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
@@ -168,29 +158,11 @@ def refuse_kept_optimizers(args: FederationArguments) -> None:
     Raises:
         ValueError: Saying why.
     """
-    if args.keep_optimizer_state and args.aggregation in _FRESH_OPTIMIZER:
+    reason = METHODS[args.aggregation].fresh_optimizer
+    if args.keep_optimizer_state and reason is not None:
         raise ValueError(
-            f"`keep_optimizer_state=True` with `aggregation={args.aggregation!r}`: {_FRESH_OPTIMIZER[args.aggregation]}. Leave one of "
-            "the two out."
+            f"`keep_optimizer_state=True` with `aggregation={args.aggregation!r}`: {reason}. Leave one of the two out."
         )
-
-
-def refuse_sparse_start(
-    args: FederationArguments, model: PeftModel, pairs: Sequence[FactorPair], has_optimizer: bool
-) -> None:
-    """
-    Refuse what the first stage of SLoRA, a sparse change of the base weights, cannot begin with.
-
-    Raises:
-        ValueError: For an optimiser or an adapter that was given, or weights that cannot be changed.
-    """
-    if has_optimizer or args.initial_adapter is not None:
-        what = "`optimizers`, which hold the LoRA" if has_optimizer else f"`initial_adapter={args.initial_adapter!r}`"
-        raise ValueError(
-            f"'slora' trains a sparse change of the base weights first and starts the LoRA from it, but was given {what}. Leave "
-            "it out, or use 'fedavg'."
-        )
-    check_sparse_change(model, pairs)
 
 
 def refuse_one_evaluation(eval_dataset: Any, local_keys: Collection[str]) -> None:
@@ -250,15 +222,15 @@ def refuse_other_weights_in_evaluation(args: FederationArguments, model: nn.Modu
         )
 
 
-def refuse_turns_that_differ(args: FederationArguments, server: Server, state: AdapterState) -> None:
+def refuse_turns_that_differ(args: FederationArguments, plan: Plan, state: AdapterState) -> None:
     """
     Refuse what trains other tensors from turn to turn, under an engine that is told once which are trained.
 
     Raises:
         NotImplementedError: Naming the rule.
     """
-    rounds = [server.trained_keys(state, round, ClientSettings()) for round in (1, 2)]
-    if rounds[0] != rounds[1] or server.partial:
+    rounds = [plan.trained_keys(state, round, ClientSettings()) for round in (1, 2)]
+    if rounds[0] != rounds[1] or plan.partial:
         raise NotImplementedError(
             f"`aggregation={args.aggregation!r}` trains other tensors from turn to turn, which DDP, DeepSpeed and FSDP2 are told "
             "once and for all. Launch a single process without them."

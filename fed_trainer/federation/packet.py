@@ -1,0 +1,126 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the server and a client send each other: tensors, and a small JSON-like dictionary.
+
+The server's side and the client's side meet only here. What is not in a packet, neither knows of the other.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from safetensors.torch import load, save
+
+from ..state.adapter_state import AdapterState, state_bytes
+from ..state.described import storable
+
+
+__all__ = ["DELTA", "DRAWN", "EXTRAS", "OBJECTIVE", "STATE", "Packet", "Reply"]
+
+# parts of the tensors: down
+STATE, OBJECTIVE, DRAWN = "state", "objective", "drawn"
+# and up
+DELTA, EXTRAS = "delta", "extras"
+
+META = "packet"  # in the metadata of the file
+LENGTH = struct.Struct("<Q")  # of the header of a safetensors file, which it begins with
+NUMBER_BYTES = 8  # an integer or a float of 64 bits
+
+
+@dataclass(frozen=True)
+class Packet:
+    """
+    One message between the server and a client.
+
+    Args:
+        kind (`str`):
+            `"train"`, from the server: a client's turn of a round. `"update"`, from a client: what came of it.
+        tensors (`dict[str, torch.Tensor]`):
+            On the CPU, as `<part>/<name>`. Nothing changes them in place. Down: `state` (shared tensors that have changed
+            since the client was last here), `objective` (what the local objective sends along), `drawn` (what every
+            machine could draw itself from the seed of the run, so it is not counted). Up: `delta` and `extras`.
+        meta (`dict[str, Any]`):
+            What goes into JSON. Down: `round`, `client`, `lr_factor`, `counted` (the last round in which an update of the
+            client counted; none, if there is none), `rank` (if it is not that of the PEFT config), `base_bytes` (of what
+            went into base weights since the client was last here; in one process the base is the server's too). Up:
+            `round`, `client`, `num_examples`, `num_steps`, `num_tokens`, `base_digest`, `numbers` (the names of those
+            that the rule reads), `figures`, `moved`, `has_rate`, `seconds`.
+    """
+
+    kind: str
+    tensors: AdapterState = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def part(self, name: str) -> AdapterState:
+        """The tensors of a part, by name."""
+        prefix = f"{name}/"
+        return {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items() if key.startswith(prefix)}
+
+    @property
+    def num_bytes(self) -> int:
+        """
+        Bytes of what is sent: the tensors as they are encoded, what went into base weights, and 8 per number that the rule
+        reads. Names, framing and figures for the record are not counted, nor what both sides can draw.
+        """
+        sent = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(f"{DRAWN}/")}
+        numbers = self.meta.get("numbers", ())
+        return state_bytes(sent) + self.meta.get("base_bytes", 0) + NUMBER_BYTES * len(numbers)
+
+    def to_bytes(self) -> bytes:
+        """As one safetensors file, with the dictionary as JSON in its metadata; numbers that are not finite are strings."""
+        meta = json.dumps({"kind": self.kind, "meta": storable(self.meta)}, allow_nan=False)
+        return save({key: tensor.contiguous() for key, tensor in self.tensors.items()}, metadata={META: meta})
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Packet:
+        """
+        What `to_bytes` has written. Nothing is unpickled.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        try:
+            (length,) = LENGTH.unpack_from(content)
+            header = json.loads(content[LENGTH.size : LENGTH.size + length])
+            told = json.loads(header["__metadata__"][META])
+            packet = cls(told["kind"], load(content), told["meta"])
+        except Exception as error:  # whatever bytes of somebody else's lead to
+            raise ValueError(f"This is no packet of a federation ({type(error).__name__}).") from error
+        if not isinstance(packet.kind, str) or not isinstance(packet.meta, dict):
+            raise ValueError("This is no packet of a federation: its kind is no text, or its dictionary none.")
+        return packet
+
+
+@dataclass(frozen=True)
+class Reply:
+    """
+    What came of a packet: exactly one for each.
+
+    Args:
+        client (`str`):
+            The client that the packet went to.
+        status (`str`):
+            `"ok"`, `"error"` (its turn failed), `"timeout"` or `"lost"` (nobody answers).
+        packet ([`Packet`], *optional*):
+            Its answer, if it is `"ok"`.
+        reason (`str`, *optional*):
+            What is wrong otherwise, in words that may stand in the record.
+        seconds (`Mapping[str, float]`):
+            What its turn took, by phase.
+    """
+
+    client: str
+    status: str = "ok"
+    packet: Packet | None = None
+    reason: str | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def named(part: str, state: AdapterState) -> AdapterState:
+    """The tensors of a part under their names in a packet."""
+    return {f"{part}/{key}": tensor for key, tensor in state.items()}

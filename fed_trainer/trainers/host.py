@@ -1,0 +1,86 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A trainer as the place where a federation runs: its model takes the global state, and it writes down what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..federation.broken_state import refuse_broken_loss, refuse_overflow
+from ..federation.rounds import Round
+from ..output.figures import held_out_metrics
+from ..output.progress import RoundProgress
+from ..output.timing import timed
+from ..state.adapter_state import AdapterState
+from ..state.low_rank import LowRank
+from ..state.processes import first_alone
+
+
+__all__ = ["TrainerHost"]
+
+
+class TrainerHost:
+    """
+    A [`~fed_trainer.federation.rounds.Host`] of a federation whose clients are in the process of the trainer.
+
+    Args:
+        trainer ([`FederatedMixin`]):
+            The trainer.
+    """
+
+    progress: RoundProgress
+    """The bar over rounds, within a run."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._base_before: AdapterState = {}
+
+    def before_round(self, round: int) -> None:
+        trainer = self._trainer
+        if trainer.stage.is_on and round > trainer.stage.rounds:
+            trainer.end_sparse_stage()
+        trainer._ensure_engine()
+
+    def after_client(self, round: Round, client: str) -> None:
+        figures = round.clients[client]
+        self.progress.client(round.number, client, int(figures["num_examples"]), figures)
+
+    def install(self, state: AdapterState, base_change: dict[str, LowRank]) -> None:
+        trainer, base = self._trainer, self._trainer._base_changes
+        self._base_before = {} if base is None else base.state_dict()  # not copied: nothing changes it in place
+        refuse_overflow(state, trainer._live_adapter.dtypes())
+        trainer._has_left_start = True
+        trainer._live_adapter.write(state)
+        if base is not None:
+            base.add(base_change)
+        first_alone(trainer.client.store.flush)
+
+    def uninstall(self) -> None:
+        if self._trainer._base_changes is not None:
+            self._trainer._base_changes.load_state_dict(self._base_before)
+
+    def evaluate(self, round: Round) -> Mapping[str, Any] | None:
+        trainer, args = self._trainer, self._trainer.args
+        trainer.state.global_step = trainer.state.epoch = round.number
+        if not self._is_due(round.number, args.eval_rounds) or trainer.eval_dataset is None:
+            return None
+        with timed(round.seconds, "evaluate"):
+            evaluation: dict[str, float] = trainer.evaluate(ignore_keys=trainer.ignored_in_evaluation)
+            refuse_broken_loss(evaluation, trainer._earlier_evaluations)
+        return evaluation
+
+    def finish_round(self, round: Round, evaluation: Mapping[str, Any] | None) -> bool:
+        trainer = self._trainer
+        trainer._report(round, evaluation)
+        if self._is_due(round.number, trainer.args.save_rounds) or trainer.control.should_training_stop:
+            with timed(round.seconds, "checkpoint"):
+                trainer._save_round(round.number)
+            trainer.log({"seconds_checkpoint": round.seconds["checkpoint"]})  # known only now
+            trainer._write_record(trainer._folder)
+        entry = trainer._record["rounds"][-1]
+        self.progress.round(entry["train_loss"], held_out_metrics(trainer._record).get(round.number, {}))
+        return not trainer.control.should_training_stop  # a callback's
+
+    def _is_due(self, round: int, every: int) -> bool:
+        return round % every == 0 or round == self._trainer.args.num_rounds
