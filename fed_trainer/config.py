@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from .methods.aggregation import METHODS
+from .methods.codecs import WIRE_DTYPES
 from .methods.objectives import LOCAL_OBJECTIVES
 from .methods.schedules import check_local_schedule, check_schedule_name, lr_factors
 from .methods.server_optimizers import SERVER_OPTIMIZERS
@@ -51,6 +52,7 @@ else:
 
 _MAPPINGS = (
     "aggregation_kwargs", "tensor_roles", "client_settings", "server_optimizer_kwargs", "local_objective_kwargs",
+    "codecs",
 )  # fmt: skip
 
 
@@ -124,6 +126,17 @@ class FederationArguments(_Arguments):
     local_objective_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Options of the local objective, such as '{\"mu\": 0.01}'."}
     )
+    wire_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Floating dtype in which tensors are sent, if theirs is wider; as they are if not given.",
+            "choices": sorted(WIRE_DTYPES),
+        },
+    )
+    codecs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Steps of an update before it is sent, by name with their options, in order."},
+    )
     round_lr_scheduler_type: str = field(
         default="constant",
         metadata={"help": "Schedule of the learning rate over rounds ('constant', 'linear', 'cosine', ...)."},
@@ -179,6 +192,7 @@ class FederationArguments(_Arguments):
             ("aggregation", METHODS),
             ("server_optimizer", SERVER_OPTIMIZERS),
             ("local_objective", {None, *LOCAL_OBJECTIVES}),
+            ("wire_dtype", {None, *WIRE_DTYPES}),
         )
         for name, names in choices:
             if getattr(self, name) not in names:
@@ -304,6 +318,16 @@ class FederatedConfig(FederationArguments, SFTConfig):
             What clients add to their gradients, a name in `fed_trainer.methods.objectives.LOCAL_OBJECTIVES`.
         local_objective_kwargs (`dict` or `str`, *optional*):
             Options of the local objective, as its class names them: `{"mu": 0.01}` for `"fedprox"`.
+
+        > Parameters that control what is sent
+
+        wire_dtype (`str`, *optional*):
+            Floating dtype in which tensors are sent, if theirs is wider: `"bfloat16"` or `"float16"` halve the bytes of float32.
+            Updates are rounded without bias (stochastically), what the server sends to the nearest. As they are if not
+            given.
+        codecs (`dict` or `str`, *optional*):
+            Steps that an update goes through before it is sent, in order: names in `fed_trainer.methods.codecs.CODECS` with
+            their options, such as `{"dtype": {"dtype": "bfloat16"}}`. `wire_dtype` is a last step behind them.
 
         > Parameters that control evaluation and saving
 

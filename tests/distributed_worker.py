@@ -35,6 +35,7 @@ from fed_trainer import (
     FederatedTrainer,
 )
 from fed_trainer.config import FederationArguments
+from fed_trainer.federation.packet import Packet
 from fed_trainer.federation.validation import TooFewClientsError
 from peft_scl import FederaConfig, FederaLayer
 
@@ -218,7 +219,7 @@ def in_bfloat16() -> dict[str, Any]:
         }
         published = FOLDER / "bfloat16_whole"
         follower = make_trainer("bfloat16_follower", initial_adapter=str(published), peft_config=None, bf16=True)
-        report["follows"] = digest(follower._global_state) == digest(
+        report["follows"] = digest(follower.federation.state) == digest(
             load_file(published / "adapter_model.safetensors")
         )
         make_trainer("bfloat16_resumed", callbacks=[StopAfterOneRound()], bf16=True).train()
@@ -258,11 +259,11 @@ def fail_in_last_process(trainer: FederatedTrainer, forward: bool) -> None:
     if int(os.environ.get("RANK", 0)) + 1 != trainer.accelerator.num_processes:
         return
     turn = {"client": "", "passes": 0, "batches": 0}
-    client_round, collator = trainer._client_round, trainer.data_collator
+    client_turn, collator = trainer.client.turn, trainer.data_collator
 
-    def remembered(client: str, *args: Any) -> Any:
-        turn.update(client=client, passes=0)
-        return client_round(client, *args)
+    def remembered(packet: Packet) -> Packet:
+        turn.update(client=packet.meta["client"], passes=0)
+        return client_turn(packet)
 
     def before_forward(module: torch.nn.Module, inputs: Any) -> None:
         turn["passes"] += module.training
@@ -276,7 +277,7 @@ def fail_in_last_process(trainer: FederatedTrainer, forward: bool) -> None:
             raise OSError("no file")
         return collator(rows)
 
-    trainer._client_round = remembered
+    trainer.client.turn = remembered
     if forward:
         trainer.model.get_base_model().register_forward_pre_hook(before_forward)
     else:

@@ -19,7 +19,10 @@ from torch import nn
 
 from fed_trainer import FederatedTaskConfig
 from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.facts import model_facts
 from fed_trainer.federation.client_settings import ClientSettings
+from fed_trainer.federation.packet import Reply
+from fed_trainer.federation.plan import Plan
 from fed_trainer.federation.server import Server
 from fed_trainer.federation.validation import TooFewClientsError
 from fed_trainer.methods.aggregation import METHODS, ClientUpdate
@@ -78,12 +81,12 @@ class Rounds:
             output_dir=str(tmp_path), num_rounds=3, max_steps=4, use_cpu=True, report_to="none", **KINDS[kind]
         )
         own = {CLIENTS[0]: ClientSettings(r=1), BAD: ClientSettings(r=2)} if kind.endswith("ranks") else {}
-        self.settings = {client: own.get(client, ClientSettings()) for client in CLIENTS}
-        self.server = Server(args, self.model, live, own, len(CLIENTS), len(CLIENTS), BASE_DIGEST)
         self.state = live.read()
+        facts = model_facts(args.aggregation, self.model, live, BASE_DIGEST)
+        self.server = Server(Plan(args, facts, self.state, own, len(CLIENTS), len(CLIENTS)))
 
     def update(self, client: str, round: int) -> tuple[ClientUpdate, AdapterState]:
-        asked = self.server.asked_of(self.settings[client])
+        asked = self.server.asked_of(client)
         generator = torch.Generator().manual_seed(100 * round + CLIENTS.index(client))
         delta = {
             key: 0.1 * torch.randn(tensor.shape, generator=generator)
@@ -91,7 +94,8 @@ class Rounds:
             else torch.ones_like(tensor)
             for key, tensor in asked.items()
         }
-        sends = {} if self.server.objective is None else self.server.objective.sends
+        objective = self.server.plan.objective
+        sends = {} if objective is None else objective.sends
         extras = {key: torch.ones((), dtype=dtype) for key, dtype in sends.items()}
         update = ClientUpdate(
             client, 3 + CLIENTS.index(client), delta, num_steps=4, base_digest=BASE_DIGEST, extras=extras
@@ -108,9 +112,9 @@ class Rounds:
             for client in CLIENTS:
                 update, asked = self.update(client, round)
                 if client != BAD:
-                    assert self.server.receive(update, asked) is None
+                    assert self.server.take(update, asked) is None
                 elif spoil is not None:
-                    self.server.receive(spoil(update), asked)
+                    self.server.take(spoil(update), asked)
                 else:
                     self.server._faulty.add(client)  # as if it had been refused
             refused |= self.server.refused
@@ -333,8 +337,10 @@ def test_a_refused_client_is_one_of_those_that_a_robust_rule_bears(kind: str, tm
     rounds = Rounds(kind, tmp_path)
     rounds.server.begin(rounds.state, 1, CLIENTS)
     for client in CLIENTS[1:]:
-        rounds.server.receive(*rounds.update(client, 1))
-    rounds.server.leave_out(CLIENTS[0], "it was late")  # so all that are to be borne may be among the others
+        rounds.server.take(*rounds.update(client, 1))
+    rounds.server.receive(
+        Reply(CLIENTS[0], "timeout", reason="it was late")
+    )  # so all that are to be borne may be among the others
     with pytest.raises(TooFewClientsError):
         rounds.server.finish()
 
@@ -352,9 +358,9 @@ def test_whatever_stands_in_a_field_nothing_is_raised(tmp_path_factory, field: s
     rounds = Rounds("fednova", tmp_path_factory.mktemp("fuzz"))
     rounds.server.begin(rounds.state, 1, CLIENTS)
     update, asked = rounds.update(BAD, 1)
-    reason = rounds.server.receive(dataclasses.replace(update, **{field: value}), asked)
+    reason = rounds.server.take(dataclasses.replace(update, **{field: value}), asked)
     assert reason is None or (isinstance(reason, str) and len(reason) < 500)
     for client in ("c0", "c1"):
-        rounds.server.receive(*rounds.update(client, 1))
+        rounds.server.take(*rounds.update(client, 1))
     state, _ = rounds.server.finish()
     assert all(torch.isfinite(tensor).all() for tensor in state.values())

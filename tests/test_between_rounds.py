@@ -236,7 +236,7 @@ def test_what_is_done_between_rounds_changes_nothing(make_trainer, field):
     trainer = make_trainer("doors", True, **settings)
     trainer.train()
     assert len(trainer.doors.losses) == 2
-    assert same(trainer.federation.state, without._global_state)
+    assert same(trainer.federation.state, without.federation.state)
 
 
 @pytest.mark.parametrize("field", REFUSED)
@@ -282,7 +282,7 @@ def test_an_evaluation_that_breaks_off_changes_nothing(make_trainer):
     trainer = make_trainer("broken", True, eval_on_start=False, bf16_full_eval=True, skip_memory_metrics=False)
     trainer.doors.on_save = lambda *args, **kwargs: break_off(trainer)
     trainer.train()
-    assert same(trainer.federation.state, without._global_state)
+    assert same(trainer.federation.state, without.federation.state)
 
 
 def break_off(trainer: Any) -> None:
@@ -338,7 +338,7 @@ def test_an_optimiser_with_other_weights_gives_those_to_be_used(make_trainer):
     plain.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1})
     trainer = make_trainer("ours", True, **settings)
     trainer.optimizer_cls_and_kwargs = (Lookahead, {"lr": 0.1})
-    start, rows = plain._global_state, plain.client.data.prepared("a")
+    start, rows = plain.federation.state, plain.client.data.prepared("a")
     trained, _ = plain.local_round(start, rows, 0, None, 1.0)
     to_be_used, _ = trainer.local_round(start, rows, 0, None, 1.0)
     for key, tensor in to_be_used.items():

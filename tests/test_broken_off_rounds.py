@@ -23,6 +23,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
 from fed_trainer.client.put_back import _HOOKS, remember_hooks
+from fed_trainer.federation.packet import Packet
+from fed_trainer.state.client_errors import TurnFailedError
 
 
 class Exchanging(torch.optim.SGD):
@@ -139,20 +141,21 @@ class Breaker(TrainerCallback):
 
     def attach(self, trainer: Any) -> None:
         """Have it called at each of the points."""
-        client_round, local_round, build_engine = trainer._client_round, trainer.local_round, trainer._build_engine
+        turn, local_round, build_engine = trainer.client.turn, trainer.local_round, trainer._build_engine
 
-        def taken(client: str, *args: Any) -> Any:
+        def taken(packet: Packet) -> Packet:
+            client = packet.meta["client"]
             self.client, self.calls = client, 0
             self.point = client.split()[1] if " " in client else ""
             if self.point and self.skips:
-                trainer.federation.server.leave_out(client, "it is not asked")
-                return None
+                raise TurnFailedError("it is not asked", {})
             if not self.point:  # as a preparation may do
                 self.drawn[client].append((random.random(), np.random.rand(), torch.rand(1).item()))
-            result = client_round(client, *args)
-            self.hooks.append(hooks_of(trainer))
-            self.client = self.point = ""
-            return result
+            try:
+                return turn(packet)
+            finally:
+                self.hooks.append(hooks_of(trainer))
+                self.client = self.point = ""
 
         def remembered(*args: Any, **kwargs: Any) -> Any:
             state, metrics = local_round(*args, **kwargs)
@@ -164,7 +167,7 @@ class Breaker(TrainerCallback):
             build_engine()
             trainer.optimizer.optimizer.register_step_post_hook(lambda *args: self.reach("optimizer"))
 
-        trainer._client_round, trainer.local_round, trainer._build_engine = taken, remembered, built
+        trainer.client.turn, trainer.local_round, trainer._build_engine = taken, remembered, built
         once = functools.cache(functools.partial(trainer._prepare_client_dataset, client="all"))  # of the same rows
         prepare = self.reaching(once, "preparation")
         trainer._prepare_client_dataset = lambda dataset, client: prepare(dataset)
@@ -270,7 +273,7 @@ def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, o
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_run_is_that_without_the_clients_that_fail(run, option):
     (trainer, breaker), (without, _) = run(option, True), run(option, False)
-    assert same(trainer.federation.state, without._global_state)
+    assert same(trainer.federation.state, without.federation.state)
     for entry, expected in zip(trainer._record["rounds"], without._record["rounds"], strict=True):
         assert entry["train_loss"] == expected["train_loss"]
         assert entry["eval"]["eval_loss"] == expected["eval"]["eval_loss"]

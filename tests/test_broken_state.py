@@ -55,9 +55,9 @@ def test_a_broken_state_is_not_saved_and_the_round_before_goes_on(how, method, m
     trainer = make_trainer(aggregation=method)
     finish = trainer.federation.server.finish
     seen: list[dict[str, torch.Tensor]] = []
-    commit, committed = trainer._store.commit, []
+    settle, settled = trainer.federation.server.settle, []
     monkeypatch.setattr(
-        trainer._store, "commit", lambda: (commit(), committed.append(trainer.federation.server._round))
+        trainer.federation.server, "settle", lambda: (settle(), settled.append(trainer.federation.server._round))
     )
 
     def spoiled():
@@ -78,7 +78,7 @@ def test_a_broken_state_is_not_saved_and_the_round_before_goes_on(how, method, m
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
     assert len(trainer._record["rounds"]) == 1
-    assert committed == ([1, 2] if how == "loss" else [1])  # what clients keep: only an evaluation comes later
+    assert settled == ([1, 2] if how == "loss" else [1])  # what clients keep: only an evaluation comes later
     for key, tensor in weights_of(trainer).items():
         assert torch.isfinite(tensor).all(), key
         if "lora" not in key:  # the last client has left its own adapter there, which the global one replaces

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from fed_trainer import FederatedConfig, FederatedTrainer, dirichlet_partition, iid_partition
-from fed_trainer.client import turn as client_turn
+from fed_trainer.client import data as client_data
 from fed_trainer.data.client_datasets import ClientDatasets, column_by_client, one_of_each_source, rows_by_client
 
 
@@ -108,7 +108,7 @@ def test_only_the_datasets_of_sampled_clients_are_made(rows, tiny_model_dir, tmp
 
 
 def test_the_clients_prepared_last_stay_in_memory(rows, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(client_turn, "KEPT_PREPARED", 3)
+    monkeypatch.setattr(client_data, "KEPT_PREPARED", 3)
     trainer = trainer_of(iid_partition(rows, 6), tmp_path / "run", tiny_model_dir, clients_per_round=2)
     names = list(trainer._clients)
     first = trainer.client.data.prepared(names[0])
@@ -124,7 +124,7 @@ def test_the_clients_prepared_last_stay_in_memory(rows, tiny_model_dir, tmp_path
 
 
 def test_a_round_of_many_clients_keeps_them_all(rows, tiny_model_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(client_turn, "KEPT_PREPARED", 1)
+    monkeypatch.setattr(client_data, "KEPT_PREPARED", 1)
     trainer = trainer_of(iid_partition(rows, 6), tmp_path / "run", tiny_model_dir)
     for name in trainer._clients:
         trainer.client.data.prepared(name)

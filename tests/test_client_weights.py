@@ -159,9 +159,9 @@ def make_trainer(tiny_model_dir, make_clients, tmp_path):
 def test_rounds_with_weights(make_trainer, monkeypatch, tmp_path, weights: str) -> None:
     # so that the first label of a row is a token, which no position predicts
     trainer = make_trainer(aggregation_kwargs={"weights": weights}, num_rounds=2, completion_only_loss=False)
-    updates, receive = [], trainer.federation.server.receive
+    updates, take = [], trainer.federation.server.take
     monkeypatch.setattr(
-        trainer.federation.server, "receive", lambda update, *rest: updates.append(update) or receive(update, *rest)
+        trainer.federation.server, "take", lambda update, *rest: updates.append(update) or take(update, *rest)
     )
     start = {key: tensor.clone() for key, tensor in trainer.federation.state.items()}
     trainer.train()
@@ -186,8 +186,8 @@ def test_rounds_with_weights(make_trainer, monkeypatch, tmp_path, weights: str) 
 
 def test_weights_of_rules_and_objectives_that_have_their_own(make_trainer, tiny_model_dir, tmp_path) -> None:
     sgd = {"optim": "sgd", "max_grad_norm": 0.0, "local_objective": "scaffold"}
-    assert make_trainer(**sgd).server.rule.weights == "uniform"
-    assert make_trainer(**sgd, aggregation_kwargs={"weights": "uniform"}).server.rule.weights == "uniform"
+    assert make_trainer(**sgd).federation.server.rule.weights == "uniform"
+    assert make_trainer(**sgd, aggregation_kwargs={"weights": "uniform"}).federation.server.rule.weights == "uniform"
     with pytest.raises(ValueError, match="all weighted alike, but `aggregation_kwargs` has `weights='tokens'`"):
         make_trainer(**sgd, aggregation_kwargs={"weights": "tokens"})
     with pytest.raises(ValueError, match="all weighted alike, but `aggregation` is 'flora'"):

@@ -43,11 +43,11 @@ def make_trainer(tiny_model_dir, make_clients, tmp_path):
 def fail(trainer, monkeypatch, times, client="client_1", error=OUT_OF_MEMORY):
     """Of the given client the first `times` local rounds fail in the second micro-batch, with gradients accumulated."""
     turn = {"client": None, "left": times, "batches": 0}
-    client_round, training_step = trainer._client_round, trainer.training_step
+    client_turn, training_step = trainer.client.turn, trainer.training_step
 
-    def remembered(name, *args):
-        turn.update(client=name, batches=0)
-        return client_round(name, *args)
+    def remembered(packet):
+        turn.update(client=packet.meta["client"], batches=0)
+        return client_turn(packet)
 
     def failing(*args, **kwargs):
         turn["batches"] += 1
@@ -57,7 +57,7 @@ def fail(trainer, monkeypatch, times, client="client_1", error=OUT_OF_MEMORY):
             raise error
         return loss
 
-    monkeypatch.setattr(trainer, "_client_round", remembered)
+    monkeypatch.setattr(trainer.client, "turn", remembered)
     monkeypatch.setattr(trainer, "training_step", failing)
 
 

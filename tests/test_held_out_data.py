@@ -194,6 +194,6 @@ def test_trained_tokens_on_tied_embeddings(
             kind(source, args, clients, peft_config=lora, **tokenizer)
         return
     federated = kind(source, args, clients, peft_config=lora, **tokenizer)
-    before = {key: tensor.clone() for key, tensor in federated._global_state.items() if "trainable_tokens" in key}
+    before = {key: tensor.clone() for key, tensor in federated.federation.state.items() if "trainable_tokens" in key}
     federated.train()
-    assert before and all(not torch.equal(federated._global_state[key], tensor) for key, tensor in before.items())
+    assert before and all(not torch.equal(federated.federation.state[key], tensor) for key, tensor in before.items())

@@ -30,6 +30,11 @@ LOCAL = {
 LORA = {"r": 4, "target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
+def kept_by(trainer, client):
+    """What a client keeps by now, by part."""
+    return trainer.client.store.read(client, trainer.federation.server.visits.counted.get(client))
+
+
 @pytest.fixture
 def make_trainer(tiny_model_dir, make_clients, tmp_path):
     def make(output="out", clients=None, eval_dataset=None, peft_config=None, **settings):
@@ -104,7 +109,7 @@ def test_fedsa_lora_shares_a_and_leaves_b_with_the_clients(make_trainer, make_cl
     start = trainer.federation.state
     trainer.train()
 
-    kept = {client: trainer._store.read(client)["local"] for client in clients}
+    kept = {client: kept_by(trainer, client)["local"] for client in clients}
     for client, local in kept.items():
         assert local and all(".lora_B." in key for key in local), client
         assert all(local[key].any() for key in local)
@@ -174,7 +179,7 @@ def test_fedper_keeps_the_head_with_the_client(make_classifier):
     trainer = make_classifier(tensor_roles={"local": ["classifier"]})
     start = trainer.federation.state
     trainer.train()
-    heads = [trainer._store.read(client)["local"] for client in trainer._clients]
+    heads = [kept_by(trainer, client)["local"] for client in trainer._clients]
     assert all(set(head) == {key for key in start if "classifier" in key} for head in heads)
     assert not same(heads[0], heads[1])
     assert all(torch.equal(trainer.federation.state[key], start[key]) for key in heads[0])
@@ -186,7 +191,7 @@ def test_fedbn_keeps_the_norms_with_the_client(make_classifier):
 
     trainer = make_classifier(modules_to_save=["classifier", "LayerNorm"], tensor_roles={"local": [NORMS]})
     trainer.train()
-    kept = trainer._store.read("client_0")["local"]
+    kept = kept_by(trainer, "client_0")["local"]
     assert kept and all("LayerNorm" in key for key in kept)
 
 
@@ -243,9 +248,9 @@ def test_ditto_leaves_the_federation_as_it_is_and_pulls_personal_models_towards_
     for mu in (1e-3, 30.0):
         ditto = make_trainer(f"ditto-{mu}", local_objective="ditto", local_objective_kwargs={"mu": mu}, **settings)
         ditto.train()
-        assert same(ditto._global_state, plain._global_state)
+        assert same(ditto.federation.state, plain.federation.state)
         personal = ditto.client_state("client_1")
-        distances.append(sum(float((personal[key] - ditto._global_state[key]).norm()) for key in personal))
+        distances.append(sum(float((personal[key] - ditto.federation.state[key]).norm()) for key in personal))
         assert ditto._record["rounds"][-1]["client_eval"] != plain._record["rounds"][-1]["client_eval"]
     assert distances[0] > distances[1] > 0
 
@@ -259,13 +264,13 @@ def test_a_client_of_a_smaller_rank_sends_and_trains_its_rank_only(make_trainer,
         aggregation=method, client_settings={"client_0": {"r": 1}, "client_2": {"r": 2}}, num_rounds=2
     )
     updates = {}
-    receive = trainer.federation.server.receive
+    take = trainer.federation.server.take
 
     def watched(update, *args):
         updates[update.client] = update
-        return receive(update, *args)
+        return take(update, *args)
 
-    monkeypatch.setattr(trainer.federation.server, "receive", watched)
+    monkeypatch.setattr(trainer.federation.server, "take", watched)
     trainer.train()
     for client, rank in (("client_0", 1), ("client_1", 4), ("client_2", 2)):
         shapes = {key: tuple(tensor.shape) for key, tensor in updates[client].delta.items()}
@@ -306,7 +311,7 @@ def test_hetlora_prunes_the_ranks_of_clients_that_do_not_need_them(make_trainer)
     )
     trainer.train()
     rounds = trainer._record["rounds"]
-    ranks = {client: int(trainer._store.read(client)["objective"]["rank"]) for client in trainer._clients}
+    ranks = {client: int(kept_by(trainer, client)["objective"]["rank"]) for client in trainer._clients}
     assert min(ranks.values()) < 4
     assert rounds[-1]["bytes_up"] < rounds[0]["bytes_up"]
 
@@ -498,12 +503,12 @@ def test_combinations_that_cannot_work_are_refused_before_the_run(make_trainer, 
 
 def breaks(trainer, monkeypatch, is_broken):
     """From `is_broken(round, client)` on, what the client sends is not finite."""
-    original = trainer._client_round
+    original = trainer.client.turn
     turn = {}
 
-    def remembered(client, round, *args):
-        turn["now"] = (round, client)
-        return original(client, round, *args)
+    def remembered(packet):
+        turn["now"] = (packet.meta["round"], packet.meta["client"])
+        return original(packet)
 
     local_round = trainer.local_round
 
@@ -513,7 +518,7 @@ def breaks(trainer, monkeypatch, is_broken):
             local[min(local)].view(-1)[0] = float("nan")
         return local, metrics
 
-    monkeypatch.setattr(trainer, "_client_round", remembered)
+    monkeypatch.setattr(trainer.client, "turn", remembered)
     monkeypatch.setattr(trainer, "local_round", broken)
 
 
@@ -548,13 +553,13 @@ def test_a_client_that_is_left_out_keeps_what_it_had(make_trainer, monkeypatch, 
     trainer = make_trainer(num_rounds=2, **settings)
     breaks(trainer, monkeypatch, lambda round, client: (round, client) == (2, "client_1"))
     kept = {}
-    end_of_round = trainer._end_of_round
+    settle = trainer.federation.server.settle
     monkeypatch.setattr(
-        trainer, "_end_of_round", lambda: end_of_round() or kept.setdefault("first", trainer._store.read("client_1"))
+        trainer.federation.server, "settle", lambda: settle() or kept.setdefault("first", kept_by(trainer, "client_1"))
     )
     trainer.train()
     assert list(trainer._record["rounds"][1]["refused"]) == ["client_1"]
-    after = trainer._store.read("client_1")
+    after = kept_by(trainer, "client_1")
     assert kept["first"] and after.keys() == kept["first"].keys()
     assert all(same(after[part], kept["first"][part]) for part in after)
 
@@ -577,7 +582,7 @@ def test_a_client_whose_own_model_diverges_is_left_out(make_trainer, monkeypatch
     assert re.search(
         r"lora_A.weight \(personal\), which stays with the client, has values that are not finite", refused["client_1"]
     )
-    assert not trainer._store.read("client_1")
+    assert not kept_by(trainer, "client_1")
 
 
 KEPT = {
@@ -596,11 +601,11 @@ KEPT = {
 def spoils(trainer, monkeypatch, part, times):
     """What client_1 is to keep in `part`, and nothing that it sends, is infinite in its first `times` attempts."""
     whose, left = {}, [times]
-    client_round, check = trainer._client_round, trainer._check_finite
+    turn, check = trainer.client.turn, trainer.client._check_finite
 
-    def remembered(client, *args):
-        whose["turn"] = client
-        return client_round(client, *args)
+    def remembered(packet):
+        whose["turn"] = packet.meta["client"]
+        return turn(packet)
 
     def spoilt(keeps):
         if whose["turn"] == "client_1" and left[0]:
@@ -608,8 +613,8 @@ def spoils(trainer, monkeypatch, part, times):
             next(tensor for tensor in keeps[part].values() if tensor.numel() > 1).view(-1)[0] = float("inf")
         return check(keeps)
 
-    monkeypatch.setattr(trainer, "_client_round", remembered)
-    monkeypatch.setattr(trainer, "_check_finite", spoilt)
+    monkeypatch.setattr(trainer.client, "turn", remembered)
+    monkeypatch.setattr(trainer.client, "_check_finite", spoilt)
 
 
 @pytest.mark.parametrize("part", KEPT)
@@ -618,18 +623,16 @@ def test_what_a_client_keeps_is_checked_in_its_turn_and_the_turn_tried_again(mak
     for output, times in (("once", 1), ("twice", 2)):
         trainer = make_trainer(output, num_rounds=1, client_retries=1, **KEPT[part])
         spoils(trainer, monkeypatch, part, times)
-        receive = trainer.federation.server.receive
+        take = trainer.federation.server.take
         monkeypatch.setattr(
-            trainer.federation.server,
-            "receive",
-            lambda *args, receive=receive: received.append(args) or receive(*args),
+            trainer.federation.server, "take", lambda *args, take=take: received.append(args) or take(*args)
         )
         trainer.train()
         refused = trainer._record["rounds"][0]["refused"]
         if times == 1:
-            assert refused == {} and trainer._store.read("client_1")[part]
+            assert refused == {} and kept_by(trainer, "client_1")[part]
         else:
-            assert list(refused) == ["client_1"] and not trainer._store.read("client_1")
+            assert list(refused) == ["client_1"] and not kept_by(trainer, "client_1")
             assert refused["client_1"].startswith("its local round failed: ")
             assert f"({part}), which stays with the client, has values that are not finite" in refused["client_1"]
     assert [update.client for update, _ in received] == [*trainer._clients, "client_0", "client_2"]
@@ -695,16 +698,16 @@ def test_what_clients_keep_belongs_to_the_last_finished_round(make_trainer, monk
     trainer = make_trainer(aggregation="fedsa_lora", min_clients=3, num_rounds=2)
     breaks(trainer, monkeypatch, lambda round, client: (round, client) == (2, "client_2"))
     finished = {}
-    end_of_round = trainer._end_of_round
+    settle = trainer.federation.server.settle
 
     def end():
-        end_of_round()
-        finished.update({client: trainer._store.read(client)["local"] for client in trainer._clients})
+        settle()
+        finished.update({client: kept_by(trainer, client)["local"] for client in trainer._clients})
 
-    monkeypatch.setattr(trainer, "_end_of_round", end)
+    monkeypatch.setattr(trainer.federation.server, "settle", end)
     with pytest.raises(TooFewClientsError):
         trainer.train()
-    assert finished and all(same(trainer._store.read(client)["local"], finished[client]) for client in finished)
+    assert finished and all(same(kept_by(trainer, client)["local"], finished[client]) for client in finished)
 
 
 def test_absurd_values_are_left_out(make_trainer, monkeypatch):
@@ -733,8 +736,8 @@ def test_there_is_no_model_for_all_to_be_evaluated_later(make_trainer, make_clie
 
 def test_fednova_reads_the_momentum_of_the_local_optimiser(make_trainer):
     sgd = {"aggregation": "fednova", "optim": "sgd", "optim_args": "momentum=0.9"}
-    assert make_trainer(**sgd).server.rule.momentum == 0.9
-    assert make_trainer(aggregation="fednova").server.rule.momentum == 0
+    assert make_trainer(**sgd).federation.server.rule.momentum == 0.9
+    assert make_trainer(aggregation="fednova").federation.server.rule.momentum == 0
     with pytest.raises(ValueError, match="gives 'fednova' the momentum 0.5, but that of the local optimiser is 0.9"):
         make_trainer(**sgd, aggregation_kwargs={"momentum": 0.5})
 

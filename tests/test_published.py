@@ -395,14 +395,14 @@ def test_publishing_the_update_of_one_client_is_warned_of(settings, expected, hu
 def test_a_resumed_run_compares_with_what_it_published(hub, make_trainer, caplog):
     make_trainer(clients=["clinic-anna", "clinic-bert"], push_to_hub=True).train()
     resumed = make_trainer(clients=["clinic-anna", "clinic-bert"], push_to_hub=True, num_rounds=3)
-    train = resumed._train_client
+    train = resumed.client._train
 
-    def failing(client, *args):
-        if client == "clinic-bert":
+    def failing(turn, *args):
+        if turn.client == "clinic-bert":
             raise RuntimeError
-        return train(client, *args)
+        return train(turn, *args)
 
-    resumed._train_client = failing
+    resumed.client._train = failing
     with caplog.at_level(logging.WARNING, "fed_trainer"):
         resumed.train(resume_from_checkpoint=True)
     assert [message[:10] for message in warnings_of(caplog)] == ["Round 3 is"]

@@ -219,7 +219,7 @@ def test_a_new_head_that_the_adapter_would_not_save_is_refused(make_trainer, tin
 
 @pytest.mark.parametrize("config", [LoraConfig(**LORA, modules_to_save=["score"]), *ADAPTERS.values()])
 def test_a_head_that_the_adapter_saves_is_taken(make_trainer, config):
-    assert "base_model.model.score.weight" in make_trainer(peft_config=config)._global_state
+    assert "base_model.model.score.weight" in make_trainer(peft_config=config).federation.state
 
 
 def test_the_head_of_a_trained_reward_model_need_not_be_saved(make_trainer, tiny_model_dir, tmp_path):

@@ -240,7 +240,7 @@ def test_nothing_is_evaluated_in_the_middle_of_a_local_round(make_trainer, kind)
     quiet.train()
     assert len(looked) == 3 * 3 * LOCAL["max_steps"]
     assert trainer._record["rounds"][0]["refused"] == {}
-    assert all(torch.equal(quiet._global_state[key], tensor) for key, tensor in trainer.federation.state.items())
+    assert all(torch.equal(quiet.federation.state[key], tensor) for key, tensor in trainer.federation.state.items())
 
 
 def test_held_out_data_is_asked_for_by_a_name_that_there_is(make_trainer):

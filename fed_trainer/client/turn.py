@@ -74,9 +74,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a turn has come to: nothing is changed yet."""
+    """What a turn has come to: nothing is changed yet. The update is as it is sent."""
 
-    delta: AdapterState
+    sent: AdapterState
+    moved: bool
     keeps: dict[str, AdapterState]
     extras: AdapterState
     figures: dict[str, Any]
@@ -105,9 +106,15 @@ class Client:
         self.args: FederationArguments = trainer.args
         self._known = dict(state)
 
-    def begin(self, state: AdapterState) -> None:
-        """What is trained is known to be `state`: at the start, after a resume, or as other tensors are trained from now on."""
-        self._known = dict(state)
+    def begin(self, state: AdapterState, done: int = 0) -> None:
+        """
+        What is trained is known to be `state`: at the start, as other tensors are trained from now on, or when a run goes on
+        after round `done`. Then it is known as it was sent.
+        """
+        sent = set().union(*(self.plan.shared_keys(state, round) for round in range(1, min(done, 2) + 1)))
+        dtypes = {key: state[key].dtype for key in sent}
+        as_sent = self.plan.down.decode(self.plan.down.encode({key: state[key] for key in sent}), dtypes)
+        self._known = {**state, **as_sent}
 
     def turn(self, packet: Packet) -> Packet:
         """
@@ -146,7 +153,8 @@ class Client:
         client, round = meta["client"], meta["round"]
         kept = self.store.read(client, meta["counted"])
         settings = plan.settings_of(client, meta["rank"])
-        sent = {**packet.part(STATE), **packet.part(DRAWN)}
+        dtypes = {key: tensor.dtype for key, tensor in self._known.items()}
+        sent = {**plan.down.decode(packet.part(STATE), dtypes), **packet.part(DRAWN)}
         self._known |= {key: tensor for key, tensor in sent.items() if tensor.shape == self._known[key].shape}
         whole = {key: _padded(tensor, self._known[key].shape) for key, tensor in sent.items()}
         state = {**self._known, **whole}
@@ -216,7 +224,17 @@ class Client:
                 keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **optimizer}
             figures |= {f"personal_{key}": value for key, value in personal.items()}
         self._check_finite(keeps)
-        return Outcome(delta, keeps, extras, figures)
+        buffers = self.plan.buffers  # which a forward pass changes
+        moved = any(bool(tensor.any()) for key, tensor in delta.items() if key not in buffers)
+        return Outcome(self._encoded(turn, delta), moved, keeps, extras, figures)
+
+    def _encoded(self, turn: Turn, delta: AdapterState) -> AdapterState:
+        """What is asked for of a delta of full shape, as it is sent."""
+        asked = {
+            key: delta[key][tuple(slice(size) for size in tensor.shape)].contiguous()
+            for key, tensor in turn.asked.items()
+        }
+        return self.plan.up.encode(asked, client_seed(self.args.seed, turn.round, f"rounding of {turn.client}"))
 
     def _local_round(
         self,
@@ -265,15 +283,9 @@ class Client:
             self.store.write(turn.client, outcome.keeps, turn.round, counted)
 
     def _answer(self, turn: Turn, outcome: Outcome, seconds: dict[str, float]) -> Packet:
-        buffers = self.plan.buffers  # which a forward pass changes
-        moved = any(bool(tensor.any()) for key, tensor in outcome.delta.items() if key not in buffers)
-        delta = {
-            key: outcome.delta[key][tuple(slice(size) for size in tensor.shape)].contiguous()
-            for key, tensor in turn.asked.items()
-        }
         return Packet(
             "update",
-            {**named(DELTA, delta), **named(EXTRAS, outcome.extras)},
+            {**named(DELTA, outcome.sent), **named(EXTRAS, outcome.extras)},
             {
                 "round": turn.round,
                 "client": turn.client,
@@ -283,7 +295,7 @@ class Client:
                 "base_digest": self.plan.facts.base_digest,
                 "numbers": list(self.plan.rule.numbers),
                 "figures": outcome.figures,
-                "moved": moved,
+                "moved": outcome.moved,
                 "has_rate": self.trainer._has_rate,
                 "seconds": seconds,
             },

@@ -8,6 +8,7 @@ The server and every client build it from the same settings and the same facts o
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from ..config import FederationArguments, given
 from ..methods.aggregation import METHODS
 from ..methods.aggregation.base import Aggregator
 from ..methods.aggregation.limits import MOST_STEPS
+from ..methods.codecs import CODECS, DtypeStep, Pipeline
 from ..methods.objectives import LOCAL_OBJECTIVES, LocalObjective
 from ..methods.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from ..state.adapter_state import AdapterState
@@ -104,13 +106,14 @@ class Plan:
         self.rule: Aggregator = _built("aggregation_kwargs", lambda: self.method.build(self.pairs, **options))
         self.counts_tokens = "tokens" in (options.get("weights"), options.get("weighting"))
         self.optimizer = _server_optimizer(args, self.objective, num_clients)
+        self.up, self.down = self._pipelines(args, num_sampled < num_clients)
         self._check_stages(args)
         if self.objective is not None:
             self._check_objective(args, self.objective)
-        self.least_updates = max(args.min_clients, self.rule.min_updates)
-        if num_sampled < self.least_updates:
+        needed = max(args.min_clients, self.rule.min_updates)
+        if num_sampled < needed:
             raise ValueError(
-                f"A round needs {self.least_updates} usable updates (`min_clients={args.min_clients}`, and "
+                f"A round needs {needed} usable updates (`min_clients={args.min_clients}`, and "
                 f"{self.rule.min_updates} for {args.aggregation!r}), but only {num_sampled} clients are sampled per round. "
                 "Raise `clients_per_round`."
             )
@@ -125,6 +128,19 @@ class Plan:
         if self.objective is not None and self.objective.uniform:
             options["weights"] = "uniform"
         return options
+
+    def _pipelines(self, args: FederationArguments, some_are_sampled: bool) -> tuple[Pipeline, Pipeline]:
+        """What an update goes through, and what the server sends."""
+        steps = []
+        for name, options in given(args, "codecs").items():
+            if name not in CODECS:
+                raise ValueError(f"`codecs` names {name!r}, which there is not. There are {sorted(CODECS)}.")
+            steps.append(_built("codecs", functools.partial(CODECS[name], **(options or {}))))
+        dtype = args.wire_dtype
+        up = Pipeline([*steps, *([] if dtype is None else [DtypeStep(dtype)])])
+        needs_exact = self.objective is not None and self.objective.needs_exact_updates
+        up.check(f"`local_objective={args.local_objective!r}`" if needs_exact else None, some_are_sampled)
+        return up, Pipeline([] if dtype is None else [DtypeStep(dtype, rounding="nearest")])
 
     def _check_settings(self, aggregation: str, state: AdapterState) -> None:
         roles = self.roles(1)

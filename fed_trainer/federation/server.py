@@ -74,6 +74,7 @@ class Server:
         self._limits = value_limits(self._shared, self.rule.largest_value(self._shared), self.plan.buffers)
         self._product_limits = self._limits_of_products()
         self._cut: dict[int | None, AdapterState] = {}  # by rank
+        self._on_the_wire: dict[int | None, AdapterState] = {}
         self.taken, self.refused, self.traffic = [], {}, {}
 
     def settings_of(self, client: str) -> ClientSettings:
@@ -99,7 +100,7 @@ class Server:
         packet = Packet(
             "train",
             {
-                **named(STATE, {key: tensor for key, tensor in states.items() if key not in drawn}),
+                **named(STATE, self._encoded({key: t for key, t in states.items() if key not in drawn}, settings)),
                 **named(DRAWN, {key: tensor for key, tensor in states.items() if key in drawn}),
                 **named(OBJECTIVE, {key: along[key] for key in along if key in sent and settings.trains(key)}),
             },
@@ -114,6 +115,12 @@ class Server:
         )
         self.traffic[client] = {"bytes_down": packet.num_bytes}
         return packet
+
+    def _encoded(self, state: AdapterState, settings: ClientSettings) -> AdapterState:
+        """As it is sent: the same tensors to all clients of a rank."""
+        cache = self._on_the_wire.setdefault(settings.r, {})
+        cache |= self.plan.down.encode({key: tensor for key, tensor in state.items() if key not in cache})
+        return {key: cache[key] for key in state}
 
     def _sent_to(self, settings: ClientSettings) -> AdapterState:
         """The shared tensors as a client with these settings knows them."""
@@ -152,17 +159,18 @@ class Server:
             return reason
         packet, meta = reply.packet, reply.packet.meta
         self.traffic.setdefault(reply.client, {})["bytes_up"] = packet.num_bytes
+        asked = self.asked_of(reply.client)
         update = ClientUpdate(
             reply.client,
             meta.get("num_examples"),  # type: ignore[arg-type]
-            packet.part(DELTA),
+            self.plan.up.decode(packet.part(DELTA), {key: tensor.dtype for key, tensor in asked.items()}),
             meta.get("figures", {}),
             num_steps=meta.get("num_steps"),
             base_digest=meta.get("base_digest"),
             num_tokens=meta.get("num_tokens"),
             extras=packet.part(EXTRAS),
         )
-        return self.take(update, self.asked_of(reply.client))
+        return self.take(update, asked)
 
     def take(self, update: ClientUpdate, asked: AdapterState) -> str | None:
         """
@@ -247,7 +255,8 @@ class Server:
             BrokenStateError: If the result is not finite.
         """
         self.rule.bear(len(self._faulty))
-        require_clients(self.taken, self.refused, self.plan.least_updates)
+        # of those that a robust rule bears, the clients that were refused are some
+        require_clients(self.taken, self.refused, max(self.plan.min_clients, self.rule.min_updates))
         state, left, right = from_first(self._combine)
         self.objective.end_round()
         change = {module: LowRank(left[module], right[module]) for module in left}

@@ -194,7 +194,14 @@ class RoundCheckpointsMixin(RunFilesMixin):
         if self._base_changes is not None:
             self._base_changes.load_state_dict(parts["base"])
         self.federation.server.load_state_dict(parts["server"])
-        visits = self.federation.server.visits
+        server = self.federation.server
+        visits = server.visits
+        if checkpoint.visits is None and server.objective.remembers_clients:
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their ranks "
+                f"(`local_objective={self.args.local_objective!r}`). Finish the run with that version, or start a new one with this "
+                "checkpoint as `initial_adapter`."
+            )
         if checkpoint.visits is None:
             visits.load_rounds(checkpoint.record["rounds"])
         else:

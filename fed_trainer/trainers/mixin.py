@@ -447,7 +447,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         self._has_left_start = True
         state = self._live_adapter.read()
         self.federation.go_on(state, done)
-        self.client.begin(state)
+        self.client.begin(state, done)
         self._go_on_recording(record, fresh)
         self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)

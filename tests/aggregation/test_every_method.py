@@ -24,11 +24,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.facts import check_adapter
 from fed_trainer.client.live.pairs import add_to_base, factor_pairs
 from fed_trainer.methods.aggregation import METHODS, Aggregator, ClientUpdate
 from fed_trainer.state.adapter_state import AdapterState
 from fed_trainer.state.factors import FactorPair, truncate_ranks
-from fed_trainer.trainers.refusals.adapters import check_adapter
 from peft_scl import FederaConfig, SclConfig
 
 

@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fed_trainer.client.live import pairs as live_pairs
 from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.facts import check_adapter
 from fed_trainer.client.live.pairs import add_to_base, factor_pairs
 from fed_trainer.methods.aggregation import METHODS, ClientUpdate
 from fed_trainer.state.adapter_state import AdapterState, subtract
 from fed_trainer.state.factors import FactorPair, truncate_ranks
 from fed_trainer.state.low_rank import LowRank
-from fed_trainer.trainers.refusals.adapters import check_adapter
 from peft_scl import FederaConfig, SclConfig
 
 

@@ -22,7 +22,13 @@ class ServerHalf:
     What the server does for a local objective: it sends something along, and remembers of the updates that count.
 
     This class does nothing, as most objectives are the clients' alone. The tensors are in float32 on the CPU.
+
+    Attributes:
+        remembers_clients (`bool`):
+            Whether it remembers something of single clients, which checkpoints of earlier versions do not hold.
     """
+
+    remembers_clients: bool = False
 
     def to_client(self, client: str) -> AdapterState:
         """What a client is sent beside the shared tensors, keyed like these."""

@@ -102,6 +102,8 @@ class RankPruningServer(ServerHalf):
             The factor pairs of the adapter.
     """
 
+    remembers_clients = True
+
     def __init__(self, pairs: Sequence[FactorPair]) -> None:
         self.pairs = list(pairs)
         self._ranks: dict[str, int] = {}
