@@ -66,7 +66,7 @@ class DtypeStep(Step):
         return dtype.is_floating_point and dtype.itemsize > self.dtype.itemsize
 
     def _was_narrowed(self, tensor: object, dtype: torch.dtype | None) -> bool:
-        is_plain = type(tensor) is torch.Tensor and tensor.dtype == self.dtype  # type: ignore[attr-defined]
+        is_plain = type(tensor) is torch.Tensor and tensor.dtype == self.dtype
         return is_plain and dtype is not None and self._narrows(dtype)
 
 
