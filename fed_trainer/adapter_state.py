@@ -18,9 +18,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from peft_scl import FederaConfig, FederaLayer, federa_state_dict
-from peft_scl.federa.layer import evenly_spaced
 from peft_scl.federa.state import stacked_shapes, unstack_start
 from peft_scl.foreign_files import check_shapes
+from peft_scl.linalg import evenly_spaced
 
 from .engine_deepspeed import gather, is_split, write_master, write_split
 from .engine_fsdp import FSDPModule, discard_whole_copies, named_tensors, sharded_modules, whole, write_whole

@@ -6,14 +6,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-
-
-if TYPE_CHECKING:
-    from .config import SclConfig
-    from .federa.config import FederaConfig
+from peft import LoraConfig, PeftConfig
 
 
 __all__ = ["FEDERA_TAG", "IMPORT_LINE", "LOADERS", "TAG", "update_federa_card", "update_model_card"]
@@ -33,7 +29,7 @@ LOADERS = {  # task type -> class of PEFT
 }
 
 
-def update_model_card(folder: str | os.PathLike, config: SclConfig) -> None:
+def update_model_card(folder: str | os.PathLike, config: PeftConfig) -> None:
     """
     Add to the `README.md` of `folder` how to load an SCL adapter, and the tag `scl`; create the file if there is none.
 
@@ -42,13 +38,13 @@ def update_model_card(folder: str | os.PathLike, config: SclConfig) -> None:
     Args:
         folder (`str` or `os.PathLike`):
             Folder of the adapter.
-        config ([`SclConfig`]):
+        config ([`~peft.PeftConfig`]):
             Its configuration, for the base model and the task.
     """
     _update(folder, _new_card(config, "SCL"), TAG, "import peft_scl", _section(config))
 
 
-def update_federa_card(folder: str | os.PathLike, config: FederaConfig) -> None:
+def update_federa_card(folder: str | os.PathLike, config: LoraConfig) -> None:
     """
     Add to the `README.md` of `folder` what kind of LoRA the adapter is, and the tag `federa`; create the file if there is
     none.
@@ -56,8 +52,8 @@ def update_federa_card(folder: str | os.PathLike, config: FederaConfig) -> None:
     Args:
         folder (`str` or `os.PathLike`):
             Folder of the adapter.
-        config ([`FederaConfig`]):
-            Its configuration.
+        config ([`~peft.LoraConfig`]):
+            Its configuration, with the rank of the factors that were trained.
     """
     section = [
         "## Trained with FeDeRA",
@@ -89,7 +85,7 @@ def _update(folder: str | os.PathLike, new: ModelCard, tag: str, marker: str, se
         card.save(path)
 
 
-def _new_card(config: SclConfig | FederaConfig, method: str) -> ModelCard:
+def _new_card(config: PeftConfig, method: str) -> ModelCard:
     base = config.base_model_name_or_path
     data = ModelCardData(
         library_name="peft",
@@ -99,7 +95,7 @@ def _new_card(config: SclConfig | FederaConfig, method: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {method} adapter{f' for `{base}`' if base else ''}\n\n")
 
 
-def _section(config: SclConfig) -> list[str]:
+def _section(config: PeftConfig) -> list[str]:
     where = '"this folder or repository"'
     loader = LOADERS.get(config.task_type or "")
     if loader is None:

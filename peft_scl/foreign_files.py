@@ -35,6 +35,7 @@ __all__ = [
     "read_peft_config",
     "read_shapes",
     "read_tensors",
+    "short_repr",
 ]
 
 Config = TypeVar("Config", bound=PeftConfig)
@@ -125,7 +126,7 @@ def read_shapes(path: str | os.PathLike, dtypes: Collection[str] | None = None) 
         raise _damaged(path, f"it cannot be read ({error.strerror})") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, f"the metadata in its header are {_short(metadata)}")
+        raise _damaged(path, f"the metadata in its header are {short_repr(metadata)}")
     shapes: Shapes = {}
     places: list[tuple[int, int]] = []
     for name, entry in header.items():
@@ -249,7 +250,7 @@ def check_config_file(path: Path, shapes: Shapes | None = None) -> int:
     is_in_file = config.get("peft_type") in _TYPES_WITH_SIZES
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= max(_LARGEST_SIZE, largest):
-            raise _damaged(path, f"`{name}` is {_short(value)}, but it should be the size of a tensor")
+            raise _damaged(path, f"`{name}` is {short_repr(value)}, but it should be the size of a tensor")
         if is_in_file and name.startswith(_SIZES_IN_FILE) and value > largest:
             raise _damaged(
                 path, f"`{name}` is {value}, but no tensor in {SAFETENSORS_WEIGHTS_NAME} is larger than {largest}"
@@ -284,12 +285,18 @@ def read_peft_config(cls: type[Config], source: str | os.PathLike, **kwargs: Any
         ) from error
 
 
+def short_repr(value: Any) -> str:
+    """`repr(value)`, cut off where it would fill a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _check_patterns(path: Path, field: str, value: Any, factor: float) -> None:
     if value is None:
         return
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, (list, dict)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise _damaged(path, f"`{field}` should be names or patterns, but is {_short(value)}")
+        raise _damaged(path, f"`{field}` should be names or patterns, but is {short_repr(value)}")
     if field in ("target_modules", "exclude_modules") and not isinstance(value, str):
         return  # of a list PEFT takes the names literally
     for pattern in patterns:
@@ -298,15 +305,15 @@ def _check_patterns(path: Path, field: str, value: Any, factor: float) -> None:
 
 def _shape(path: Path, name: str, entry: Any, dtypes: Collection[str] | None) -> tuple[int, ...]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"the entry of {name!r} in its header is {_short(entry)}")
+        raise _damaged(path, f"the entry of {name!r} in its header is {short_repr(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (dtype not in _ITEM_SIZES if dtypes is None else dtype not in dtypes):
-        raise _damaged(path, f"{name} is of the dtype {_short(dtype)}, which no adapter consists of")
+        raise _damaged(path, f"{name} is of the dtype {short_repr(dtype)}, which no adapter consists of")
     for values in (shape, offsets):
         if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**60 for value in values):
-            raise _damaged(path, f"the entry of {name!r} in its header is {_short(entry)}")
+            raise _damaged(path, f"the entry of {name!r} in its header is {short_repr(entry)}")
     if len(shape) > 16 or len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _ITEM_SIZES[dtype]:
-        raise _damaged(path, f"{name} claims the shape {_short(shape)}, but has other bytes than that takes")
+        raise _damaged(path, f"{name} claims the shape {short_repr(shape)}, but has other bytes than that takes")
     return tuple(shape)
 
 
@@ -317,7 +324,7 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not JSON ({error})"
         raise _damaged(path, reason) from error
     if not isinstance(content, dict):
-        raise _damaged(path, f"it holds {_short(content)}, not a dictionary")
+        raise _damaged(path, f"it holds {short_repr(content)}, not a dictionary")
     return content
 
 
@@ -333,8 +340,3 @@ def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
         f"The file {str(path)!r} cannot be used: {reason}. Restore it from where it came from, or leave it out."
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

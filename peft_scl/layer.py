@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -17,21 +17,12 @@ from transformers.pytorch_utils import Conv1D
 
 from .access import offload_hook
 from .config import SclConfig
-from .linalg import principal_factors
+from .linalg import WeightChange, principal_factors
 from .quantization import MERGEABLE_BACKENDS, check_readable, dense
 from .started import StartedLinear
 
 
-__all__ = ["SclLayer", "WeightChange"]
-
-
-class WeightChange(NamedTuple):
-    """What a linear adapter does to a down projection: `W' - W = left @ right + rest` and `b' - b = shift`, in float64."""
-
-    left: torch.Tensor  # (d, k)
-    right: torch.Tensor  # (k, m)
-    rest: torch.Tensor | None  # (d, m), if the change has full rank
-    shift: torch.Tensor | None  # (d,), if the adapter has biases
+__all__ = ["SclLayer"]
 
 
 class SclLayer(BaseTunerLayer):

@@ -1,13 +1,16 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
+"""Singular vectors, the changes of weights that adapters amount to, and samples of tensors."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 
-__all__ = ["full_precision", "principal_factors", "truncated_svd"]
+__all__ = ["WeightChange", "evenly_spaced", "full_precision", "principal_factors", "truncated_svd"]
 
 # Columns of the start beyond `r`. With fewer than `r` columns, copies of a repeated singular value would be missed; a few more
 # save steps, and more than 8 cost more in the products than they save in steps.
@@ -23,6 +26,21 @@ ROWS_PER_COLUMN = 12
 DENSE_ROWS = 512
 # A magnitude this close to the largest counts as equal to it when a sign is chosen.
 SIGN_TIE = 1e-4
+SAMPLES = 64
+
+
+class WeightChange(NamedTuple):
+    """What a linear adapter does to a layer: `W' - W = left @ right + rest` and `b' - b = shift`, in float64."""
+
+    left: torch.Tensor  # (out, k)
+    right: torch.Tensor  # (k, in)
+    rest: torch.Tensor | None  # (out, in), if the change has full rank
+    shift: torch.Tensor | None  # (out,), if the adapter has biases
+
+    def dense(self) -> torch.Tensor:
+        """`W' - W` as one matrix."""
+        product = self.left @ self.right
+        return product if self.rest is None else product + self.rest
 
 
 def truncated_svd(weight: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,6 +116,15 @@ def principal_factors(weight: torch.Tensor, r: int, scaling: float = 1.0) -> tup
     up = left.new_zeros(n, r)
     up[:, :rank] = left[:, :rank] * root
     return down, up
+
+
+def evenly_spaced(tensor: torch.Tensor, count: int = SAMPLES) -> torch.Tensor:
+    """At most `count` evenly spaced entries of a tensor, a copy."""
+    flat = tensor.detach().flatten()
+    if flat.numel() > count:
+        # in integers: in float32 the last index of a large tensor is rounded up to its length
+        flat = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // (count - 1)]
+    return flat.clone()
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from fed_trainer.adapter_state import (
     subtract,
 )
 from peft_scl import FederaConfig, SclConfig
-from peft_scl.federa.layer import evenly_spaced
+from peft_scl.linalg import evenly_spaced
 
 
 TOKENS = torch.arange(4, 20).unsqueeze(0)

@@ -17,15 +17,13 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from ..access import is_at_hand, offload_hook
-from ..layer import WeightChange
-from ..linalg import principal_factors
+from ..linalg import WeightChange, evenly_spaced, principal_factors
 from ..quantization import check_readable, dense, frozen_copy, put_back
 from .config import FederaConfig
 
 
-__all__ = ["Embedding", "FederaLayer", "Linear", "evenly_spaced"]
+__all__ = ["Embedding", "FederaLayer", "Linear"]
 
-DIGEST_SAMPLES = 64
 ROWS_PER_BLOCK = 256
 
 
@@ -488,12 +486,3 @@ def _add_products(
         for coefficient, factor_A, factor_B in wide:
             total.addmm_(factor_B[rows], factor_A, alpha=coefficient)
         out[rows] = total
-
-
-def evenly_spaced(tensor: torch.Tensor, count: int = DIGEST_SAMPLES) -> torch.Tensor:
-    """At most `count` evenly spaced entries of a tensor, a copy."""
-    flat = tensor.detach().flatten()
-    if flat.numel() > count:
-        # in integers: in float32 the last index of a large tensor is rounded up to its length
-        flat = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // (count - 1)]
-    return flat.clone()
