@@ -18,12 +18,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from .config import SclConfig
 from .federa.config import FederaConfig
 from .federa.layer import Embedding, FederaLayer
 from .file_mode import follow_umask
-from .layer import SclLayer, WeightChange
-from .linalg import truncated_svd
+from .linalg import WeightChange, truncated_svd
+from .scl import SclConfig
+from .scl.layer import SclLayer
 
 
 __all__ = ["PREFIX", "LoraExport", "LoraModule", "lora_export", "other_tensors", "to_lora"]

@@ -15,11 +15,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from .access import offload_hook
+from ..access import offload_hook
+from ..linalg import WeightChange, principal_factors
+from ..quantization import MERGEABLE_BACKENDS, check_readable, dense
+from ..started import StartedLinear
 from .config import SclConfig
-from .linalg import WeightChange, principal_factors
-from .quantization import MERGEABLE_BACKENDS, check_readable, dense
-from .started import StartedLinear
 
 
 __all__ = ["SclLayer"]

@@ -10,11 +10,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import nn
 
-from .access import is_at_hand
+from ..access import is_at_hand
+from ..quantization import dense, frozen_copy, put_back
 from .config import SclConfig
 from .fused import changed_linear, is_fusable
 from .layer import SclLayer
-from .quantization import dense, frozen_copy, put_back
 
 
 __all__ = ["Linear"]

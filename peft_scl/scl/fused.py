@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .access import has_hooks
+from ..access import has_hooks
 
 
 __all__ = ["changed_linear", "is_fusable"]

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_names import restore_dropped, without_name, without_others
-from .card import TAG
+from ..adapter_names import restore_dropped, without_name, without_others
+from ..card import TAG
 from .combine import combined_config, set_combined_weights
 from .config import SclConfig
 from .guards import check_calls, check_shapes, check_start, has_sharded_input, warn_of_extra_weights

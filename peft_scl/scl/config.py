@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
-from .card import update_model_card
+from ..card import update_model_card
 
 
 __all__ = ["SclConfig"]
