@@ -2,23 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import layer as lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
 from ..access import is_at_hand, offload_hook
 from ..linalg import WeightChange, evenly_spaced, principal_factors
-from ..quantization import check_readable, dense, frozen_copy, put_back
+from ..merging import MergeableLayer
 from .config import FederaConfig
 
 
@@ -27,7 +23,7 @@ __all__ = ["Embedding", "FederaLayer", "Linear"]
 ROWS_PER_BLOCK = 256
 
 
-class FederaLayer(lora.LoraLayer):
+class FederaLayer(MergeableLayer, lora.LoraLayer):
     """
     State of the FeDeRA adapters on one layer; see [`FederaConfig`] for what it computes.
 
@@ -35,6 +31,16 @@ class FederaLayer(lora.LoraLayer):
     `k` contributes `t B A x + u B0 A0 x` to the output of the base layer, where `t` is its scaling if it is active and
     0 if not, and `u` is what is missing of the start: `s - t` for a residual base, `-t` for an untouched one.
     """
+
+    method = "FeDeRA"
+    offloaded_message = (
+        "The weight of a target module is quantised and offloaded, so its singular vectors cannot be read. Add the "
+        "adapter before offloading."
+    )
+    empty_message = (
+        "The weight of a target module is empty, as that of a partitioned model before it is gathered, so its singular "
+        "vectors cannot be read. Add the adapter before the model is partitioned."
+    )
 
     other_param_names: tuple[str, ...] = (
         *lora.LoraLayer.other_param_names,
@@ -57,16 +63,8 @@ class FederaLayer(lora.LoraLayer):
         # adapter name -> A0 and B0; saved, never trained
         self.lora_start_A: Any = BufferDict({}, persistent=True)
         self.lora_start_B: Any = BufferDict({}, persistent=True)
-        # Base weight before the first merge, to put it back bit for bit. Plain attribute, so that it is never saved.
-        self._unmerged_weight: torch.Tensor | None = None
         self._original_sample: torch.Tensor | None = None  # there if, and only if, the base holds a residual
-        layer = self.get_base_layer()
-        self.fan_in_fan_out = isinstance(layer, Conv1D)
-        # whether the base weight is stored as (in_features, out_features)
-        self.transposed = isinstance(layer, (Conv1D, nn.Embedding))
-        self.quantization_backend = resolve_quantization_backend(
-            layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self._examine_base_layer(kwargs.get("get_apply_tensor_subclass"))
         self._active_adapter = adapter_name
         self.update_layer(
             adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=kwargs.get("target_name", "")
@@ -90,7 +88,7 @@ class FederaLayer(lora.LoraLayer):
         self.keep_base[adapter_name] = config.keep_base
         base_weight = self.get_base_layer().weight
         # an empty shell, to be filled from a checkpoint
-        is_shell = trained_A.is_meta or (base_weight.is_meta and self._offload_hook() is None)
+        is_shell = trained_A.is_meta or (base_weight.is_meta and offload_hook(self.get_base_layer()) is None)
         if config.init_lora_weights and not is_shell:
             with gather_params_ctx(base_weight), torch.no_grad():  # ZeRO-3: every rank gets what rank 0 writes
                 self._start(adapter_name)
@@ -184,10 +182,6 @@ class FederaLayer(lora.LoraLayer):
 
     # The weights
 
-    def get_base_layer(self) -> Any:
-        """The innermost layer. `Any`, because it may be one of many classes."""
-        return super().get_base_layer()
-
     def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The parameters `A (r, in)` and `B (out, r)`."""
         raise NotImplementedError
@@ -197,53 +191,23 @@ class FederaLayer(lora.LoraLayer):
         start = 0.0 if self.keep_base[name] else self.start_scaling[name]
         return start - self.scaling[name] if is_active else start
 
-    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        # an offloaded weight is on the meta device between forwards, where an adapter would compute nothing
-        hook = self._offload_hook()
-        return (device if hook is None else torch.device(hook.execution_device)), dtype
-
-    def _offload_hook(self) -> Any:
-        return offload_hook(self.get_base_layer())
-
-    def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight as `(out_features, in_features)`, or back as the base layer stores it."""
-        return weight.T if self.transposed else weight
-
-    def _dense_base_weight(self) -> torch.Tensor:
-        """The base weight, without what is merged into it, as a dense floating tensor `(out_features, in_features)`."""
-        hook = self._offload_hook()
-        if self.quantization_backend is not None:
-            check_readable(self.get_base_layer())
-        if self._unmerged_weight is not None:
-            weight = self._unmerged_weight
-            weight = weight if self.quantization_backend is None else dense(weight)
-        else:
-            weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
-        if weight.numel() == 0:
-            raise ValueError(
-                "The weight of a target module is empty, as that of a partitioned model before it is gathered, so its singular "
-                "vectors cannot be read. Add the adapter before the model is partitioned."
-            )
-        return self._oriented(weight)
-
     def weight_change(self, name: str) -> WeightChange:
-        """`s (B A - B0 A0)` of one adapter as thin factors in float64, exactly zero at the start."""
+        """
+        `s (B A - B0 A0)` as thin factors in float64, exactly zero at the start.
+
+        This is relative to the pretrained weight in both modes, so it is not what `merge` adds to a residual base
+        (`s B A`).
+        """
         trained_A, trained_B = (tensor.detach().double() for tensor in self.trained_factors(name))
         start_A, start_B = self.lora_start_A[name].double(), self.lora_start_B[name].double()
         left = self.scaling[name] * torch.cat([trained_B - start_B, start_B], dim=1)
         return WeightChange(left, torch.cat([trained_A, trained_A - start_A]), None, None)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """
-        The change of the model, `s (B A - B0 A0)`, in float32 or better, laid out as the weight of the base layer.
+    def exact_rank(self, name: str) -> int:
+        return 2 * self.r[name]
 
-        This is relative to the pretrained weight in both modes, so it is not what `merge` adds to a residual base
-        (`s B A`).
-        """
-        change = self.weight_change(adapter)
-        dtype = torch.promote_types(self.lora_start_A[adapter].dtype, torch.float32)
-        return self._oriented(change.left @ change.right).to(dtype)
+    def _adapter_dtype(self, name: str) -> torch.dtype:
+        return self.lora_start_A[name].dtype
 
     # Forward
 
@@ -312,49 +276,15 @@ class FederaLayer(lora.LoraLayer):
 
     # Merging and leaving
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Fold adapters into the base weight, rounding once to its dtype; `unmerge` puts it back bit for bit. A quantised
-        weight is quantised again, which rounds more coarsely and gives a warning.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`):
-                Check the merged weight for non-finite values before it replaces the base weight.
-            adapter_names (`list[str]`, *optional*):
-                Adapters to merge; all active ones if not given.
-
-        Raises:
-            ValueError: If `safe_merge` finds non-finite values.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.keep_base]
-        if not names:
-            return
-        backend, base_layer = self.quantization_backend, self.get_base_layer()
-        if backend is not None and self._unmerged_weight is None:
-            check_readable(base_layer)
-        original = self._unmerged_weight
-        if original is None:
-            original = base_layer.weight.data if backend is None else frozen_copy(base_layer)
-        weight = self._full_weight(original, [*self.merged_adapters, *names])
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self._unmerged_weight = original
-        if backend is not None:
-            warnings.warn(
-                f"Merging FeDeRA into weights quantised by {backend.backend_name} rounds the result to the quantisation grid "
-                "again, so the outputs differ from those of the separate adapter. Merge into the base model without "
-                "quantisation for an exact result.",
-                UserWarning,
-                stacklevel=2,
-            )
-        self.set_base_weight(weight)
-        self.merged_adapters.extend(names)
+    def _merged_parameters(
+        self, original: tuple[torch.Tensor, torch.Tensor | None], names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._full_weight(original[0], names), None
 
     @torch.no_grad()
     def _full_weight(self, stored: torch.Tensor, names: list[str]) -> torch.Tensor:
         """`stored`, a base weight, with all that is missing of it and `names` folded in, as the base layer stores it."""
-        weight = stored if self.quantization_backend is None else dense(stored)
-        weight = weight.to(self.get_base_layer().weight.device)
+        weight = self._values(stored).to(self.get_base_layer().weight.device)
         terms = []
         for name in self.keep_base:
             is_active = name in names
@@ -368,20 +298,6 @@ class FederaLayer(lora.LoraLayer):
         merged = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
         _add_products(self._oriented(weight), terms, out=self._oriented(merged))
         return merged
-
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        assert self._unmerged_weight is not None
-        base_layer = self.get_base_layer()
-        if self.quantization_backend is None:
-            base_layer.weight.data = self._unmerged_weight.to(base_layer.weight)
-        else:
-            put_back(base_layer, self._unmerged_weight)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if the base is its residual, put the start back, which rounds once more."""
