@@ -21,8 +21,8 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .federa import FEDERA_CONFIG_NAME, FederaConfig, load_federa
-from .foreign_files import check_adapter_files, check_shapes, read_peft_config, read_shapes
+from .federa import FederaConfig, load_federa
+from .foreign_files import FEDERA_CONFIG_NAME, check_adapter_files, check_shapes, read_peft_config, read_shapes
 from .lora import LoraExport, to_lora
 from .scl import SclConfig
 

@@ -28,6 +28,7 @@ from .patterns import PLACES, check_pattern
 
 __all__ = [
     "ADAPTER_DTYPES",
+    "FEDERA_CONFIG_NAME",
     "check_adapter_files",
     "check_config_file",
     "check_shapes",
@@ -48,6 +49,8 @@ _ITEM_SIZES = {
 }  # fmt: skip
 ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U8"})
 """What an adapter can consist of: numbers that are trained, beside counts and indices."""
+
+FEDERA_CONFIG_NAME = "federa_config.json"  # beside the adapter_config.json of the plain LoRA
 
 MOST_JSON = 2**30  # bytes; the record of a run with very many clients and rounds is large
 MOST_CONFIG = 2**24
@@ -75,7 +78,6 @@ _PATTERNS = {
     "alpha_pattern": PLACES,
     "modules_to_save": PLACES**2,
 }
-_FEDERA_CONFIG_NAME = "federa_config.json"
 
 
 def read_json(path: str | os.PathLike, most_bytes: int = MOST_JSON) -> dict[str, Any]:
@@ -217,7 +219,7 @@ def check_adapter_files(folder: str | os.PathLike, base: nn.Module | None = None
     """
     weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     shapes = read_shapes(weights, ADAPTER_DTYPES) if weights.exists() else None
-    paths = [path for name in (CONFIG_NAME, _FEDERA_CONFIG_NAME) if (path := Path(folder, name)).exists()]
+    paths = [path for name in (CONFIG_NAME, FEDERA_CONFIG_NAME) if (path := Path(folder, name)).exists()]
     largest_size = max([1, *(check_config_file(path, shapes) for path in paths)])
     if base is None or shapes is None:
         return

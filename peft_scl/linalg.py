@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Singular vectors, the changes of weights that adapters amount to, and samples of tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 
-__all__ = ["WeightChange", "evenly_spaced", "full_precision", "principal_factors", "truncated_svd"]
+__all__ = ["WeightChange", "add_products", "evenly_spaced", "full_precision", "principal_factors", "truncated_svd"]
 
 # Columns of the start beyond `r`. With fewer than `r` columns, copies of a repeated singular value would be missed; a few more
 # save steps, and more than 8 cost more in the products than they save in steps.
@@ -27,6 +27,7 @@ DENSE_ROWS = 512
 # A magnitude this close to the largest counts as equal to it when a sign is chosen.
 SIGN_TIE = 1e-4
 SAMPLES = 64
+ROWS_PER_BLOCK = 256
 
 
 class WeightChange(NamedTuple):
@@ -116,6 +117,27 @@ def principal_factors(weight: torch.Tensor, r: int, scaling: float = 1.0) -> tup
     up = left.new_zeros(n, r)
     up[:, :rank] = left[:, :rank] * root
     return down, up
+
+
+@torch.no_grad()
+def add_products(
+    weight: torch.Tensor, terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]], out: torch.Tensor
+) -> None:
+    """
+    `out = weight + sum_k c_k B_k A_k` of terms `(c, A, B)`, summed in float64 and rounded once; `out` may be `weight`.
+
+    In blocks of rows, so that no copy of a large weight in float64 is made.
+    """
+    wide = [
+        (coefficient, factor_A.detach().double(), factor_B.detach().double())
+        for coefficient, factor_A, factor_B in terms
+    ]
+    for first in range(0, len(weight), ROWS_PER_BLOCK):
+        rows = slice(first, first + ROWS_PER_BLOCK)
+        total = weight[rows].to(torch.float64, copy=True)
+        for coefficient, factor_A, factor_B in wide:
+            total.addmm_(factor_B[rows], factor_A, alpha=coefficient)
+        out[rows] = total
 
 
 def evenly_spaced(tensor: torch.Tensor, count: int = SAMPLES) -> torch.Tensor:

@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from ..access import offload_hook
 from ..quantization import MERGEABLE_BACKENDS
 from .config import FederaConfig
-from .layer import Embedding, FederaLayer, Linear
+from .embedding import Embedding
+from .layer import FederaLayer
+from .linear import Linear
 
 
 __all__ = ["check_target", "layer_class"]

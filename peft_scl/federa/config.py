@@ -14,13 +14,11 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..card import update_federa_card
-from ..foreign_files import check_config_file
+from ..foreign_files import FEDERA_CONFIG_NAME, check_config_file
 
 
-__all__ = ["FEDERA_CONFIG_NAME", "FederaConfig"]
+__all__ = ["FederaConfig"]
 
-
-FEDERA_CONFIG_NAME = "federa_config.json"  # beside the adapter_config.json of the plain LoRA
 
 # What of `LoraConfig` means the same here. Any other field has to keep its default.
 _SHARED_FIELDS = frozenset(

@@ -12,15 +12,13 @@ from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..access import is_at_hand, offload_hook
-from ..linalg import WeightChange, evenly_spaced, principal_factors
+from ..access import offload_hook
+from ..linalg import WeightChange, add_products, evenly_spaced, principal_factors
 from ..merging import MergeableLayer
 from .config import FederaConfig
 
 
-__all__ = ["Embedding", "FederaLayer", "Linear"]
-
-ROWS_PER_BLOCK = 256
+__all__ = ["FederaLayer"]
 
 
 class FederaLayer(MergeableLayer, lora.LoraLayer):
@@ -130,7 +128,7 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
         sample = evenly_spaced(weight.data) if self._original_sample is None else self._original_sample
         scaling = self.start_scaling[name]
         terms = [(sign * scaling, *pair) for sign, pair in ((1, old), (-1, new)) if pair is not None]
-        _add_products(self._oriented(weight.data), terms, out=self._oriented(weight.data))
+        add_products(self._oriented(weight.data), terms, out=self._oriented(weight.data))
         self._original_sample = None if new is None else sample
 
     def load_start(self, name: str, start_A: torch.Tensor, start_B: torch.Tensor) -> None:
@@ -296,7 +294,7 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
         # the model may have been cast since the first merge
         dtype = self.get_base_layer().weight.dtype if self.quantization_backend is None else weight.dtype
         merged = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        _add_products(self._oriented(weight), terms, out=self._oriented(merged))
+        add_products(self._oriented(weight), terms, out=self._oriented(merged))
         return merged
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -327,78 +325,3 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "federa.", 1)
-
-
-class Linear(FederaLayer, lora.Linear):
-    """FeDeRA on `nn.Linear`, transformers' `Conv1D`, and the quantised linear layers that PEFT supports."""
-
-    is_target_conv_1d_layer = False
-
-    def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        reduce: Any = self.lora_A[name]
-        expand: Any = self.lora_B[name]
-        return reduce.weight, expand.weight
-
-    def _is_plain(self, name: str) -> bool:
-        has_dropout = self.training and isinstance(self.lora_dropout[name], nn.Dropout)
-        return not has_dropout and is_at_hand(self.lora_A[name]) and is_at_hand(self.lora_B[name])
-
-    def _trained(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
-
-    def _reduce(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, factor)
-
-    def _expand(self, code: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(code, factor)
-
-
-class Embedding(FederaLayer, lora.Embedding):
-    """FeDeRA on `nn.Embedding`, whose weight is `W^T`; no dropout, as in LoRA."""
-
-    tp_layer = None  # of LoRA's tensor parallelism, which FeDeRA refuses
-
-    def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lora_embedding_A[name], self.lora_embedding_B[name]
-
-    def _cast_input_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[override]
-        return x  # token indices
-
-    def _contribution(self, name: str, x: torch.Tensor, is_active: bool) -> torch.Tensor:
-        output = super()._contribution(name, x, is_active)
-        scale = self._get_embed_scale()  # of layers that scale in their forward
-        return output if scale is None else output * scale.to(output.dtype)
-
-    def _is_plain(self, name: str) -> bool:
-        return True
-
-    def _trained(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        trained_A, trained_B = self.trained_factors(name)
-        return self._expand(self._reduce(x, trained_A), trained_B)
-
-    def _reduce(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return self._embed(x, factor.T)
-
-    def _expand(self, code: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return code @ factor.T
-
-
-@torch.no_grad()
-def _add_products(
-    weight: torch.Tensor, terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]], out: torch.Tensor
-) -> None:
-    """
-    `out = weight + sum_k c_k B_k A_k` of terms `(c, A, B)`, summed in float64 and rounded once; `out` may be `weight`.
-
-    In blocks of rows, so that no copy of a large weight in float64 is made.
-    """
-    wide = [
-        (coefficient, factor_A.detach().double(), factor_B.detach().double())
-        for coefficient, factor_A, factor_B in terms
-    ]
-    for first in range(0, len(weight), ROWS_PER_BLOCK):
-        rows = slice(first, first + ROWS_PER_BLOCK)
-        total = weight[rows].to(torch.float64, copy=True)
-        for coefficient, factor_A, factor_B in wide:
-            total.addmm_(factor_B[rows], factor_A, alpha=coefficient)
-        out[rows] = total

@@ -18,7 +18,8 @@ from torch import nn
 
 from ..foreign_files import check_adapter_files, read_peft_config
 from .config import FederaConfig
-from .layer import Embedding, FederaLayer
+from .embedding import Embedding
+from .layer import FederaLayer
 
 
 __all__ = ["check_saved_shapes", "federa_state_dict", "load_federa", "stack_start", "stacked_shapes", "unstack_start"]
