@@ -46,8 +46,8 @@ def update_model_card(folder: str | os.PathLike, config: PeftConfig) -> None:
 
 def update_federa_card(folder: str | os.PathLike, config: LoraConfig) -> None:
     """
-    Add to the `README.md` of `folder` what kind of LoRA the adapter is, and the tag `federa`; create the file if there is
-    none.
+    Add to the `README.md` of `folder` what kind of LoRA the adapter is, and the tag `federa`; create the file if there
+    is none.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -59,8 +59,8 @@ def update_federa_card(folder: str | os.PathLike, config: LoraConfig) -> None:
         "## Trained with FeDeRA",
         "",
         f"A LoRA of rank {2 * config.r} for the base model, which PEFT loads like any other. It was trained as FeDeRA "
-        f"([arXiv:2404.18848](https://arxiv.org/abs/2404.18848)), with factors of rank {config.r} that start from the principal "
-        "singular directions of the weights: `peft_scl.load_federa` continues that training.",
+        f"([arXiv:2404.18848](https://arxiv.org/abs/2404.18848)), with factors of rank {config.r} that start from the "
+        "principal singular directions of the weights: `peft_scl.load_federa` continues that training.",
         "",
     ]
     _update(folder, _new_card(config, "FeDeRA"), FEDERA_TAG, section[0], section)
@@ -103,8 +103,8 @@ def _section(config: PeftConfig) -> list[str]:
     return [
         "## How to load this adapter",
         "",
-        "This is an adapter of Sequential Compression Layers ([arXiv:2412.07021](https://arxiv.org/abs/2412.07021)), a method "
-        "that PEFT knows once `peft_scl` is imported:",
+        "This is an adapter of Sequential Compression Layers ([arXiv:2412.07021](https://arxiv.org/abs/2412.07021)), "
+        "a method that PEFT knows once `peft_scl` is imported:",
         "",
         "```python",
         IMPORT_LINE,

@@ -44,8 +44,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 # bytes per element, by their names in a file
 _ITEM_SIZES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
 }  # fmt: skip
 ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U8"})
 """What an adapter can consist of: numbers that are trained, beside counts and indices."""
@@ -191,14 +191,15 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
-            f"{source} does not fit: {len(missing)} tensors are missing (the first: {missing[:1]}) and {len(unexpected)} are "
-            f"unexpected (the first: {unexpected[:1]}). It belongs to another base model or another PEFT config."
+            f"{source} does not fit: {len(missing)} tensors are missing (the first: {missing[:1]}) and "
+            f"{len(unexpected)} are unexpected (the first: {unexpected[:1]}). It belongs to another base model or "
+            "another PEFT config."
         )
     for key, shape in expected.items():
         if tuple(found[key]) != tuple(shape):
             raise ValueError(
-                f"{source} does not fit: {key} has the shape {tuple(found[key])} instead of {tuple(shape)}. It belongs to another "
-                "base model or another PEFT config."
+                f"{source} does not fit: {key} has the shape {tuple(found[key])} instead of {tuple(shape)}. It "
+                "belongs to another base model or another PEFT config."
             )
 
 
@@ -282,8 +283,8 @@ def read_peft_config(cls: type[Config], source: str | os.PathLike, **kwargs: Any
         return cls.from_pretrained(source, **kwargs)
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"The PEFT config in {source!r} cannot be used ({type(error).__name__}: {error}). Was it written by PEFT, by a version "
-            "that this one reads?"
+            f"The PEFT config in {source!r} cannot be used ({type(error).__name__}: {error}). Was it written by PEFT, "
+            "by a version that this one reads?"
         ) from error
 
 

@@ -107,8 +107,8 @@ def to_lora(
         [`LoraExport`]: The tuple `(config, state_dict, error, errors)`, with a method `save_pretrained`.
 
     Raises:
-        ValueError: If the model has no such adapter of this name, if it is non-linear, merged or offloaded, if its change
-            has full rank and no `r` is given, or if `r` is not positive or larger than the rank of the change.
+        ValueError: If the model has no such adapter of this name, if it is non-linear, merged or offloaded, if its
+            change has full rank and no `r` is given, or if `r` is not positive or larger than the rank of the change.
 
     Example:
 
@@ -137,9 +137,9 @@ def _layers_of(root: nn.Module, adapter_name: str, known: Iterable[str]) -> dict
     if not layers:
         names = [name for name in known if any(name in layer.r for layer in all_layers.values())]
         raise ValueError(
-            f"The model has no SCL or FeDeRA adapter {adapter_name!r}; its adapters of these kinds are {names}. Pass the "
-            "model with its adapter (`get_peft_model`, `PeftModel.from_pretrained`, `load_federa`) and the name of one "
-            "of them as `adapter_name`."
+            f"The model has no SCL or FeDeRA adapter {adapter_name!r}; its adapters of these kinds are {names}. Pass "
+            "the model with its adapter (`get_peft_model`, `PeftModel.from_pretrained`, `load_federa`) and the name "
+            "of one of them as `adapter_name`."
         )
     return layers
 
@@ -255,16 +255,16 @@ def _check_rank(r: int | None, layers: Mapping[str, MergeableLayer], adapter_nam
             option = layer.full_rank_option(adapter_name)
             if option is not None:
                 raise ValueError(
-                    f"The {layer.method} adapter {adapter_name!r} has {option}, which changes {name!r} by a matrix of full "
-                    "rank, so no LoRA of a low rank equals it. Name a rank `r` to export the best approximation of that "
-                    f"rank (`r={largest}` is exact), or merge the adapter (`merge_and_unload`)."
+                    f"The {layer.method} adapter {adapter_name!r} has {option}, which changes {name!r} by a matrix of "
+                    "full rank, so no LoRA of a low rank equals it. Name a rank `r` to export the best approximation "
+                    f"of that rank (`r={largest}` is exact), or merge the adapter (`merge_and_unload`)."
                 )
     elif r <= 0:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {r!r}")
     elif r > largest:
         raise ValueError(
-            f"`r` is {r}, but the weight changes of the adapter {adapter_name!r} have no rank above {largest}. Leave `r` "
-            f"out, or choose up to {largest}."
+            f"`r` is {r}, but the weight changes of the adapter {adapter_name!r} have no rank above {largest}. Leave "
+            f"`r` out, or choose up to {largest}."
         )
 
 

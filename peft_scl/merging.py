@@ -25,8 +25,8 @@ class MergeableLayer(BaseTunerLayer):
     """
     A layer whose adapters amount to changes of the base weight.
 
-    What was there before the first merge is kept, and put back bit for bit: PEFT's own layers take an adapter out again
-    by arithmetic, which rounds.
+    What was there before the first merge is kept, and put back bit for bit: PEFT's own layers take an adapter out
+    again by arithmetic, which rounds.
     """
 
     method: str
@@ -38,8 +38,8 @@ class MergeableLayer(BaseTunerLayer):
 
     r: dict[str, int]
 
-    # Base weight and bias as they were before the first merge; no bias if merging does not change it. A plain attribute,
-    # so that it is never saved.
+    # Base weight and bias as they were before the first merge; no bias if merging does not change it. A plain
+    # attribute, so that it is never saved.
     _unmerged_parameters: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def _examine_base_layer(self, get_apply_tensor_subclass: Any) -> None:
@@ -113,7 +113,8 @@ class MergeableLayer(BaseTunerLayer):
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """
-        The change of the pretrained weight by an adapter, in float32 or better, laid out as the weight of the base layer.
+        The change of the pretrained weight by an adapter, in float32 or better, laid out as the weight of the base
+        layer.
         """
         dtype = torch.promote_types(self._adapter_dtype(adapter), torch.float32)
         return self._oriented(self.weight_change(adapter).dense()).to(dtype)
@@ -157,8 +158,8 @@ class MergeableLayer(BaseTunerLayer):
         if self.quantization_backend is not None:
             warnings.warn(
                 f"Merging {self.method} into weights quantised by {self.quantization_backend.backend_name} rounds the "
-                "result to the quantisation grid again, so the outputs differ from those of the separate adapter. Merge "
-                "into the base model without quantisation for an exact result.",
+                "result to the quantisation grid again, so the outputs differ from those of the separate adapter. "
+                "Merge into the base model without quantisation for an exact result.",
                 UserWarning,
                 stacklevel=2,
             )

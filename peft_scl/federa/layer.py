@@ -25,9 +25,10 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
     """
     State of the FeDeRA adapters on one layer; see [`FederaConfig`] for what it computes.
 
-    The base layer holds the residual `W - s B0 A0` for an adapter with `keep_base=False`, and `W` otherwise. So an adapter
-    `k` contributes `t B A x + u B0 A0 x` to the output of the base layer, where `t` is its scaling if it is active and
-    0 if not, and `u` is what is missing of the start: `s - t` for a residual base, `-t` for an untouched one.
+    The base layer holds the residual `W - s B0 A0` for an adapter with `keep_base=False`, and `W` otherwise. So an
+    adapter `k` contributes `t B A x + u B0 A0 x` to the output of the base layer, where `t` is its scaling if it is
+    active and 0 if not, and `u` is what is missing of the start: `s - t` for a residual base, `-t` for an untouched
+    one.
     """
 
     method = "FeDeRA"
@@ -36,8 +37,8 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
         "adapter before offloading."
     )
     empty_message = (
-        "The weight of a target module is empty, as that of a partitioned model before it is gathered, so its singular "
-        "vectors cannot be read. Add the adapter before the model is partitioned."
+        "The weight of a target module is empty, as that of a partitioned model before it is gathered, so its "
+        "singular vectors cannot be read. Add the adapter before the model is partitioned."
     )
 
     other_param_names: tuple[str, ...] = (
@@ -74,8 +75,9 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
         """Create the factors of `adapter_name` and start them as `config` says."""
         if not isinstance(config, FederaConfig):
             raise TypeError(
-                f"The layer has FeDeRA adapters, to which {adapter_name!r}, a {type(config).__name__}, cannot be added. Merge "
-                "them first (`merge_and_unload`), or save them and load them as what they are saved as, plain LoRA adapters."
+                f"The layer has FeDeRA adapters, to which {adapter_name!r}, a {type(config).__name__}, cannot be "
+                "added. Merge them first (`merge_and_unload`), or save them and load them as what they are saved as, "
+                "plain LoRA adapters."
             )
         self._put_back(adapter_name)  # if it is made anew under the same name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -100,8 +102,8 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
             start_B.copy_(self.lora_start_B[twin])
         else:
             weight = self._dense_base_weight()
-            # Representable in the dtype of the base: the adapter may be cast to it and back (`autocast_adapter_dtype`, TRL
-            # on quantised models), which must not move the factors away from their start.
+            # Representable in the dtype of the base: the adapter may be cast to it and back (`autocast_adapter_dtype`,
+            # TRL on quantised models), which must not move the factors away from their start.
             dtype = torch.bfloat16 if self.quantization_backend is not None else weight.dtype
             for start, factor in zip(
                 (start_A, start_B), principal_factors(weight, len(start_A), self.start_scaling[name]), strict=True
@@ -113,7 +115,9 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
             self._move_start(name, None, (start_A, start_B))
 
     def _twin(self, name: str) -> str | None:
-        """Another adapter that has computed the same start. Twice the same is half the work, and equal on every machine."""
+        """
+        Another adapter that has computed the same start. Twice the same is half the work, and equal on every machine.
+        """
         for other in self.keep_base:
             same = self.r[other] == self.r[name] and self.start_scaling[other] == self.start_scaling[name]
             if other != name and same and not self.lora_start_B[other].is_meta and self.lora_start_B[other].any():
@@ -135,15 +139,16 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
         """
         Make `start_A (r, in)` and `start_B (out, r)` the start of an adapter, and move a residual base with it.
 
-        An equal start changes nothing, and one in place of none (`init_lora_weights=False`) gives, bit for bit, the base of
-        the model that had computed it. Another one moves the base, which is rounded again.
+        An equal start changes nothing, and one in place of none (`init_lora_weights=False`) gives, bit for bit, the
+        base of the model that had computed it. Another one moves the base, which is rounded again.
 
         Raises:
             ValueError: If adapters are merged, or the residual base is not there to be moved.
         """
         if self.merged:
             raise ValueError(
-                f"The adapters {self.merged_adapters} are merged, so no other start can be loaded. Call `unmerge_adapter` first."
+                f"The adapters {self.merged_adapters} are merged, so no other start can be loaded. Call "
+                "`unmerge_adapter` first."
             )
         buffers = self.lora_start_A[name], self.lora_start_B[name]
         is_empty = buffers[0].is_meta
@@ -158,15 +163,15 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
             base_weight = self.get_base_layer().weight
             if base_weight.is_meta:
                 raise ValueError(
-                    "The base weights are on the meta device, so the residual of the loaded adapter cannot be written. Load the "
-                    "base model first, or use `keep_base=True`."
+                    "The base weights are on the meta device, so the residual of the loaded adapter cannot be "
+                    "written. Load the base model first, or use `keep_base=True`."
                 )
             old = None if is_empty or not buffers[1].any() else buffers
             with gather_params_ctx(base_weight), torch.no_grad():
                 if base_weight.numel() != self.in_features * self.out_features or isinstance(base_weight, DTensor):
                     raise ValueError(
-                        "The base weights are sharded over devices, so the residual of another start cannot be written. Load the "
-                        "adapter (`load_federa`) before the model is sharded."
+                        "The base weights are sharded over devices, so the residual of another start cannot be "
+                        "written. Load the adapter (`load_federa`) before the model is sharded."
                     )
                 self._move_start(name, old, new)  # type: ignore[arg-type]
         if not is_empty:
@@ -175,7 +180,9 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
 
     @property
     def original_sample(self) -> torch.Tensor | None:
-        """64 evenly spaced entries of the original base weight if the base is a residual, to recognise the model by."""
+        """
+        64 evenly spaced entries of the original base weight if the base is a residual, to recognise the model by.
+        """
         return self._original_sample
 
     # The weights
@@ -245,8 +252,8 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
         if not is_active:
             return self.start_coefficient(name, False) * self._expand(self._reduce(x, start_A), start_B)
         if self.keep_base[name] and self._is_plain(name):
-            # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: one pass over `x`, exactly zero at the start, and small changes are not
-            # lost in the rounding of large numbers
+            # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: one pass over `x`, exactly zero at the start, and small changes
+            # are not lost in the rounding of large numbers
             trained_A, trained_B = self.trained_factors(name)
             code = self._reduce(x, torch.cat([trained_A, trained_A - start_A]))
             return self._expand(code, self.scaling[name] * torch.cat([trained_B - start_B, start_B], dim=1))
@@ -281,7 +288,9 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
 
     @torch.no_grad()
     def _full_weight(self, stored: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """`stored`, a base weight, with all that is missing of it and `names` folded in, as the base layer stores it."""
+        """
+        `stored`, a base weight, with all that is missing of it and `names` folded in, as the base layer stores it.
+        """
         weight = self._values(stored).to(self.get_base_layer().weight.device)
         terms = []
         for name in self.keep_base:
@@ -306,7 +315,8 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
         """Make a base that is the residual of the adapter `name` the pretrained weight again, rounding once more."""
         if name in self.merged_adapters:
             raise ValueError(
-                f"The adapter {name!r} is merged and can be neither deleted nor made anew. Call `unmerge_adapter` first."
+                f"The adapter {name!r} is merged and can be neither deleted nor made anew. Call `unmerge_adapter` "
+                "first."
             )
         if not self.keep_base.get(name, True) and self._original_sample is not None:
             with gather_params_ctx(self.get_base_layer().weight), torch.no_grad():

@@ -28,13 +28,14 @@ class SclLayer(MergeableLayer):
 
     method = "SCL"
     offloaded_message = (
-        "The down projection is quantised and offloaded, so its singular vectors cannot be read. Add the adapter before "
-        "offloading, or use `variant='bottleneck'` with `down_proj_start='zero'`, which does not read the weight."
+        "The down projection is quantised and offloaded, so its singular vectors cannot be read. Add the adapter "
+        "before offloading, or use `variant='bottleneck'` with `down_proj_start='zero'`, which does not read the "
+        "weight."
     )
     empty_message = (
         "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it cannot be "
-        "read. Use `variant='bottleneck'` with `down_proj_start='zero'`, which trains without reading it, and export or "
-        "merge outside of ZeRO-3."
+        "read. Use `variant='bottleneck'` with `down_proj_start='zero'`, which trains without reading it, and export "
+        "or merge outside of ZeRO-3."
     )
 
     # All names of layers that may contain (trainable) adapter weights
@@ -84,15 +85,15 @@ class SclLayer(MergeableLayer):
         full_rank = min(self.in_features, self.out_features)
         if compress and not config.keep_residual and config.r > full_rank:
             raise ValueError(
-                f"`r` is {config.r}, but `keep_residual=False` replaces a down projection of shape ({self.out_features}, "
-                f"{self.in_features}), which has no more than {full_rank} singular directions. Choose `r` up to that, or keep "
-                "the residual."
+                f"`r` is {config.r}, but `keep_residual=False` replaces a down projection of shape "
+                f"({self.out_features}, {self.in_features}), which has no more than {full_rank} singular directions. "
+                "Choose `r` up to that, or keep the residual."
             )
         activation_fn = ACT2FN[config.activation]
         if any(True for _ in activation_fn.parameters()):
             raise ValueError(
-                f"`activation={config.activation!r}` has parameters of its own, which would be neither trained nor saved. "
-                "Use an activation without parameters."
+                f"`activation={config.activation!r}` has parameters of its own, which would be neither trained nor "
+                "saved. Use an activation without parameters."
             )
 
         r, m, d = config.r, self.in_features, self.out_features
@@ -190,19 +191,19 @@ class SclLayer(MergeableLayer):
         if self.activation[name] != "linear":
             raise ValueError(
                 f"The SCL adapter {name!r} has the activation {self.activation[name]!r}, so what it does to the down "
-                "projection is not a change of its weight, and no LoRA equals it. Keep the adapter as it is, or train with "
-                "`activation='linear'`."
+                "projection is not a change of its weight, and no LoRA equals it. Keep the adapter as it is, or train "
+                "with `activation='linear'`."
             )
         if self.merged:
             raise ValueError(
-                f"The SCL adapters {self.merged_adapters} are merged, but the change is relative to the original weight. "
-                "Call `unmerge_adapter` first."
+                f"The SCL adapters {self.merged_adapters} are merged, but the change is relative to the original "
+                "weight. Call `unmerge_adapter` first."
             )
         base_weight = self._dense_base_weight()
         if base_weight.is_meta:
             raise ValueError(
-                "The weight of a down projection is on the meta device, as it is when offloaded, so it cannot be read. Load "
-                "the model without offloading, for instance with `device_map='cpu'`."
+                "The weight of a down projection is on the meta device, as it is when offloaded, so it cannot be "
+                "read. Load the model without offloading, for instance with `device_map='cpu'`."
             )
         device, dtype = self.scl_A[name].weight.device, torch.float64
         weight = base_weight.to(device, dtype)
@@ -256,8 +257,8 @@ class SclLayer(MergeableLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """
         Whether [`~peft.convert_to_lora`] can do justice to this layer: a linear adapter without biases, which it would
-        drop, whose change has a low rank. [`to_lora`] keeps biases, is exact, and takes changes of full rank if a rank is
-        named, with the error.
+        drop, whose change has a low rank. [`to_lora`] keeps biases, is exact, and takes changes of full rank if a rank
+        is named, with the error.
         """
         return (
             adapter_name in self.scl_A
@@ -272,21 +273,21 @@ class SclLayer(MergeableLayer):
         for name in names:
             if self.activation[name] != "linear":
                 raise ValueError(
-                    f"The SCL adapter {name!r} has the activation {self.activation[name]!r}: a non-linear map cannot be "
-                    "folded into a weight matrix. Keep the adapter separate (`PeftModel.from_pretrained`), or train with "
-                    "`activation='linear'`."
+                    f"The SCL adapter {name!r} has the activation {self.activation[name]!r}: a non-linear map cannot "
+                    "be folded into a weight matrix. Keep the adapter separate (`PeftModel.from_pretrained`), or "
+                    "train with `activation='linear'`."
                 )
             if self.scl_A[name].bias is not None and self.bias is None:
                 raise ValueError(
-                    f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be merged "
-                    "into has none. Keep the adapter separate, or train with `scl_bias=False`."
+                    f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be "
+                    "merged into has none. Keep the adapter separate, or train with `scl_bias=False`."
                 )
         backend = self.quantization_backend
         if names and backend is not None and backend.backend_name not in MERGEABLE_BACKENDS:
             raise NotImplementedError(
                 f"Merging SCL into a layer quantised by {backend.backend_name} is not supported (only by "
-                f"{', '.join(MERGEABLE_BACKENDS)}). Load the base model without quantisation to merge, or keep the adapter "
-                "separate."
+                f"{', '.join(MERGEABLE_BACKENDS)}). Load the base model without quantisation to merge, or keep the "
+                "adapter separate."
             )
         if names and backend is not None:
             check_readable(self.get_base_layer())

@@ -70,10 +70,11 @@ class Linear(nn.Module, SclLayer):
 
     def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """
-        `scaling ((B0 + B) act((A0 + A) x) - B0 act(A0 x))`: what a compression has become, less what it was at the start.
+        `scaling ((B0 + B) act((A0 + A) x) - B0 act(A0 x))`: what a compression has become, less what it was at the
+        start.
 
-        Computed as `scaling (B act((A0 + A) x) + B0 (act((A0 + A) x) - act(A0 x)))`: exactly zero at the start, and small
-        changes are not lost in the rounding of large numbers.
+        Computed as `scaling (B act((A0 + A) x) + B0 (act((A0 + A) x) - act(A0 x)))`: exactly zero at the start, and
+        small changes are not lost in the rounding of large numbers.
         """
         down, up, scaling = self.scl_A[name], self.scl_B[name], self.scaling[name]
         start_down, start_up = self.scl_start_A[name].to(x.dtype), self.scl_start_B[name].to(x.dtype)
@@ -149,9 +150,10 @@ class Linear(nn.Module, SclLayer):
         """
         The forward of bottlenecks without a tensor of the FFN width.
 
-        With the codes `z (..., R)` of all bottlenecks and their scaled `B` side by side as `P (m, R)`, the input of the
-        down projection is `h' = h + P z`. All that reads `h'` is linear, so it can read `h` and `z` instead:
-        `M h' = M h + (M P) z`. That costs a LoRA of rank `R`, and a pass of the `R` columns of `P` through the base layer.
+        With the codes `z (..., R)` of all bottlenecks and their scaled `B` side by side as `P (m, R)`, the input of
+        the down projection is `h' = h + P z`. All that reads `h'` is linear, so it can read `h` and `z` instead:
+        `M h' = M h + (M P) z`. That costs a LoRA of rank `R`, and a pass of the `R` columns of `P` through the base
+        layer.
         """
         deltas = [name for name in names if name in self.scl_delta_A]
         readers = [*(self.scl_A[name] for name in names), *(self.scl_delta_A[name] for name in deltas)]
@@ -201,8 +203,9 @@ class Linear(nn.Module, SclLayer):
         self, original: tuple[torch.Tensor, torch.Tensor | None], names: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`, where
-        the change is the delta of a bottleneck, what a compression has become less its start, or `s_k B_k A_k - W`.
+        The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`,
+        where the change is the delta of a bottleneck, what a compression has become less its start, or
+        `s_k B_k A_k - W`.
         """
         base_weight, base_bias = self._values(original[0]), original[1]
         device = self.scl_A[names[0]].weight.device
@@ -257,8 +260,8 @@ def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """
     `module(x)` in the dtype of `x`, or of autocast.
 
-    The weights of the adapter are often float32 beside a bfloat16 model. They are small, `x` is as wide as the FFN: they are
-    cast, as autocast does, and not `x`.
+    The weights of the adapter are often float32 beside a bfloat16 model. They are small, `x` is as wide as the FFN:
+    they are cast, as autocast does, and not `x`.
     """
     if module.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return module(x)
