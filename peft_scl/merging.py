@@ -31,7 +31,9 @@ class MergeableLayer(BaseTunerLayer):
 
     method: str
     """The name of the adapters in messages."""
-    offloaded_message: str
+    offloaded_message = (
+        "The base weight is quantised and offloaded, so it cannot be read. Add the adapter before offloading."
+    )
     """What is said where the base weight is to be read, but is quantised and offloaded."""
     empty_message: str
     """The same where it is empty."""

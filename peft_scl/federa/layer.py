@@ -32,10 +32,6 @@ class FederaLayer(MergeableLayer, lora.LoraLayer):
     """
 
     method = "FeDeRA"
-    offloaded_message = (
-        "The weight of a target module is quantised and offloaded, so its singular vectors cannot be read. Add the "
-        "adapter before offloading."
-    )
     empty_message = (
         "The weight of a target module is empty, as that of a partitioned model before it is gathered, so its "
         "singular vectors cannot be read. Add the adapter before the model is partitioned."
