@@ -3,10 +3,11 @@
 """
 Short federations under two source trees, side by side on this machine, compared bit for bit.
 
-A tree of the commit `--base` is made beside, and `same_bits_cases.py` of this tree is run with either: every tensor of the final
-adapter and of the last checkpoint (server, clients), all figures that are logged, returned or recorded, without times, and the
-byte counts have to be the same. Some runs are also stopped after two rounds and resumed in a new process, which has to end like
-the one that was not stopped; and this tree resumes what the base has left, or refuses it with a `ValueError`.
+A tree of the commit `--base` is made beside, and `same_bits_cases.py` of this tree is run with either: every tensor of
+the final adapter and of the last checkpoint (server, clients), all figures that are logged, returned or recorded,
+without times, and the byte counts have to be the same. Some runs are also stopped after two rounds and resumed in a
+new process, which has to end like the one that was not stopped; and this tree resumes what the base has left, or
+refuses it with a `ValueError`.
 
     python benchmarks/same_bits.py --base f03948f
     python benchmarks/same_bits.py --base f03948f --cases slora ddp --keep /tmp/bits
@@ -18,8 +19,8 @@ There is one line per comparison, and the exit code is 1 if something differs. W
 * `additions`: a tensor or figure is new;
 * `values`: anything else.
 
-With `--ignore` the first three are shown and not counted. With `--keep` all runs stay in a folder, and those of the base are taken
-from there the next time. `--write` writes the values that `tests/test_golden_values.py` compares with.
+With `--ignore` the first three are shown and not counted. With `--keep` all runs stay in a folder, and those of the
+base are taken from there the next time. `--write` writes the values that `tests/test_golden_values.py` compares with.
 """
 
 from __future__ import annotations
@@ -35,178 +36,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from same_bits_outcome import differences, golden_values, read_outcome, told
 
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("same_bits_cases.py")
 GOLDEN = ROOT / "tests" / "golden_values.json"
-TIMES = ("runtime", "seconds", "per_second")
-KINDS = ("bytes", "names", "additions")
-
-
-# What a run has left
-
-
-class Outcome(NamedTuple):
-    """
-    What is compared: `tensors` by role (names may repeat, with one file per client), and `figures` by their path. Of a run that
-    ended with an error there is nothing but the error.
-    """
-
-    tensors: dict[str, list[tuple[str, torch.Tensor]]]
-    figures: dict[str, Any]
-    error: str = ""
-
-
-def rounds_of(folder: Path) -> list[dict[str, Any]]:
-    """The rounds in the record: under `rounds`, or a line each in a file beside it."""
-    record = json.loads((folder / "federation.json").read_text(encoding="utf-8"))
-    if "rounds" in record:
-        return record["rounds"]
-    (lines,) = folder.glob("federation*.jsonl")
-    return [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-
-
-def flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Nested figures by path, without times."""
-    if any(time in path for time in TIMES):
-        return {}
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    inner = (flat(entry, f"{path}.{key}" if path else str(key)) for key, entry in value.items())
-    return {key: entry for part in inner for key, entry in part.items()}
-
-
-def read_outcome(folder: Path) -> Outcome:
-    """What the case has left that ran in `folder`."""
-    figures = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-    if "error" in figures:
-        return Outcome({}, {}, figures["error"])
-    out = folder / "out"
-    checkpoint = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
-    weights = {path for path in checkpoint.glob("*.safetensors") if path.stem in ("adapter_model", "model")}
-    files = {
-        "final": out.glob("*.safetensors"),
-        "checkpoint": weights,
-        "server": set(checkpoint.glob("*.safetensors")) - weights,
-        "clients": checkpoint.glob("*/**/*.safetensors"),
-        "client models": (folder / "client_models").glob("**/*.safetensors"),
-    }
-    tensors = {
-        role: [entry for path in sorted(paths) for entry in load_file(path).items()] for role, paths in files.items()
-    }
-    return Outcome(tensors, flat({"rounds": rounds_of(out), **figures}))
-
-
-def golden_values(outcome: Outcome) -> dict[str, Any]:
-    """The outcome in a few numbers: of each tensor of the final model its norm, its mean, and its first and last entry."""
-
-    def digest(tensor: torch.Tensor) -> list[float]:
-        entries = tensor.double().flatten()
-        return [float(f"{value:.9g}") for value in (entries.norm(), entries.mean(), entries[0], entries[-1])]
-
-    values: dict[str, Any] = {name: digest(tensor) for name, tensor in outcome.tensors["final"]}
-    for role in ("server", "clients", "client models"):
-        if tensors := [
-            tensor.double().flatten() for _, tensor in sorted(outcome.tensors[role], key=lambda entry: entry[0])
-        ]:
-            values[role] = [float(f"{torch.cat(tensors).norm():.9g}"), sum(map(len, tensors))]
-    for path, figure in outcome.figures.items():
-        name = path.rpartition(".")[2]
-        if (
-            path.startswith("rounds.")
-            and path.count(".") <= 3
-            and name in ("train_loss", "eval_loss", "bytes_up", "bytes_down")
-        ):
-            values[path] = float(f"{figure:.9g}") if isinstance(figure, float) else figure
-    return values
-
-
-# Comparing
-
-
-class Difference(NamedTuple):
-    kind: str
-    text: str
-
-
-def digest_of(tensor: torch.Tensor) -> str:
-    content = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode() + content).hexdigest()
-
-
-def distance(left: torch.Tensor, right: torch.Tensor) -> str:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return f"is {right.dtype} {list(right.shape)} instead of {left.dtype} {list(left.shape)}"
-    return f"differs by at most {float((left.double() - right.double()).abs().max()):.1e}"
-
-
-def tensor_differences(
-    role: str, base: list[tuple[str, torch.Tensor]], head: list[tuple[str, torch.Tensor]]
-) -> Iterator[Difference]:
-    """Between two collections of tensors with names, in no order."""
-    counts = [Counter((name, digest_of(tensor)) for name, tensor in side) for side in (base, head)]
-    gone, new = list((counts[0] - counts[1]).elements()), list((counts[1] - counts[0]).elements())
-    of_base, of_head = ({(name, digest_of(tensor)): tensor for name, tensor in side} for side in (base, head))
-    for left in gone:
-        if right := next((entry for entry in new if entry[0] == left[0]), None):
-            yield Difference("values", f"{role}: {left[0]} {distance(of_base[left], of_head[right])}")
-        elif right := next((entry for entry in new if entry[1] == left[1]), None):
-            yield Difference("names", f"{role}: {left[0]} is called {right[0]}")
-        else:
-            yield Difference("values", f"{role}: {left[0]} is missing")
-            continue
-        new.remove(right)
-    for name, _ in new:
-        yield Difference("additions", f"{role}: {name} is new")
-
-
-def figure_differences(base: dict[str, Any], head: dict[str, Any]) -> Iterator[Difference]:
-    for path in [*base, *(path for path in head if path not in base)]:
-        if path in base and path in head and repr(base[path]) == repr(head[path]):
-            continue
-        kind = "bytes" if "bytes" in path else "values" if path in base else "additions"
-        yield Difference(kind, f"{path}: {base.get(path, 'nothing')} -> {head.get(path, 'nothing')}")
-
-
-def differences(base: Outcome, head: Outcome, state_alone: bool = False) -> list[Difference]:
-    """All that is not the same; with `state_alone` of the models, of the states and of the rounds."""
-    for name, outcome in (("the base", base), ("this tree", head)):
-        if outcome.error:
-            return [Difference("values", f"{name} ended with {outcome.error}")]
-    figures = [
-        {path: value for path, value in side.figures.items() if path.startswith("rounds.") or not state_alone}
-        for side in (base, head)
-    ]
-    found = list(figure_differences(*figures))
-    for role, tensors in base.tensors.items():
-        found += tensor_differences(role, tensors, head.tensors[role])
-    return found
-
-
-def told(found: list[Difference], ignored: list[str]) -> tuple[str, bool]:
-    """The line about a comparison, and whether it counts as a difference."""
-    counted = [difference for difference in found if difference.kind not in ignored]
-    others = [difference for difference in found if difference.kind in ignored]
-    more = f" (and {len(counted) - 1} more)" if len(counted) > 1 else ""
-    line = f"differs: {counted[0].text}{more}" if counted else "same"
-    for kind in ignored:
-        if texts := [difference.text for difference in others if difference.kind == kind]:
-            line += f"; {len(texts)} {kind} apart: {texts[0]}"
-    return line, bool(counted)
-
-
-# Running
 
 
 class Tree(NamedTuple):
@@ -226,49 +67,58 @@ def environment_of(tree: Tree, deepspeed: Path | None) -> dict[str, str]:
     return environment
 
 
-def run_stage(tree: Tree, model: Path, stage: str, names: list[str], launch: str, deepspeed: Path | None) -> None:
-    """Run cases under a tree in a new process, or in those of a launch."""
-    if not names:
-        return
-    for name in names:
-        (tree.results / f"{name}.{stage}").mkdir(parents=True, exist_ok=True)
+def run_parts(tree: Tree, model: Path, parts: list[str], launch: str, deepspeed: Path | None) -> None:
+    """
+    Run cases under a tree in a new process, or in those of a launch.
+
+    Args:
+        parts: `"<case>.<stage>"`.
+
+    Raises:
+        RuntimeError: If the process has ended early, as one that imports another tree does.
+    """
+    for part in parts:
+        (tree.results / part).mkdir(parents=True, exist_ok=True)
     command = [sys.executable]
     if launch:
         config = ROOT / "recipes" / "accelerate" / f"{launch}.yaml"
         command += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--main_process_port", "0"]
-    command += [str(WORKER), str(tree.source), str(model), str(tree.results), stage, *names]
+    command += [str(WORKER), str(tree.source), str(model), str(tree.results), *parts]
     environment = environment_of(tree, deepspeed if launch.startswith("zero") else None)
-    log = tree.results / f"{launch or 'plain'}.{stage}.log"
+    log = tree.results / f"{parts[0]}.log"
     with log.open("w", encoding="utf-8") as output:
-        finished = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if finished.returncode != 0:
-        raise RuntimeError(f"{tree.source}, {stage}, {launch or 'plain'}:\n" + log.read_text(encoding="utf-8")[-3000:])
+        subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if missing := [part for part in parts if not (tree.results / part / "figures.json").is_file()]:
+        text = log.read_text(encoding="utf-8")[-3000:]
+        raise RuntimeError(f"Of {tree.source} there is nothing of {missing}. The processes have ended with\n{text}")
 
 
-def run_all(
-    base: Tree | None, head: Tree, base_results: Path, model: Path, cases: dict[str, Any], deepspeed: Path | None
-) -> None:
-    """
-    Every case under both trees at once, and what is resumed a second time in new processes; without a `base` its results are there.
-    """
-    trees = [tree for tree in (base, head) if tree is not None]
+def run_all(base: Tree, head: Tree, reused: bool, model: Path, cases: dict[str, Any], deepspeed: Path | None) -> None:
+    """Every case, under both trees at once, or under `head` alone if the results of `base` are there."""
+    trees = [head] if reused else [base, head]
     resumed = [name for name, case in cases.items() if case.resumed]
 
-    def at_once(stage: str, names: list[str], launch: str = "", of: list[Tree] = trees) -> None:
+    def at_once(launch: str, *parts: list[str]) -> None:
         with ThreadPoolExecutor(len(trees)) as pool:
-            list(pool.map(lambda tree: run_stage(tree, model, stage, names, launch, deepspeed), of))
+            list(pool.map(lambda tree, parts: run_parts(tree, model, parts, launch, deepspeed), trees, parts))
 
-    at_once("whole", [name for name, case in cases.items() if not case.launch])
-    for name, case in cases.items():
-        if case.launch:
-            at_once("whole", [name], case.launch)
-    at_once("stopped", resumed)
+    for launch in dict.fromkeys(case.launch for case in cases.values()):
+        parts = [f"{name}.whole" for name, case in cases.items() if case.launch == launch]
+        parts += [] if launch else [f"{name}.stopped" for name in resumed]
+        at_once(launch, *([parts] * len(trees)))
+    if not resumed:
+        return
     for name in resumed:
         for tree in trees:
-            shutil.copytree(tree.results / f"{name}.stopped", tree.results / f"{name}.resumed")
-        shutil.copytree(base_results / f"{name}.stopped", head.results / f"{name}.old")
-    at_once("resumed", resumed)
-    at_once("old", resumed, of=[head])
+            copy_run(tree.results / f"{name}.stopped", tree.results / f"{name}.resumed")
+        copy_run(base.results / f"{name}.stopped", head.results / f"{name}.old")
+    own = [f"{name}.resumed" for name in resumed]
+    both = [*own, *(f"{name}.old" for name in resumed)]
+    at_once("", *([both] if reused else [own, both]))
+
+
+def copy_run(stopped: Path, to: Path) -> None:
+    shutil.copytree(stopped, to, ignore=lambda folder, names: [name for name in names if name == "figures.json"])
 
 
 @contextlib.contextmanager
@@ -298,9 +148,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base-tree", type=Path, help="a checkout of it, instead of one made for the time being")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="some of the cases, instead of all")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="where runs stay, and those of the base are reused")
-    parser.add_argument(
-        "--ignore", nargs="+", choices=KINDS, default=[], help="kinds of differences that do not count"
-    )
+    kinds = ("bytes", "names", "additions")
+    parser.add_argument("--ignore", nargs="+", choices=kinds, default=[], help="differences that do not count")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
     parser.add_argument("--write", action="store_true", help=f"write {GOLDEN.relative_to(ROOT)} instead")
     parser.add_argument(
@@ -352,7 +201,7 @@ def compare(folder: Path, source: Path, cases: dict[str, Any], args: argparse.Na
         shutil.rmtree(tree.results, ignore_errors=True)
         tree.results.mkdir(parents=True)
     local = args.deepspeed_folder if (Path(args.deepspeed_folder) / "deepspeed").is_dir() else None
-    run_all(None if reused else base, head, base.results, folder / "model", cases, local)
+    run_all(base, head, reused, folder / "model", cases, local)
     if stamp is not None:
         stamp_file.write_text(stamp, encoding="utf-8")
 

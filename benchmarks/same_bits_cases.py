@@ -3,14 +3,14 @@
 """
 The federations that `same_bits.py` runs under two source trees, and the process that runs them.
 
-It uses what both trees export and nothing that lies within, so that code can be moved without a change here. Models and data are
-made on the spot and follow from constants. Each case is seconds of work: three clients or so of unequal sizes, three rounds, two
-local steps.
+It uses what both trees export and nothing that lies within, so that code can be moved without a change here. Models
+and data are made on the spot and follow from constants. Each case is seconds of work: three clients or so of unequal
+sizes, three rounds, two local steps.
 
-    python benchmarks/same_bits_cases.py TREE MODEL FOLDER STAGE CASE ...
+    python benchmarks/same_bits_cases.py TREE MODEL FOLDER CASE.STAGE ...
 
-TREE is the source tree that has to be imported, MODEL a folder of `make_model`. Every case has a folder of its own in FOLDER,
-named after the case and the stage, with the run in `out/` and what the trainer returned in `figures.json`.
+TREE is the source tree that has to be imported, MODEL a folder of `make_model`. What is run has a folder of its own in
+FOLDER, called `CASE.STAGE`, with the run in `out/` and what the trainer returned in `figures.json`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ from fed_trainer import (
 from peft_scl import FederaConfig, SclConfig
 
 
-STAGES = ("whole", "stopped", "resumed", "old")  # "old" resumes what the other tree has left after "stopped"
 ROUNDS_BEFORE_STOP = 2
 LOCAL = {
     "num_rounds": 3,
@@ -129,8 +128,15 @@ def make_model(folder: Path) -> None:
         tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=128
     )
     tokenizer.save_pretrained(folder)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    widths = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    special: dict[str, Any] = {
+        name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    widths: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+    }
     set_seed(0)
     logging.disable_progress_bar()
     config = LlamaConfig(**widths, num_attention_heads=4, num_key_value_heads=2, **special)
@@ -140,8 +146,13 @@ def make_model(folder: Path) -> None:
 def make_classifier() -> BertForSequenceClassification:
     """A random BERT without dropout."""
     set_seed(0)
-    widths = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "max_position_embeddings": 16}
-    depths = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
+    widths: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "max_position_embeddings": 16,
+    }
+    depths: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3}
     dropouts: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertForSequenceClassification(BertConfig(**widths, **depths, **dropouts))
 
@@ -329,8 +340,14 @@ CASES = {
 
 def run(name: str, model: Path, folder: Path, stage: str = "whole") -> None:
     """
-    Run a case in `folder`, which has its run in `out/`. The stage "stopped" ends after `ROUNDS_BEFORE_STOP` rounds; "resumed" and
-    "old" go on from what is there.
+    Run a case in `folder`, which has its run in `out/`.
+
+    Args:
+        name: A key of `CASES`.
+        model: A folder that `make_model` has filled.
+        folder: Exists; empty, but for a run that is resumed.
+        stage: `"whole"`; `"stopped"`, which ends after `ROUNDS_BEFORE_STOP` rounds; `"resumed"`, which goes on from
+            there; or `"old"`, which goes on from what the other tree has left there.
     """
     case = CASES[name]
     stops = [StopAfterRounds()] if stage == "stopped" else []
@@ -346,20 +363,20 @@ def run(name: str, model: Path, folder: Path, stage: str = "whole") -> None:
 
 def main() -> None:
     tree, model, folder = (Path(path).resolve() for path in sys.argv[1:4])
-    stage, *names = sys.argv[4:]
     for package in (fed_trainer, peft_scl):
         if not Path(str(package.__file__)).resolve().is_relative_to(tree):
             raise ImportError(f"{package.__name__} was to be imported from {tree}, but comes from {package.__file__}.")
     torch.set_num_threads(1)
-    for name in names:
+    for part in sys.argv[4:]:
+        name, _, stage = part.partition(".")
         try:
-            run(name, model, folder / f"{name}.{stage}", stage)
+            run(name, model, folder / part, stage)
         except Exception as error:
-            if CASES[name].launch:  # the other process waits
-                raise
             traceback.print_exc()
             told = {"error": f"{type(error).__name__}: {error}"}
-            (folder / f"{name}.{stage}" / "figures.json").write_text(json.dumps(told), encoding="utf-8")
+            (folder / part / "figures.json").write_text(json.dumps(told), encoding="utf-8")
+            if CASES[name].launch:
+                raise  # which ends the other process too
     if PartialState._shared_state:
         PartialState().destroy_process_group()
 
