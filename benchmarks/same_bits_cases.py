@@ -61,6 +61,7 @@ LOCAL = {
     "num_rounds": 3,
     "max_steps": 2,
     "learning_rate": 1e-2,
+    "adam_epsilon": 1e-3,  # or else Adam makes of the rounding of small gradients what other machines do not
     "gradient_checkpointing": False,
     "report_to": "none",
     "disable_tqdm": True,
