@@ -202,7 +202,7 @@ def compare(folder: Path, source: Path, cases: dict[str, Any], args: argparse.Na
         tree.results.mkdir(parents=True)
     local = args.deepspeed_folder if (Path(args.deepspeed_folder) / "deepspeed").is_dir() else None
     run_all(base, head, reused, folder / "model", cases, local)
-    if stamp is not None:
+    if stamp is not None and stamp == stamp_of(source):  # not if something was edited meanwhile
         stamp_file.write_text(stamp, encoding="utf-8")
 
     all_same = True
