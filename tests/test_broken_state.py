@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
+from fed_trainer.federation.broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 
 
 @pytest.fixture

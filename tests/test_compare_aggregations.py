@@ -19,11 +19,12 @@ import compare_aggregations  # noqa: E402
 from federated_sft import make_peft_config, prepare  # noqa: E402
 
 from fed_trainer import FederatedTrainer  # noqa: E402
-from fed_trainer.aggregation import METHODS, TooFewClientsError  # noqa: E402
-from fed_trainer.broken_state import BrokenStateError  # noqa: E402
-from fed_trainer.described import storable  # noqa: E402
-from fed_trainer.local_objectives import LOCAL_OBJECTIVES  # noqa: E402
-from fed_trainer.server_optimizers import SERVER_OPTIMIZERS  # noqa: E402
+from fed_trainer.federation.broken_state import BrokenStateError  # noqa: E402
+from fed_trainer.federation.validation import TooFewClientsError  # noqa: E402
+from fed_trainer.methods.aggregation import METHODS  # noqa: E402
+from fed_trainer.methods.objectives import LOCAL_OBJECTIVES  # noqa: E402
+from fed_trainer.methods.server_optimizers import SERVER_OPTIMIZERS  # noqa: E402
+from fed_trainer.state.described import storable  # noqa: E402
 
 
 CONFIGS = {path.stem: path for path in sorted(compare_aggregations.CONFIGS.glob("*.yaml"))}

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 
 
 LOCAL = {

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Tr
 from trl import DPOConfig, DPOTrainer
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from peft_scl import FederaConfig, SclConfig
 
 

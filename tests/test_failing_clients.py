@@ -10,7 +10,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.federation.validation import TooFewClientsError
 
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory")

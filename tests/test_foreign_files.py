@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.digests import find_damage
+from fed_trainer.output.digests import find_damage
 
 
 @pytest.fixture

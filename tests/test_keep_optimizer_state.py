@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.record import read_record, write_json
+from fed_trainer.output.record import read_record, write_json
 
 
 STEPS = 2

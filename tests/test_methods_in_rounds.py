@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.aggregation import METHODS
+from fed_trainer.methods.aggregation import METHODS
 from peft_scl import FederaConfig, SclConfig
 
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, set_seed
 from trl import SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.federation.validation import TooFewClientsError
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -182,7 +182,7 @@ def test_fedper_keeps_the_head_with_the_client(make_classifier):
 
 
 def test_fedbn_keeps_the_norms_with_the_client(make_classifier):
-    from fed_trainer.tensor_roles import NORMS
+    from fed_trainer.state.roles import NORMS
 
     trainer = make_classifier(modules_to_save=["classifier", "LayerNorm"], tensor_roles={"local": [NORMS]})
     trainer.train()

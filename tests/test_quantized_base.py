@@ -18,7 +18,7 @@ from fed_trainer import (
     FederatedRewardTrainer,
     FederatedTrainer,
 )
-from fed_trainer.quantized_base import keep_differentiable
+from fed_trainer.client.live.base_model import keep_differentiable
 from peft_scl import FederaConfig, SclConfig
 
 

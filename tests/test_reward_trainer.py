@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from trl import RewardConfig, RewardTrainer
 
 from fed_trainer import FederatedRewardConfig, FederatedRewardTrainer
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from peft_scl import SclConfig
 
 

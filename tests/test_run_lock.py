@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.run_lock import HOLDER_NAME, FolderInUseError, owning
+from fed_trainer.output.run_lock import HOLDER_NAME, FolderInUseError, owning
 
 
 FORK = multiprocessing.get_context("fork")

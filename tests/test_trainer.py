@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from peft_scl import FederaConfig, SclConfig, load_federa
 
 

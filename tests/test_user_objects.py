@@ -20,8 +20,8 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.optimization import GreedyLR
 
 from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer
-from fed_trainer.movement import Movement, NothingTrainedError
-from fed_trainer.user_optimizer import UserSchedule
+from fed_trainer.client.user_optimizer import UserSchedule
+from fed_trainer.federation.movement import Movement, NothingTrainedError
 from peft_scl import FederaConfig, SclConfig
 
 

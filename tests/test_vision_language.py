@@ -24,7 +24,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 
 
 SIDE, PATCH = 16, 8

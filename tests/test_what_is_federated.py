@@ -34,8 +34,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer, invite, join
-from fed_trainer.clients import client_seed
-from fed_trainer.live_state import live_state
+from fed_trainer.client.live import live_state
+from fed_trainer.federation.sampling import client_seed
 from peft_scl import FederaConfig, SclConfig
 
 

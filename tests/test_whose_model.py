@@ -35,7 +35,7 @@ from fed_trainer import (
     FederatedTrainer,
 )
 from fed_trainer.config import FederationArguments
-from fed_trainer.trainer import FederatedMixin
+from fed_trainer.trainers.mixin import FederatedMixin
 
 
 LOCAL = {

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import METHODS, ClientUpdate, FedAvg
+from fed_trainer.methods.aggregation import METHODS, ClientUpdate, FedAvg
+from fed_trainer.state.adapter_state import AdapterState
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"

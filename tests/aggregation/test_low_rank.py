@@ -8,7 +8,7 @@ from dense_clients import assert_close, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_trainer.aggregation.low_rank import LowRank, LowRankSum, product_norm, product_svd, truncate
+from fed_trainer.state.low_rank import LowRank, LowRankSum, product_norm, product_svd, truncate
 
 
 sizes = st.integers(1, 7)

@@ -13,8 +13,7 @@ from dense_clients import assert_close, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import (
+from fed_trainer.methods.aggregation import (
     METHODS,
     Aggregator,
     ClientUpdate,
@@ -26,6 +25,7 @@ from fed_trainer.aggregation import (
     TrimmedMean,
     robust,
 )
+from fed_trainer.state.adapter_state import AdapterState
 
 
 SHAPES = {"lora_A.weight": (2, 7), "lora_B.weight": (5, 2), "head.bias": (3,)}

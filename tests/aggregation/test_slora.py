@@ -8,8 +8,8 @@ import pytest
 import torch
 from dense_clients import assert_close, randn
 
-from fed_trainer.aggregation import ClientUpdate, FedAvg, pruned_rank, pruning_penalty
-from fed_trainer.aggregation.slora import densify, lora_start, shared_mask
+from fed_trainer.methods.aggregation import ClientUpdate, FedAvg, pruned_rank, pruning_penalty
+from fed_trainer.methods.aggregation.slora import densify, lora_start, shared_mask
 
 
 def test_mask_is_the_same_on_every_machine_and_differs_by_weight_and_seed() -> None:
