@@ -165,5 +165,5 @@ def told(found: list[Difference], ignored: list[str]) -> tuple[str, bool]:
     line = f"differs: {counted[0].text}{more}" if counted else "same"
     for kind in ignored:
         if texts := [difference.text for difference in others if difference.kind == kind]:
-            line += f"; {len(texts)} {kind} apart: {texts[0]}"
+            line += f"; {len(texts)} ignored ({kind}): {texts[0]}"
     return line, bool(counted)
