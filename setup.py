@@ -14,6 +14,7 @@ extras = {
 extras["dev"] = [
     *extras["report"],
     "hypothesis>=6.100",
+    "import-linter>=2.17",
     "mypy>=1.10",
     "pytest>=8.4",
     "pytest-timeout>=2.3",
