@@ -25,6 +25,7 @@ from .disk import replace_durably, sync, writing
 
 
 __all__ = [
+    "IN_LINES",
     "RECORD_NAME",
     "ROUNDS_NAME",
     "WHOLE",
