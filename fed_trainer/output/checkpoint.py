@@ -303,7 +303,7 @@ def _record_or_refusal(output_dir: str | os.PathLike) -> dict[str, Any]:
         record = read_record(output_dir) if os.path.lexists(Path(output_dir) / RECORD_NAME) else {"rounds": []}
     except (OSError, ValueError):
         record = {}
-    if not isinstance(record, dict) or "rounds" not in record:
+    if "rounds" not in record:
         raise FileExistsError(
             f"`output_dir` {str(output_dir)!r} holds a {RECORD_NAME} that is not the record of a run, which a run "
             "would write over. Move it away, or choose another `output_dir`."
