@@ -19,7 +19,7 @@ from ..client.live.state import LiveState
 from ..config import FederationArguments
 from ..output.checkpoint import load_adapter
 from ..output.hub import fetch_adapter
-from ..output.record import read_record
+from ..output.record import read_header
 from ..state.adapter_state import AdapterState, check_same_layout
 
 
@@ -79,7 +79,7 @@ class InitialAdapter:
         """
         state = live.from_saved(load_adapter(self.folder, live.saved_shapes()), self._name)
         check_same_layout(state, live.read(include_frozen=True), self._name)
-        record = read_record(self.folder)
+        record = read_header(self.folder)
         theirs = record.get("base_digest")
         if theirs is not None and base_digest is not None and theirs != base_digest:
             raise ValueError(

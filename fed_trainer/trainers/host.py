@@ -73,11 +73,12 @@ class TrainerHost:
     def finish_round(self, round: Round, evaluation: Mapping[str, Any] | None) -> bool:
         trainer = self._trainer
         trainer._report(round, evaluation)
-        if self._is_due(round.number, trainer.args.save_rounds) or trainer.control.should_training_stop:
+        is_saved = self._is_due(round.number, trainer.args.save_rounds) or trainer.control.should_training_stop
+        if is_saved:
             with timed(round.seconds, "checkpoint"):
                 trainer._save_round(round.number)
             trainer.log({"seconds_checkpoint": round.seconds["checkpoint"]})  # known only now
-            trainer._write_record(trainer._folder)
+        trainer._append_round(is_saved)
         entry = trainer._record["rounds"][-1]
         self.progress.round(entry["train_loss"], held_out_metrics(trainer._record).get(round.number, {}))
         return not trainer.control.should_training_stop  # a callback's

@@ -55,7 +55,7 @@ from ..output.checkpoint import (
 from ..output.digests import TRAINER_STATE_NAME
 from ..output.hub import discard_stages
 from ..output.progress import RoundProgress
-from ..output.record import RECORD_NAME
+from ..output.record import RECORD_NAME, RecordFiles
 from ..output.run_lock import owning
 from ..output.same_run import check_same_data, check_same_run
 from ..output.saved_files import fresh_folder, move_into_place
@@ -179,6 +179,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         self._local_keys = plan.local_keys(start)
         self._check_settings(has_optimizer=optimizer is not None)
         self._record = self._new_record()
+        self._record_files = RecordFiles(self._folder)
 
     def _look_at_the_model(self) -> None:
         """What of the model is trained, after refusing one that cannot be."""
@@ -409,7 +410,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         self.client.begin(state)
         if self.stage.rounds:
             self._train_from_now_on(self.stage.begin())
-        self._write_record(self._folder)  # from now on there is something to resume
+        self._begin_record()  # from now on there is something to resume
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
             evaluation = self.evaluate(ignore_keys=self.ignored_in_evaluation)
@@ -449,6 +450,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         self.federation.go_on(state, done)
         self.client.begin(state, done)
         self._go_on_recording(record, fresh)
+        self._begin_record()
         self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
         return done
