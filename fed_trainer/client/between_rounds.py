@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..state.client_errors import ClientError
-from .engine import LocalRoundMixin
+from .engine import EngineMixin
 from .put_back import remember_flags, remember_frequencies, remember_modes, remember_weights, restoring
 
 
 __all__ = ["BetweenRoundsMixin"]
 
 
-class BetweenRoundsMixin(LocalRoundMixin):
+class BetweenRoundsMixin(EngineMixin):
     """
     Evaluates with the engine of the local rounds, and leaves model and trainer as they are. `Trainer` evaluates within
     one training, or after it: it leaves the model in evaluation mode, cast for `bf16_full_eval`, and keeps data

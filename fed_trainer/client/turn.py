@@ -31,6 +31,7 @@ from .evaluation import ClientEvaluationMixin
 from .optimizer_state import UnkeptOptimizerError
 from .put_back import PutBack, remember_problem_type, remember_random_state, restoring
 from .store import ClientStore
+from .tasks import Task
 from .token_counts import count_tokens
 
 
@@ -146,8 +147,8 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         The client's update in the shape of the live model, what it is to keep, what it sends beside the update, and
         its figures; nothing is changed yet.
         """
-        train = functools.partial(
-            self.local_round,
+        task = functools.partial(
+            Task,
             dataset=dataset,
             seed=client_seed(self.args.seed, round, client),
             data_seed=None if self.args.data_seed is None else client_seed(self.args.data_seed, round, client),
@@ -155,30 +156,30 @@ class ClientTurnMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             trained=self.server.trained_keys(self._global_state, round, settings),
             max_steps=settings.max_steps,
             timeout=self.args.client_timeout,
+            keeps_optimizer=self.args.keep_optimizer_state,
         )
         objective = self.server.objective
         is_personal = objective is not None and objective.is_personal
         if objective is not None:
             objective.begin(shared, self._remembered(kept, settings))
-        local, metrics = train(
-            start, objective=None if is_personal else objective, optimizer_state=kept.get(OPTIMIZER)
-        )
+        of_rule = None if is_personal else objective
+        (trained,) = self.local_rounds([task(start, objective=of_rule, optimizer_state=kept.get(OPTIMIZER))])
+        local, metrics = trained.state, trained.metrics
         delta, extras = subtract(local, start), {}
         keeps: dict[str, AdapterState] = {LOCAL: {key: local[key] for key in self._local_keys & local.keys()}}
-        if self.args.keep_optimizer_state:
-            keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **self.optimizer_state()}
+        if trained.optimizer_state is not None:
+            keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **trained.optimizer_state}
         if objective is not None:
             keeps[OBJECTIVE] = objective.finish({key: delta[key] for key in shared})
             extras = objective.to_server()
         if is_personal:
-            keeps[PERSONAL], personal = train(
-                {**start, **kept.get(PERSONAL, {})},
-                objective=objective,
-                optimizer_state=kept.get(PERSONAL_OPTIMIZER),
-            )
-            if self.args.keep_optimizer_state:
-                keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **self.optimizer_state()}
-            metrics |= {f"personal_{key}": value for key, value in personal.items()}
+            own = {**start, **kept.get(PERSONAL, {})}
+            own_task = task(own, objective=objective, optimizer_state=kept.get(PERSONAL_OPTIMIZER))
+            (personal,) = self.local_rounds([own_task])
+            keeps[PERSONAL] = personal.state
+            if personal.optimizer_state is not None:
+                keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **personal.optimizer_state}
+            metrics |= {f"personal_{key}": value for key, value in personal.metrics.items()}
         self._check_finite(keeps)
         return delta, keeps, extras, metrics
 

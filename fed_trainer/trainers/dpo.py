@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
@@ -19,10 +18,12 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 from peft_scl import FederaConfig
 from peft_scl.federa.layer import evenly_spaced
 
+from ..client.engines import engine_of
 from ..client.live import live_state
 from ..client.live.base_changes import NEUTRAL_STARTS
 from ..client.live.state import LiveState
 from ..client.put_back import evaluating, remember_hooks, restoring
+from ..client.tasks import Task, Trained
 from ..config import FederatedDPOConfig, FederationArguments
 from ..methods.aggregation import METHODS
 from ..output.record import peft_type_name
@@ -120,18 +121,18 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         if _REFERENCE in self.model.peft_config:  # TRL adds it to a `PeftModel`, whatever `reference` is
             self.model.delete_adapter(_REFERENCE)
         if self.args.reference != "base":
-            if self.is_fsdp_enabled:
+            if self._engine.replaces_parameters:
                 raise NotImplementedError(
                     f"`reference={self.args.reference!r}` is a second adapter in the model, whose parameters FSDP2 would replace as well. Set "
                     "`reference='base'`, or launch DDP or DeepSpeed."
                 )
             self._reference = self._add_reference(self.model)
 
-    def local_round(self, *args: Any, **kwargs: Any) -> tuple[AdapterState, dict[str, Any]]:
+    def local_rounds(self, tasks: Sequence[Task]) -> list[Trained]:
         if self.args.reference == "round":
             assert self._reference is not None
             self._reference.write(self._global_state)  # that of the last round until this one ends
-        return super().local_round(*args, **kwargs)
+        return super().local_rounds(tasks)
 
     def _start(self, ignore_keys_for_eval: list[str] | None) -> int:
         if self.args.reference == "round":
@@ -151,7 +152,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         with _keeping_what_is_trained(model):
             model.add_adapter(_REFERENCE, config)
             with use_adapter(model, _REFERENCE):
-                reference = live_state(model)
+                reference = live_state(model, self._engine)
                 for key, parameter in reference.parameters().items():
                     parameter.data = parameter.data.to(start[key].dtype)  # TRL's choice for quantised bases
         reference.write(start)
@@ -247,12 +248,12 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         )
 
     def _refuse_to_precompute_in_several_processes(self) -> None:
-        state: Any = self.args.distributed_state
-        if self.args.precompute_ref_log_probs and state.distributed_type != DistributedType.NO:
+        engine = engine_of(self.args.distributed_state)
+        if self.args.precompute_ref_log_probs and engine.kind != "NO":
             raise NotImplementedError(
-                f"`precompute_ref_log_probs=True` under {state.distributed_type.value}: `DPOTrainer` writes what it computes into a file of its "
-                "first process, which the others do not find where a client's data is in memory. Leave it off, which gives the same loss, or "
-                "launch a single process."
+                f"`precompute_ref_log_probs=True` under {engine.kind}: `DPOTrainer` writes what it computes into a file of "
+                "its first process, which the others do not find where a client's data is in memory. Leave it off, which "
+                "gives the same loss, or launch a single process."
             )
 
     def _refuse_references_of_adapters(self) -> None:

@@ -29,6 +29,7 @@ from trl.trainer.utils import get_config_model_id
 import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be one)
 from peft_scl.foreign_files import check_adapter_files, read_peft_config
 
+from ..client.engines import engine_of
 from ..client.live import live_state
 from ..client.live.adapter import LiveAdapter
 from ..client.live.base_changes import BaseChanges
@@ -72,7 +73,6 @@ from .first_look import telling_row
 from .refusals.adapters import check_prompt_arguments, refuse_idle_adapter, refuse_unwrapped_adapter
 from .refusals.callbacks import refuse_callback, refuse_callbacks, remove_last
 from .refusals.data import check_clients
-from .refusals.engines import check_deepspeed, check_fsdp
 from .refusals.launch import check_launch
 from .refusals.settings import (
     refuse_adapter_names,
@@ -156,6 +156,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             eval_dataset=dict(eval_dataset) if isinstance(eval_dataset, Mapping) else eval_dataset,
             **kwargs,
         )
+        self._engine = engine_of(self.accelerator.state)
         if by_client is not None:
             self.eval_dataset = by_client
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
@@ -171,7 +172,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         refuse_unwrapped_adapter(self.model)  # of `from_pretrained` of an adapter
         if isinstance(self.model, PeftModel):
             refuse_adapter_names(self.model)
-        self._live_adapter = live_state(self.model)
+        self._live_adapter = live_state(self.model, self._engine)
         self._check_model()
         if isinstance(self.model, PeftModel):
             check_prompt_arguments(self.model, args)
@@ -214,18 +215,21 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         args = self.args
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
-        refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        refuse_other_weights_in_evaluation(args, self.model, self._engine.holds_weights)
         if self.server.sparse_rounds and isinstance(self.model, PeftModel):
             refuse_sparse_start(args, self.model, self.server.pairs, has_optimizer)
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
             refuse_one_evaluation(self.eval_dataset, self._local_keys)
-        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._engine.has_fixed_parameters:
             refuse_turns_that_differ(args, self.server, self._global_state)
-        if self.is_deepspeed_enabled:
-            plugin = self.accelerator.state.deepspeed_plugin
-            check_deepspeed(args, plugin, self.model, self._live_adapter, self.server, has_optimizer)
-        if self.is_fsdp_enabled:
-            check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, self.server)
+        self._engine.check(
+            args,
+            self.model,
+            self._live_adapter,
+            adds_to_base=self.server.method.adds_to_base,
+            has_stages=self.server.sparse_rounds > 0,
+            has_optimizer=has_optimizer,
+        )
 
     def train(
         self,
@@ -274,7 +278,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             resume_from_checkpoint = None
         elif not resume_from_checkpoint:
             self._claim_folder()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._engine.holds_weights:
             self._ensure_engine()  # a checkpoint is loaded into its float32 masters
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start(ignore_keys_for_eval)
         lr_factors = round_lr_factors(self.args)  # `num_rounds` may have been raised since
@@ -565,7 +569,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
             yield
         except BaseException as error:
             # of several processes the others may wait elsewhere, and under DeepSpeed they have to write together
-            is_alone = self.accelerator.num_processes > 1 and not isinstance(error, TooFewClientsError)
+            is_alone = self._engine.num_processes > 1 and not isinstance(error, TooFewClientsError)
             raise
         finally:
             if not is_alone:
@@ -586,13 +590,12 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs. What is
         `published` is the same everywhere, and has been written.
         """
-        if self.accelerator.num_processes > 1:
+        if self._engine.num_processes > 1:
             device = self.accelerator.device
             whole = self._live_adapter.read(include_frozen=True)
             self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
         state = self._live_adapter.read()
-        makes_masters = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
-        if self.is_deepspeed_enabled or makes_masters:
+        if self._engine.makes_masters:
             # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3 with `bf16`
             state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
