@@ -95,9 +95,9 @@ class AgreementMixin(Trainer):
         if not self._all_have_stopped:
             logger.warning(f"Round {round}, client {client!r}, process {process}: {reason}", exc_info=error)
             raise FailedAloneError(
-                f"In round {round}, client {client!r}, process {process} failed with {reason}. This happened where the "
-                "other processes wait for it, so the run ends. `train(resume_from_checkpoint=True)` continues it from its "
-                "last checkpoint."
+                f"In round {round}, client {client!r}, process {process} failed with {reason}. This happened where "
+                "the other processes wait for it, so the run ends. `train(resume_from_checkpoint=True)` continues it "
+                "from its last checkpoint."
             ) from None  # its message can quote a row: it stays in the log of this process
         reasons = gather_object([None if isinstance(error, OtherProcessFailedError) else reason])
         failed = [index for index, other in enumerate(reasons) if other is not None]

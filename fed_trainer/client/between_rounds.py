@@ -60,8 +60,8 @@ class BetweenRoundsMixin(EngineMixin):
     def _leaving_all_as_it_is(self, is_logged: bool = False) -> Iterator[None]:
         if self.is_in_train:
             raise ClientError(
-                "It was to evaluate or predict in the middle of a local round, on a model that is half trained, and its figures would "
-                "enter those of the client. Do it between rounds, as in `on_evaluate` or `on_log`."
+                "It was to evaluate or predict in the middle of a local round, on a model that is half trained, and "
+                "its figures would enter those of the client. Do it between rounds, as in `on_evaluate` or `on_log`."
             )
         # from one door to the next, such as from set to set: what is logged depends on the mode
         if self._is_between_rounds:

@@ -171,13 +171,13 @@ class LocalFiguresMixin(Trainer):
         reason = None
         if steps == 0:
             reason = (
-                "It took no step: after preparation there was less than one batch, or no budget. Lower `per_device_train_batch_size`, set "
-                "`dataloader_drop_last=False`, or leave the client out."
+                "It took no step: after preparation there was less than one batch, or no budget. Lower "
+                "`per_device_train_batch_size`, set `dataloader_drop_last=False`, or leave the client out."
             )
         elif not has_label:
             reason = (
-                "No batch of its local round had a label (all are -100), so there was nothing to learn. Look at its labels, or leave "
-                "the client out."
+                "No batch of its local round had a label (all are -100), so there was nothing to learn. Look at its "
+                "labels, or leave the client out."
             )
         else:
             loss = self._mean_loss(loss, steps, measured.without_loss.item(), is_whole=not without_loss)

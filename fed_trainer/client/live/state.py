@@ -21,16 +21,18 @@ class LiveState:
     """
     Tensors of a model as an [`AdapterState`], read and written in place.
 
-    The parameters and buffers behind the keys are looked up once, by the subclass; the model, the wrapper around it (DDP, a
-    DeepSpeed engine) and the optimiser go on holding the same objects, unless the engine replaces them. If the engine
-    holds the weights, all processes have to read and write together.
+    The parameters and buffers behind the keys are looked up once, by the subclass; the model, the wrapper around it
+    (DDP, a DeepSpeed engine) and the optimiser go on holding the same objects, unless the engine replaces them. If the
+    engine holds the weights, all processes have to read and write together.
     """
 
     engine: Engine = Engine()
     """What runs the model; one process that holds it whole, if nothing else is said (see [`live_state`])."""
 
     saved_file_is_state: bool = True
-    """Whether `save_pretrained` writes all that is needed to train on; if not, a checkpoint holds the state beside it."""
+    """
+    Whether `save_pretrained` writes all that is needed to train on; if not, a checkpoint holds the state beside it.
+    """
 
     _tensors: dict[str, torch.Tensor]  # all that is saved
     _frozen: set[str]  # keys of what no client trains, which does not travel
