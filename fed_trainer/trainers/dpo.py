@@ -16,7 +16,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from peft_scl import FederaConfig
-from peft_scl.federa.layer import evenly_spaced
+from peft_scl.linalg import evenly_spaced
 
 from ..client.engines import engine_of
 from ..client.live import live_state

@@ -14,7 +14,7 @@ from scl_reference import Block, scl_layers
 from torch import nn
 
 from peft_scl import SclConfig, SclLayer
-from peft_scl.targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections
+from peft_scl.scl.targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections
 
 
 def _wrapped_names(model):
