@@ -6,7 +6,7 @@ What changing from one client to the next costs beyond its optimiser steps, with
 Each engine is launched as users launch it (`recipes/accelerate`; ZeRO with two processes on the CPU). In one process, on the
 same prepared data, the sides take their turns with every client, in a shuffled order:
 
-* kept: `local_round` of a `FederatedTrainer`;
+* kept: `local_rounds` of a `FederatedTrainer`;
 * fresh_trainer (plain): write the state into the loaded model, `SFTTrainer(...)`, `train()`, read the state; arguments,
   tokeniser and tokens are there already;
 * fresh_model (plain): the same, with the base model loaded anew;
@@ -54,6 +54,7 @@ from transformers.utils import logging  # noqa: E402
 from trl import SFTConfig, SFTTrainer  # noqa: E402
 
 from fed_trainer import FederatedConfig, FederatedTrainer  # noqa: E402
+from fed_trainer.client.tasks import Task  # noqa: E402
 
 
 State = dict[str, torch.Tensor]
@@ -130,7 +131,8 @@ class Kept(Side):
         self.clock.watch(self.trainer)
 
     def turn(self, state: State, dataset: Dataset, seed: int) -> State:
-        return self.federation.local_round(state, dataset, seed=seed, data_seed=None, lr_factor=1.0)[0]
+        (trained,) = self.federation.local_rounds([Task(state, dataset, seed)])
+        return trained.state
 
 
 class FreshTrainer(Side):

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from conftest import clients_of
 from datasets import Dataset
 from fsdp_on_cpu import pretend_that_accelerate_found_gpus
+from local_rounds import local_round
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, set_seed
@@ -166,18 +167,16 @@ def one_engine() -> dict[str, Any]:
     start = trainer.federation.state
     names = list(trainer._clients)
 
-    def local_round(client: str, state: dict[str, torch.Tensor], seed: int) -> Any:
-        return trainer.local_round(
-            state, trainer.client.data.prepared(client), seed=seed, data_seed=None, lr_factor=1.0
-        )
+    def turn(client: str, state: dict[str, torch.Tensor], seed: int) -> Any:
+        return local_round(trainer, state, trainer.client.data.prepared(client), seed)
 
-    fresh, metrics = local_round(names[0], start, seed=1)
+    fresh, metrics = turn(names[0], start, seed=1)
     state, sizes = fresh, []
     for swap in range(SWAPS):
-        state, _ = local_round(names[swap % 3], state, seed=swap)
+        state, _ = turn(names[swap % 3], state, seed=swap)
         if swap in (9, SWAPS - 1):
             sizes.append(footprint(trainer))
-    again, metrics_again = local_round(names[0], start, seed=1)
+    again, metrics_again = turn(names[0], start, seed=1)
     return {
         "world_size": trainer.accelerator.num_processes,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
@@ -194,7 +193,7 @@ def one_engine() -> dict[str, Any]:
 def in_bfloat16() -> dict[str, Any]:
     """As `one_engine`, with `bf16`, which the arguments refuse without a GPU; what is gathered takes several messages."""
     pretended = patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True)
-    with pretended, patch("fed_trainer.client.live.deepspeed.ELEMENTS_PER_MESSAGE", 500):
+    with pretended, patch("fed_trainer.client.engines.deepspeed.ELEMENTS_PER_MESSAGE", 500):
         trainer = make_trainer("bfloat16", bf16=True)
         start, client = trainer.federation.state, trainer.client.data.prepared("client_0")
         start = {key: tensor + 1e-5 for key, tensor in start.items()}  # which bfloat16 would round away
@@ -207,7 +206,7 @@ def in_bfloat16() -> dict[str, Any]:
         after = digest(trainer._live_adapter.read())
         hook.remove()
         adapters = [
-            trainer.local_round(state, client, seed=seed, data_seed=None, lr_factor=1.0)[0]
+            local_round(trainer, state, client, seed)[0]
             for state, seed in ((start, 1), ({key: 2 * tensor for key, tensor in start.items()}, 2), (start, 1))
         ]
         trainer._live_adapter.write(start)

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from local_rounds import local_round
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.client import engine as local_round
+from fed_trainer.client import engine
 from fed_trainer.client.put_back import _HOOKS
 from fed_trainer.trainers.refusals.settings import refuse_other_weights_in_evaluation
 
@@ -339,8 +340,8 @@ def test_an_optimiser_with_other_weights_gives_those_to_be_used(make_trainer):
     trainer = make_trainer("ours", True, **settings)
     trainer.optimizer_cls_and_kwargs = (Lookahead, {"lr": 0.1})
     start, rows = plain.federation.state, plain.client.data.prepared("a")
-    trained, _ = plain.local_round(start, rows, 0, None, 1.0)
-    to_be_used, _ = trainer.local_round(start, rows, 0, None, 1.0)
+    trained, _ = local_round(plain, start, rows, 0)
+    to_be_used, _ = local_round(trainer, start, rows, 0)
     for key, tensor in to_be_used.items():
         torch.testing.assert_close(tensor, (start[key] + trained[key]) / 2)
     assert not same(trained, start)
@@ -362,7 +363,7 @@ def test_weights_that_are_split_are_not_exchanged(make_trainer, optim):
 def test_an_evaluation_before_the_first_round_has_the_tokens_and_kernels_of_training(make_trainer, monkeypatch):
     """`Trainer` takes over the special tokens of the tokenizer and puts kernels in when training starts."""
     calls = []
-    monkeypatch.setattr(local_round, "apply_liger_kernel", lambda model, config: calls.append("kernels"))
+    monkeypatch.setattr(engine, "apply_liger_kernel", lambda model, config: calls.append("kernels"))
     trainer = make_trainer("ours", True)
     trainer.args.use_liger_kernel = True
     monkeypatch.setattr(trainer, "_wrap_model", lambda model, **_: calls.append("engine") or model)
@@ -370,5 +371,5 @@ def test_an_evaluation_before_the_first_round_has_the_tokens_and_kernels_of_trai
     trainer.evaluate()
     assert trainer.model.config.bos_token_id == trainer.processing_class.bos_token_id
     assert calls[:2] == ["kernels", "engine"]
-    trainer.local_round(trainer.federation.state, trainer.client.data.prepared("a"), 0, None, 1.0)
+    local_round(trainer, trainer.federation.state, trainer.client.data.prepared("a"), 0)
     assert calls.count("kernels") == 1 and trainer.args.use_liger_kernel

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from local_rounds import local_round
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
 from fed_trainer.client.put_back import _HOOKS, remember_hooks
+from fed_trainer.client.tasks import Task, Trained
 from fed_trainer.federation.packet import Packet
 from fed_trainer.state.client_errors import TurnFailedError
 
@@ -117,9 +119,9 @@ class BrokenError(RuntimeError):
 class Breaker(TrainerCallback):
     """Fails where the name of the client, `"<index> <point>"`, says it; remembers what healthy clients give."""
 
-    def __init__(self, skips: bool, local_round: int) -> None:
+    def __init__(self, skips: bool, which: int) -> None:
         self.skips = skips  # whether the turns that would fail are not taken at all
-        self.breaks = local_round  # which local round of a turn breaks off
+        self.breaks = which  # which local round of a turn breaks off
         self.point, self.client, self.calls = "", "", 0
         self.local_rounds: dict[str, list[Any]] = defaultdict(list)
         self.forwards: Counter[str] = Counter()
@@ -141,7 +143,7 @@ class Breaker(TrainerCallback):
 
     def attach(self, trainer: Any) -> None:
         """Have it called at each of the points."""
-        turn, local_round, build_engine = trainer.client.turn, trainer.local_round, trainer._build_engine
+        turn, local_rounds, build_engine = trainer.client.turn, trainer.local_rounds, trainer._build_engine
 
         def taken(packet: Packet) -> Packet:
             client = packet.meta["client"]
@@ -157,17 +159,18 @@ class Breaker(TrainerCallback):
                 self.hooks.append(hooks_of(trainer))
                 self.client = self.point = ""
 
-        def remembered(*args: Any, **kwargs: Any) -> Any:
-            state, metrics = local_round(*args, **kwargs)
-            figures = {key: value for key, value in metrics.items() if key != "seconds"}
-            self.local_rounds[self.client].append((state, figures))
-            return state, metrics
+        def remembered(tasks: list[Task]) -> list[Trained]:
+            results = local_rounds(tasks)
+            for trained in results:
+                figures = {key: value for key, value in trained.metrics.items() if key != "seconds"}
+                self.local_rounds[self.client].append((trained.state, figures))
+            return results
 
         def built() -> None:
             build_engine()
             trainer.optimizer.optimizer.register_step_post_hook(lambda *args: self.reach("optimizer"))
 
-        trainer.client.turn, trainer.local_round, trainer._build_engine = taken, remembered, built
+        trainer.client.turn, trainer.local_rounds, trainer._build_engine = taken, remembered, built
         once = functools.cache(functools.partial(trainer._prepare_client_dataset, client="all"))  # of the same rows
         prepare = self.reaching(once, "preparation")
         trainer._prepare_client_dataset = lambda dataset, client: prepare(dataset)
@@ -300,8 +303,8 @@ def test_an_interrupt_leaves_nothing_behind(run, make_clients, tiny_model_dir, t
         train_dataset={"00": make_clients(num_clients=1)["client_0"]},
         peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM"),
     )
-    local = trainer.federation.state, trainer.client.data.prepared("00"), 0, None, 1.0
-    expected, _ = trainer.local_round(*local)
+    local = trainer.federation.state, trainer.client.data.prepared("00"), 0
+    expected, _ = local_round(trainer, *local)
     hooks, training_step = hooks_of(trainer), trainer.training_step
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -311,10 +314,10 @@ def test_an_interrupt_leaves_nothing_behind(run, make_clients, tiny_model_dir, t
     trainer.training_step = interrupted
     for _ in range(5):
         with pytest.raises(KeyboardInterrupt):
-            trainer.local_round(*local)
+            local_round(trainer, *local)
     trainer.training_step = training_step
     assert hooks_of(trainer) == hooks and not trainer.is_in_train and trainer.accelerator.sync_gradients
-    assert same(trainer.local_round(*local)[0], expected)
+    assert same(local_round(trainer, *local)[0], expected)
 
 
 def test_gradients_of_a_step_that_broke_off_count_as_scaled(run):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from local_rounds import local_round
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -100,7 +101,7 @@ def test_clients_are_trained_on_their_own_rows(make_trainer, clients, tiny_model
     start = trainer.federation.state
     for name, rows in clients.items():
         seed = client_seed(0, 1, name)
-        local, metrics = trainer.local_round(start, trainer.client.data.prepared(name), seed, None, 1.0)
+        local, metrics = local_round(trainer, start, trainer.client.data.prepared(name), seed)
         assert not left_over()
         stock = SFTTrainer(
             get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), LORA),
@@ -150,7 +151,7 @@ def test_workers_of_what_breaks_off_end(make_trainer, clients, loader):
 
     compute_loss, trainer.compute_loss = trainer.compute_loss, broken
     for break_off in (
-        lambda: trainer.local_round(trainer.federation.state, trainer.client.data.prepared("client_0"), 0, None, 1.0),
+        lambda: local_round(trainer, trainer.federation.state, trainer.client.data.prepared("client_0"), 0),
         trainer.evaluate,
         lambda: trainer.predict(trainer.client.data.prepared("client_0")),
     ):

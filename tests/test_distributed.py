@@ -24,7 +24,7 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 
 from fed_trainer import FederatedConfig, FederatedTrainer, read_record
-from fed_trainer.trainers.refusals.engines import check_deepspeed
+from fed_trainer.client.engines.deepspeed import DeepSpeed
 from fed_trainer.trainers.refusals.launch import check_launch
 
 
@@ -249,6 +249,18 @@ def test_a_launch_that_does_what_it_says_is_not_refused(environment, args, monke
     check_launch(args)
 
 
+def check(trainer, stage, zero, config, live=None, has_optimizer=False):
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero, **config})
+    DeepSpeed(SimpleNamespace(deepspeed_plugin=plugin)).check(
+        trainer.args,
+        trainer.model,
+        live or trainer._live_adapter,
+        adds_to_base=trainer.client.plan.method.adds_to_base,
+        has_stages=trainer.stage.rounds > 0,
+        has_optimizer=has_optimizer,
+    )
+
+
 @pytest.mark.parametrize(
     ("stage", "zero", "config", "settings", "peft_config", "message"),
     [
@@ -287,11 +299,8 @@ def test_what_cannot_be_done_under_deepspeed_is_refused(
         train_dataset=make_clients(num_clients=2),
         peft_config=LoraConfig(task_type="CAUSAL_LM") if peft_config == {} else kinds[peft_config],
     )
-    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero, **config})
     with pytest.raises(NotImplementedError, match=message):
-        check_deepspeed(
-            args, plugin, trainer.model, trainer._live_adapter, trainer.federation.server, has_optimizer=False
-        )
+        check(trainer, stage, zero, config)
 
 
 def test_what_can_be_done_under_deepspeed_is_not_refused(tiny_model_dir, make_clients, tmp_path):
@@ -303,14 +312,9 @@ def test_what_can_be_done_under_deepspeed_is_not_refused(tiny_model_dir, make_cl
         peft_config=LoraConfig(task_type="CAUSAL_LM"),
     )
     for stage in (1, 2, 3):
-        plugin = SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": {"stage": stage}})
-        check_deepspeed(
-            args, plugin, trainer.model, trainer._live_adapter, trainer.federation.server, has_optimizer=False
-        )
+        check(trainer, stage, {"stage": stage}, {})
         statistics = SimpleNamespace(buffers={"score.running_mean", "score.running_var"})
         with pytest.raises(NotImplementedError, match="score.running_mean is a running statistic"):
-            check_deepspeed(args, plugin, trainer.model, statistics, trainer.federation.server, has_optimizer=False)
+            check(trainer, stage, {"stage": stage}, {}, live=statistics)
         with pytest.raises(NotImplementedError, match="`optimizers`"):
-            check_deepspeed(
-                args, plugin, trainer.model, trainer._live_adapter, trainer.federation.server, has_optimizer=True
-            )
+            check(trainer, stage, {"stage": stage}, {}, has_optimizer=True)

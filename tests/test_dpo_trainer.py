@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from local_rounds import local_round
 from peft import (
     LoraConfig,
     PeftModel,
@@ -185,7 +186,7 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     seed = client_seed(42, 1, "client_0")
     prepared = trainer.client.data.prepared("client_0")
     start = trainer._live_adapter.read(include_frozen=True)
-    local, metrics = trainer.local_round(trainer.federation.state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+    local, metrics = local_round(trainer, trainer.federation.state, prepared, seed=seed)
 
     args = DPOConfig(
         output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL
@@ -305,7 +306,7 @@ def test_what_a_client_does_not_train_stays_as_it_is(make_trainer, reference):
     start = trainer.federation.state
     trained = {key for key in start if ".lora_A." in key}
     rows = trainer.client.data.prepared("client_0")
-    local, _ = trainer.local_round(start, rows, seed=0, data_seed=None, lr_factor=1.0, trained=trained)
+    local, _ = local_round(trainer, start, rows, seed=0, trained=trained)
     assert {key for key in start if not torch.equal(local[key], start[key])} == trained
 
 

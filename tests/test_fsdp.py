@@ -11,11 +11,11 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig, PromptTuningConfig
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.trainers.refusals.engines import check_fsdp
+from fed_trainer.client.engines.fsdp import FSDP2
 from fed_trainer.trainers.refusals.launch import check_launch
 
 
-FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 
 
 def arguments(distributed_type="MULTI_GPU", num_processes=2, fsdp_version=None):
@@ -33,12 +33,12 @@ def arguments(distributed_type="MULTI_GPU", num_processes=2, fsdp_version=None):
     ("environment", "args", "error", "message"),
     [
         ({"ACCELERATE_USE_FSDP": "true"}, arguments(), NotImplementedError, "FSDP1 is not supported"),
-        (FSDP2 | {"FSDP_VERSION": "1"}, arguments(), NotImplementedError, "fsdp2.yaml"),
+        (LAUNCHED | {"FSDP_VERSION": "1"}, arguments(), NotImplementedError, "fsdp2.yaml"),
         ({}, arguments(fsdp_version=1), NotImplementedError, "FSDP1 is not supported"),
-        (FSDP2, arguments("NO", 1), ValueError, "here runs NO: nothing would be split"),
-        (FSDP2, arguments("NO", 2), ValueError, "zero3.yaml <script> --ddp_backend gloo"),
-        (FSDP2, arguments("MULTI_CPU"), ValueError, "here runs MULTI_CPU"),
-        (FSDP2 | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, arguments(), NotImplementedError, "Set it to `false`"),
+        (LAUNCHED, arguments("NO", 1), ValueError, "here runs NO: nothing would be split"),
+        (LAUNCHED, arguments("NO", 2), ValueError, "zero3.yaml <script> --ddp_backend gloo"),
+        (LAUNCHED, arguments("MULTI_CPU"), ValueError, "here runs MULTI_CPU"),
+        (LAUNCHED | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, arguments(), NotImplementedError, "Set it to `false`"),
     ],
 )
 def test_a_launch_that_would_split_nothing_or_cannot_be_federated_is_refused(
@@ -52,7 +52,7 @@ def test_a_launch_that_would_split_nothing_or_cannot_be_federated_is_refused(
 
 @pytest.mark.parametrize(
     ("environment", "args"),
-    [(FSDP2, arguments()), (FSDP2, arguments("FSDP")), ({}, arguments(fsdp_version=2))],
+    [(LAUNCHED, arguments()), (LAUNCHED, arguments("FSDP")), ({}, arguments(fsdp_version=2))],
 )
 def test_a_launch_with_fsdp2_on_gpus_is_not_refused(environment, args, monkeypatch):
     for name, value in environment.items():
@@ -77,8 +77,15 @@ def federation(tiny_model_dir, make_clients, tmp_path):
 
 
 def check(trainer, live=None, activation_checkpointing=False):
-    plugin = SimpleNamespace(activation_checkpointing=activation_checkpointing)
-    check_fsdp(trainer.args, plugin, trainer.model, live or trainer._live_adapter, trainer.federation.server)
+    engine = FSDP2(SimpleNamespace(fsdp_plugin=SimpleNamespace(activation_checkpointing=activation_checkpointing)))
+    engine.check(
+        trainer.args,
+        trainer.model,
+        live or trainer._live_adapter,
+        adds_to_base=trainer.client.plan.method.adds_to_base,
+        has_stages=trainer.stage.rounds > 0,
+        has_optimizer=False,
+    )
 
 
 LORA = LoraConfig(task_type="CAUSAL_LM")

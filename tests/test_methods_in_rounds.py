@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_rounds import after_local_rounds
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -103,16 +104,13 @@ class Watch:
 
     def __init__(self, trainer, monkeypatch):
         self.weights, self.states, self.starts = [], [], []
-        original = trainer.local_round
 
-        def watched(state, *args, **kwargs):
-            local, metrics = original(state, *args, **kwargs)
-            self.starts.append({key: tensor.clone() for key, tensor in state.items()})
+        def look(task, trained):
+            self.starts.append({key: tensor.clone() for key, tensor in task.state.items()})
             self.weights.append(effective_weights(trainer.model))
-            self.states.append({key: tensor.clone() for key, tensor in local.items()})
-            return local, metrics
+            self.states.append({key: tensor.clone() for key, tensor in trained.state.items()})
 
-        monkeypatch.setattr(trainer, "local_round", watched)
+        after_local_rounds(monkeypatch, trainer, look)
 
 
 def mean(dictionaries, weights):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from local_rounds import local_round
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -73,7 +74,7 @@ class Federation:
     ) -> AdapterState:
         self.batches.clear()
         dataset = self.trainer.client.data.prepared(f"client_{client}")
-        local, metrics = self.trainer.local_round(state, dataset, client, None, 1.0, trained, objective=objective)
+        local, metrics = local_round(self.trainer, state, dataset, client, None, 1.0, trained, objective=objective)
         assert metrics["num_steps"] == len(STEPS) and len(self.batches) == sum(STEPS)
         return local
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from local_rounds import after_local_rounds, local_round
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, set_seed
@@ -284,14 +285,8 @@ def test_a_client_of_a_smaller_rank_sends_and_trains_its_rank_only(make_trainer,
 
 def test_rows_beyond_a_clients_rank_stay_zero_in_the_live_model(make_trainer, monkeypatch):
     trainer = make_trainer(aggregation="hetlora", client_settings={"client_0": {"r": 1}}, weight_decay=0.1)
-    original, seen = trainer.local_round, []
-
-    def watched(state, *args, **kwargs):
-        local, metrics = original(state, *args, **kwargs)
-        seen.append(local)
-        return local, metrics
-
-    monkeypatch.setattr(trainer, "local_round", watched)
+    seen = []
+    after_local_rounds(monkeypatch, trainer, lambda task, trained: seen.append(trained.state))
     trainer.train()
     for local in (seen[0], seen[3]):  # client_0 in both rounds
         for key, tensor in local.items():
@@ -328,7 +323,7 @@ def test_a_client_trains_a_subset_of_the_layers(make_trainer):
     assert (clients["client_0"]["bytes_up"] - 8) * 2 == clients["client_2"]["bytes_up"] - 8
     assert clients["client_0"]["bytes_down"] == clients["client_2"]["bytes_down"]  # it computes with all layers
     # layer 1 is the third client's alone
-    local, _ = alone.local_round(start, alone.client.data.prepared("client_2"), seed=0, data_seed=None, lr_factor=1.0)
+    local, _ = local_round(alone, start, alone.client.data.prepared("client_2"), seed=0)
     moved = [
         key for key in start if ".layers.1." in key and not torch.equal(trainer.federation.state[key], start[key])
     ]
@@ -337,14 +332,8 @@ def test_a_client_trains_a_subset_of_the_layers(make_trainer):
 
 def test_the_mean_of_a_layer_is_over_the_clients_that_train_it(make_trainer, monkeypatch):
     trainer = make_trainer(client_settings={"client_0": {"layers_to_transform": [0]}}, num_rounds=1)
-    start, original, ends = trainer.federation.state, trainer.local_round, []
-
-    def watched(state, *args, **kwargs):
-        local, metrics = original(state, *args, **kwargs)
-        ends.append(local)
-        return local, metrics
-
-    monkeypatch.setattr(trainer, "local_round", watched)
+    start, ends = trainer.federation.state, []
+    after_local_rounds(monkeypatch, trainer, lambda task, trained: ends.append(trained.state))
     trainer.train()
     for key, tensor in trainer.federation.state.items():
         chosen = ends if ".layers.0." in key else ends[1:]
@@ -510,16 +499,12 @@ def breaks(trainer, monkeypatch, is_broken):
         turn["now"] = (packet.meta["round"], packet.meta["client"])
         return original(packet)
 
-    local_round = trainer.local_round
-
-    def broken(state, *args, **kwargs):
-        local, metrics = local_round(state, *args, **kwargs)
+    def break_it(task, trained):
         if is_broken(*turn["now"]):
-            local[min(local)].view(-1)[0] = float("nan")
-        return local, metrics
+            trained.state[min(trained.state)].view(-1)[0] = float("nan")
 
     monkeypatch.setattr(trainer.client, "turn", remembered)
-    monkeypatch.setattr(trainer, "local_round", broken)
+    after_local_rounds(monkeypatch, trainer, break_it)
 
 
 def test_a_round_goes_on_without_a_client_whose_update_is_not_finite(
@@ -566,16 +551,14 @@ def test_a_client_that_is_left_out_keeps_what_it_had(make_trainer, monkeypatch, 
 
 def test_a_client_whose_own_model_diverges_is_left_out(make_trainer, monkeypatch):
     trainer = make_trainer(num_rounds=1, local_objective="ditto", local_objective_kwargs={"mu": 0.1})
-    local_round, turns = trainer.local_round, []
+    turns = []
 
-    def diverging(state, *args, objective=None, **kwargs):
-        local, metrics = local_round(state, *args, objective=objective, **kwargs)
-        turns.append(objective)
+    def diverge(task, trained):
+        turns.append(task.objective)
         if len(turns) == 4:  # the own model of the second client
-            local[min(local)].view(-1)[0] = float("inf")
-        return local, metrics
+            trained.state[min(trained.state)].view(-1)[0] = float("inf")
 
-    monkeypatch.setattr(trainer, "local_round", diverging)
+    after_local_rounds(monkeypatch, trainer, diverge)
     trainer.train()
     refused = trainer._record["rounds"][0]["refused"]
     assert list(refused) == ["client_1"]
@@ -712,17 +695,14 @@ def test_what_clients_keep_belongs_to_the_last_finished_round(make_trainer, monk
 
 def test_absurd_values_are_left_out(make_trainer, monkeypatch):
     trainer = make_trainer(num_rounds=1)
-    local_round = trainer.local_round
     seen = []
 
-    def absurd(state, *args, **kwargs):
-        local, metrics = local_round(state, *args, **kwargs)
+    def become_absurd(task, trained):
         seen.append(1)
         if len(seen) == 2:
-            local[min(local)].view(-1)[0] = 3e38
-        return local, metrics
+            trained.state[min(trained.state)].view(-1)[0] = 3e38
 
-    monkeypatch.setattr(trainer, "local_round", absurd)
+    after_local_rounds(monkeypatch, trainer, become_absurd)
     trainer.train()
     assert "values beyond 4.1e+03" in trainer._record["rounds"][0]["refused"]["client_1"]
 

@@ -20,6 +20,7 @@ from transformers.trainer_callback import TrainerState
 
 from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.client.agreement import AgreementMixin, FailedAloneError
+from fed_trainer.client.engines import Engine
 from fed_trainer.output.card import model_card
 from fed_trainer.output.published import Openings, published_log, published_record
 from fed_trainer.output.record import read_record
@@ -479,7 +480,8 @@ def test_text_that_is_no_utf8_does_not_keep_the_card_from_being_written(run, fie
 def test_the_error_that_ends_a_run_does_not_carry_that_of_the_client(caplog):
     """Of several processes one has failed where the others wait: its traceback, and a log of it, would hold the row."""
     trainer = AgreementMixin.__new__(AgreementMixin)
-    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=1)
+    trainer.accelerator = SimpleNamespace(process_index=1)
+    trainer._engine = Engine(SimpleNamespace(num_processes=2))
     with caplog.at_level(logging.WARNING, "fed_trainer"), pytest.raises(FailedAloneError) as caught:
         try:
             raise ValueError(SECRET)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from local_rounds import local_round
 from peft import (
     LoraConfig,
     PeftModel,
@@ -120,7 +121,7 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     trainer = make_trainer(clients=one, peft_config=peft_config)
     seed = client_seed(42, 1, "client_0")
     prepared = trainer.client.data.prepared("client_0")
-    local, _ = trainer.local_round(trainer.federation.state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+    local, _ = local_round(trainer, trainer.federation.state, prepared, seed=seed)
 
     args = RewardConfig(
         output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL

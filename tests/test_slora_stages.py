@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from local_rounds import local_round
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -338,13 +339,13 @@ def test_one_trainer_goes_through_both_stages(
 
     live = trainer._live_adapter = stage_1(trainer.model, density=0.05)
     start = live.read()
-    once, metrics = trainer.local_round(start, data, 0, None, 1.0)
-    again, same_metrics = trainer.local_round(start, data, 0, None, 1.0)
+    once, metrics = local_round(trainer, start, data, 0)
+    again, same_metrics = local_round(trainer, start, data, 0)
     assert same(once, again) and once.keys() == start.keys()
     assert metrics["train_loss"] == same_metrics["train_loss"]
     assert all(tensor.count_nonzero() == tensor.numel() for tensor in once.values())
     after_one = hooks(trainer.model)
-    _, later = trainer.local_round(once, data, 1, None, 1.0)
+    _, later = local_round(trainer, once, data, 1)
     assert later["train_loss"] < metrics["train_loss"]
 
     live.write(once)
@@ -352,14 +353,14 @@ def test_one_trainer_goes_through_both_stages(
     trainer._drop_engine()
     live = trainer._live_adapter = LiveAdapter(trainer.model)
     start = live.read()
-    trained, _ = trainer.local_round(start, data, 2, None, 0.5)
-    again, _ = trainer.local_round(start, data, 2, None, 0.5)
+    trained, _ = local_round(trainer, start, data, 2, None, 0.5)
+    again, _ = local_round(trainer, start, data, 2, None, 0.5)
     assert engines == [True, True]
     assert len(trainer.accelerator._optimizers) == len(trainer.accelerator._models) == 1  # the old ones are gone
     assert hooks(trainer.model) == after_one
 
     fresh = make_trainer(**settings)
-    expected, _ = fresh.local_round(start, data, 2, None, 0.5)
+    expected, _ = local_round(fresh, start, data, 2, None, 0.5)
     assert not same(expected, start)
     assert same(trained, expected) and same(again, expected)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from local_rounds import local_round
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
@@ -135,7 +136,7 @@ def test_the_second_client_is_trained_as_by_the_stock_trainer(make_trainer, proc
     trainer = make_trainer("out")
     seed = client_seed(42, 1, "camera-1")
     prepared = trainer.client.data.prepared("camera-1")
-    local, metrics = trainer.local_round(trainer.federation.state, prepared, seed=seed, data_seed=None, lr_factor=1.0)
+    local, metrics = local_round(trainer, trainer.federation.state, prepared, seed=seed)
 
     args = SFTConfig(
         output_dir=str(tmp_path / "stock"), bf16=False, save_strategy="no", lr_scheduler_type="constant", **LOCAL

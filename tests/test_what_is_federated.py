@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from local_rounds import local_round
 from peft import (
     PeftModel,
     PrefixTuningConfig,
@@ -178,7 +179,7 @@ def test_a_round_is_the_mean_in_float64_and_stock_peft_loads_it(make_trainer, bi
     mean = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in start.items()}
     for client, weight in (("client_0", 0.6), ("client_1", 0.4)):
         seed = client_seed(42, 1, client)
-        local, _ = trainer.local_round(start, trainer.client.data.prepared(client), seed, None, 1.0)
+        local, _ = local_round(trainer, start, trainer.client.data.prepared(client), seed)
         assert not any(torch.equal(local[key], start[key]) for key in start), "a tensor that travels was not trained"
         for key in mean:
             mean[key] += weight * local[key].double()

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..state.client_errors import ClientError, public_reason
-from .live.deepspeed import DeepSpeedOptimizer
+from .engines import Engine
 
 
 __all__ = ["UNPREPARED", "AgreementMixin", "FailedAloneError", "OtherProcessFailedError"]
@@ -36,11 +36,12 @@ class FailedAloneError(RuntimeError):
 
 class AgreementMixin(Trainer):
     """
-    Places at which every process learns whether one of them has failed: after the preparation of the data, after the batches of an
-    optimiser step, and after a forward pass that has no communication of its own. An error elsewhere finds the others waiting.
+    Places at which every process learns whether one of them has failed: after the preparation of the data, after the
+    batches of an optimiser step, and after a forward pass that has no communication of its own. An error elsewhere
+    finds the others waiting.
     """
 
-    _deepspeed_optimizer: DeepSpeedOptimizer | None = None
+    _engine: Engine
     _all_have_stopped: bool = False  # whether all processes have broken off the last local round, at the same place
 
     def get_batch_samples(
@@ -53,9 +54,7 @@ class AgreementMixin(Trainer):
 
     def _any_stops(self, stops: bool) -> bool:
         """Whether any process stops here; all have to ask."""
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(stops), device=self.accelerator.device)
-            stops = bool(self.accelerator.reduce(flag, reduction="sum").item())
+        stops = bool(self._engine.over_processes(torch.tensor(float(stops)), "sum").item())
         self._all_have_stopped |= stops
         return stops
 
@@ -72,15 +71,12 @@ class AgreementMixin(Trainer):
 
     def _agreeing_in_forward(self) -> AbstractContextManager[Any]:
         """Within, a forward pass that fails stops all processes, if the pass has no communication of its own."""
-        if self.accelerator.num_processes == 1 or self.is_fsdp_enabled:
+        if self._engine.num_processes == 1 or not self._engine.can_break_off_forward:
             return nullcontext()
         assert self.model is not None
         return self.model.register_forward_hook(self._agree_after_forward, always_call=True)
 
     def _agree_after_forward(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        deepspeed = self._deepspeed_optimizer  # which the first local round makes
-        if deepspeed is not None and not deepspeed.can_discard_gradients:
-            return
         failed = output is None  # torch then raises what has been raised
         if self._any_stops(failed) and not failed:
             raise OtherProcessFailedError("the forward pass of another process has failed")
@@ -93,14 +89,15 @@ class AgreementMixin(Trainer):
             FailedAloneError: If this process alone has.
         """
         reason = public_reason(error)
-        if self.accelerator.num_processes == 1:
+        if self._engine.num_processes == 1:
             return reason
         process = self.accelerator.process_index
         if not self._all_have_stopped:
             logger.warning(f"Round {round}, client {client!r}, process {process}: {reason}", exc_info=error)
             raise FailedAloneError(
-                f"In round {round}, client {client!r}, process {process} failed with {reason}. This happened where the other processes "
-                "wait for it, so the run ends. `train(resume_from_checkpoint=True)` continues it from its last checkpoint."
+                f"In round {round}, client {client!r}, process {process} failed with {reason}. This happened where "
+                "the other processes wait for it, so the run ends. `train(resume_from_checkpoint=True)` continues it "
+                "from its last checkpoint."
             ) from None  # its message can quote a row: it stays in the log of this process
         reasons = gather_object([None if isinstance(error, OtherProcessFailedError) else reason])
         failed = [index for index, other in enumerate(reasons) if other is not None]

@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from ..state.client_errors import ClientError
-from .engine import LocalRoundMixin
+from .engine import EngineMixin
 from .put_back import remember_flags, remember_frequencies, remember_modes, remember_weights, restoring
 
 
 __all__ = ["BetweenRoundsMixin"]
 
 
-class BetweenRoundsMixin(LocalRoundMixin):
+class BetweenRoundsMixin(EngineMixin):
     """
     Evaluates with the engine of the local rounds, and leaves model and trainer as they are. `Trainer` evaluates within
     one training, or after it: it leaves the model in evaluation mode, cast for `bf16_full_eval`, and keeps data
@@ -60,8 +60,8 @@ class BetweenRoundsMixin(LocalRoundMixin):
     def _leaving_all_as_it_is(self, is_logged: bool = False) -> Iterator[None]:
         if self.is_in_train:
             raise ClientError(
-                "It was to evaluate or predict in the middle of a local round, on a model that is half trained, and its figures would "
-                "enter those of the client. Do it between rounds, as in `on_evaluate` or `on_log`."
+                "It was to evaluate or predict in the middle of a local round, on a model that is half trained, and "
+                "its figures would enter those of the client. Do it between rounds, as in `on_evaluate` or `on_log`."
             )
         # from one door to the next, such as from set to set: what is logged depends on the mode
         if self._is_between_rounds:

@@ -4,55 +4,49 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerControl, TrainingArguments, set_seed
 from transformers.integrations.liger import apply_liger_kernel
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerState
 from transformers.trainer_utils import align_special_tokens
 
-from ..methods.objectives import LocalObjective
 from ..state.adapter_state import AdapterState
 from ..state.client_errors import ClientError
 from .agreement import AgreementMixin
-from .live.deepspeed import DeepSpeedOptimizer
+from .engines import Engine
 from .live.state import LiveState
 from .local_figures import LocalFiguresMixin
-from .optimizer_state import read_optimizer, with_state
 from .put_back import PutBack, remember_flags, remember_frequencies, remember_hooks, restoring
+from .tasks import Task, Trained
 from .user_optimizer import UserSchedule, check_optimizer
 
 
-__all__ = ["ClientTimeoutError", "LocalRoundMixin"]
+__all__ = ["ClientTimeoutError", "EngineMixin"]
 
 
-class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
+class EngineMixin(AgreementMixin, LocalFiguresMixin):
     """
-    Adds `local_round` to a [`~transformers.Trainer`]: its own `train()`, run for one client, on the one model it holds.
+    Adds `local_rounds` to a [`~transformers.Trainer`]: its own `train()`, run for clients, on the one model it holds.
 
     The first local round builds the engine as `Trainer` does (wrapped model, optimiser). Later rounds keep it: the
-    adapter is overwritten in place, the optimiser goes back to its initial state and a new schedule starts, which equals
-    building a new trainer and costs a small part of it. So it is for one process, DDP, DeepSpeed and FSDP2; of several processes all have
-    to call `local_round`, with the same arguments.
+    adapter is overwritten in place, the optimiser goes back to its initial state and a new schedule starts, which
+    equals building a new trainer and costs a small part of it. What differs between one process, DDP, DeepSpeed and
+    FSDP2 is asked of an [`Engine`]; of several processes all have to call `local_rounds`, with the same tasks.
     """
 
     optimizer: AcceleratedOptimizer
     _live_adapter: LiveState
+    _engine: Engine
     _initial_lrs: list[float] | None = None  # by parameter group, once there is an engine
-    _initial_optimizer_state: dict[str, Any] | None = None
     _initial_scaler_state: dict[str, Any] | None = None
-    _lr_factor: float = 1.0
-    _trained: Collection[str] | None = None
-    _optimizer_start: AdapterState | None = None
-    _objective: LocalObjective | None
+    _task: Task | None = None  # within a local round
     _user_schedule: UserSchedule | None = None
     _has_rate: bool = False  # whether a step of the last local round had a learning rate that is not zero
     _is_switched_on: bool = False  # what `train()` switches on for good
@@ -75,81 +69,56 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         model: Any = self.model
         check_optimizer(optimizer, self._live_adapter.parameters(), model)
 
-    def local_round(
-        self,
-        state: AdapterState,
-        dataset: Dataset,
-        seed: int,
-        data_seed: int | None,
-        lr_factor: float,
-        trained: Collection[str] | None = None,
-        max_steps: int | None = None,
-        objective: LocalObjective | None = None,
-        timeout: float | None = None,
-        optimizer_state: AdapterState | None = None,
-    ) -> tuple[AdapterState, dict[str, Any]]:
+    def local_rounds(self, tasks: Sequence[Task]) -> list[Trained]:
         """
-        Train one client for its local budget, starting from `state`.
+        Train clients for their local budgets, each from its own start: one after the other, in order, so that a list
+        is as good as one call per client. It is the only place that calls `Trainer.train()`.
 
         Args:
-            state (`dict[str, torch.Tensor]`):
-                Adapter to start from; not changed.
-            dataset (`Dataset`):
-                The client's prepared training data.
-            seed (`int`):
-                Seed of dropout and of the order of the data.
-            data_seed (`int`, *optional*):
-                Seed of the order of the data, if it is not to follow `seed`.
-            lr_factor (`float`):
-                Factor on `learning_rate` in this round.
-            trained (`Collection[str]`, *optional*):
-                Keys of `state` that are trained; all if not given.
-            max_steps (`int`, *optional*):
-                Local budget, in place of `args.max_steps`.
-            objective ([`LocalObjective`], *optional*):
-                What to add to the gradients; `begin` has been called.
-            timeout (`float`, *optional*):
-                Seconds after which it counts as failed, looked at after every optimiser step. Of several processes the slowest
-                counts.
-            optimizer_state (`dict[str, torch.Tensor]`, *optional*):
-                What `optimizer_state` has returned after an earlier local round, to go on with; a fresh optimiser if not given.
+            tasks (`Sequence[Task]`):
+                What is trained.
 
         Returns:
-            `tuple`: the trained adapter, and `train_loss` (mean per step), `num_steps`, `seconds` and, of a trainer
-            that logs more in training, `training_metrics`.
+            `list[Trained]`: What has come out of each.
 
         Raises:
             ClientError: If nothing was learnt: no step, no label, or a loss that is not finite.
             ClientTimeoutError: If it takes longer than `timeout`.
             OtherProcessFailedError: If a batch or a forward pass has failed in another process.
+            UnkeptOptimizerError: If what the optimiser remembers was asked for, and it cannot be kept.
         """
+        return [self._local_round(task) for task in tasks]
+
+    def _local_round(self, task: Task) -> Trained:
         start = time.perf_counter()
         self._ensure_engine()  # first, as what it makes of `bf16` takes a state that the model would round
-        self._live_adapter.write(state)
-        set_seed(seed)
-        self.accelerator.dataloader_config.data_seed = data_seed
-        self.train_dataset = dataset
-        self._lr_factor = lr_factor
-        self._trained = trained
-        self._objective = objective
-        self._optimizer_start = optimizer_state
-        self._has_rate = False
-
+        self._live_adapter.write(task.state)
+        set_seed(task.seed)
+        self.accelerator.dataloader_config.data_seed = task.data_seed
+        self.train_dataset = task.dataset
+        self._task, self._has_rate = task, False
         model: Any = self.model
+        timeout = task.timeout
         is_late = None if timeout is None else lambda: self._any_stops(time.perf_counter() > start + timeout)
-        with (
-            self._own_state(max_steps, is_late),
-            self._breaking_off(),
-            restoring(remember_frequencies(model)),
-            self._measuring() as measured,
-            self._agreeing_in_forward(),
-        ):
-            output = super().train()
+        try:
+            with (
+                self._own_state(task.max_steps, is_late),
+                self._breaking_off(),
+                restoring(remember_frequencies(model)),
+                self._measuring() as measured,
+                self._agreeing_in_forward(),
+            ):
+                output = super().train()
+        finally:
+            self._task = None  # with the data and the start of the client
         self._is_switched_on = True
         if self._switches_weights():
             self.optimizer.eval()
         metrics = self._figures(output, measured) | {"seconds": time.perf_counter() - start}
-        return self._live_adapter.read(), metrics
+        return Trained(self._live_adapter.read(), metrics, self._kept_optimizer() if task.keeps_optimizer else None)
+
+    def _kept_optimizer(self) -> AdapterState:
+        return self._engine.read_optimizer(self.optimizer, self._live_adapter.parameters())
 
     @contextmanager
     def _own_state(self, max_steps: int | None, is_late: Callable[[], bool] | None) -> Iterator[None]:
@@ -205,31 +174,27 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
 
         return put_back
 
-    def optimizer_state(self) -> AdapterState:
-        """What the optimiser remembers of the tensors that the last local round has trained; see `read_optimizer`."""
-        assert self._initial_optimizer_state is not None
-        parameters = self._live_adapter.parameters()
-        return read_optimizer(self.optimizer.optimizer, parameters, self._initial_optimizer_state)
-
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        if not self.accelerator.sync_gradients:
+            return loss
         # after the last backward of an optimiser step, when the gradients are complete and not yet clipped
-        if self.accelerator.sync_gradients:
-            self._has_rate |= any(
-                group["lr"] is None or bool(group["lr"] != 0) for group in self.optimizer.param_groups
-            )
-        if self._objective is not None and self.accelerator.sync_gradients:
-            self._objective.add_gradients(self._live_adapter.parameters(), self.optimizer.param_groups[0]["lr"])
+        self._has_rate |= any(group["lr"] is None or bool(group["lr"] != 0) for group in self.optimizer.param_groups)
+        if self._task is not None and self._task.objective is not None:
+            rate = self.optimizer.param_groups[0]["lr"]
+            self._task.objective.add_gradients(self._live_adapter.parameters(), rate)
         return loss
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> tuple[torch.nn.Module, Any]:
-        self._live_adapter.train_only(self._trained)
-        self._reset_optimizer()
-        if self._objective is not None:
-            self._objective.check_optimizer(self.optimizer.optimizer)
-        schedule: Any = None if self._user_schedule is None else self._user_schedule.restart(self._lr_factor)
+        task = self._task
+        assert task is not None
+        self._live_adapter.train_only(task.trained)
+        self._reset_optimizer(task.lr_factor, task.optimizer_state)
+        if task.objective is not None:
+            task.objective.check_optimizer(self.optimizer.optimizer)
+        schedule: Any = None if self._user_schedule is None else self._user_schedule.restart(task.lr_factor)
         self.lr_scheduler = schedule
         self.create_scheduler(num_training_steps=max_steps)
         for attribute in ("model", "optimizer", "lr_scheduler"):
@@ -253,40 +218,28 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
         if self.args.use_liger_kernel and not self._has_liger_kernels:
             apply_liger_kernel(model, self.args.liger_kernel_config)
             self._has_liger_kernels = True
-        state = self._live_adapter.read() if self.is_deepspeed_enabled else {}
-        with self._live_adapter.following(model) if self.is_fsdp_enabled else nullcontext():
+        with self._engine.building(self._live_adapter, model):
             super()._prepare_for_training(max_steps=1, train_dataloader=None, resume_from_checkpoint=None)
-        if self.is_deepspeed_enabled:
-            self._deepspeed_optimizer = DeepSpeedOptimizer(self.model_wrapped)
-            self._live_adapter.write(state)  # with `bf16` its masters are made of copies that were rounded
-        else:
-            self._initial_optimizer_state = copy.deepcopy(self.optimizer.state_dict())
-        if not self.is_deepspeed_enabled and not self.is_fsdp_enabled:  # which take none, and split what it holds
+        self._engine.built(self.model_wrapped, self.optimizer)
+        if not self._engine.holds_weights:  # the others take none, and split what it holds
             self._check_optimizer(self.optimizer)
         self._initial_scaler_state = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         self._initial_lrs = [group.get("initial_lr", group["lr"]) for group in self.optimizer.param_groups]
         # From now on a local round must not drop the engine; it also saves a full garbage collection per client.
         self.accelerator.free_memory = self._free_local_round
 
-    def _reset_optimizer(self) -> None:
+    def _reset_optimizer(self, lr_factor: float = 1.0, start: AdapterState | None = None) -> None:
         assert self._initial_lrs is not None
-        if self._deepspeed_optimizer is not None:
-            self._deepspeed_optimizer.reset()
-        else:
-            assert self._initial_optimizer_state is not None
-            state = copy.deepcopy(self._initial_optimizer_state)
-            if self._optimizer_start is not None:
-                optimizer, parameters = self.optimizer.optimizer, self._live_adapter.parameters()
-                state = with_state(state, self._optimizer_start, optimizer, parameters)
-            self.optimizer.load_state_dict(state)
+        self._engine.reset_optimizer(self.optimizer, self._live_adapter.parameters(), start)
         if self._initial_scaler_state is not None:  # fp16: the loss scale starts afresh too
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
-            self.accelerator.scaler._per_optimizer_states.clear()  # of a step that was broken off: gradients are unscaled once
+            # of a step that was broken off: gradients are unscaled once
+            self.accelerator.scaler._per_optimizer_states.clear()
             self.optimizer._accelerate_step_called = self.optimizer._is_overflow = False
         if self._user_schedule is not None:
             return  # it multiplies its own rates, which are in the initial state
         for group, lr in zip(self.optimizer.param_groups, self._initial_lrs, strict=True):
-            group["lr"] = group["initial_lr"] = lr * self._lr_factor
+            group["lr"] = group["initial_lr"] = lr * lr_factor
 
     def _switches_weights(self) -> bool:
         """
@@ -305,7 +258,7 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
             return
         if self._initial_scaler_state is not None:
             self.accelerator.scaler.load_state_dict(self._initial_scaler_state)
-        self._initial_lrs = self._initial_optimizer_state = self._initial_scaler_state = None
+        self._initial_lrs = self._initial_scaler_state = None
         self.optimizer = self.lr_scheduler = None
         self.model_wrapped = self.model  # type: ignore[assignment]
         del self.accelerator.free_memory
@@ -313,13 +266,8 @@ class LocalRoundMixin(AgreementMixin, LocalFiguresMixin):
 
     def _put_engine_in_order(self) -> None:
         """After a step that was broken off: gradients, moments and the like are forgotten."""
-        for parameter in self._live_adapter.parameters().values():
-            parameter.grad = None
-        if self._deepspeed_optimizer is not None:
-            self._deepspeed_optimizer.discard_gradients()
-        else:
-            self._optimizer_start = None
-            self._reset_optimizer()
+        self._engine.discard_gradients(self._live_adapter.parameters().values())
+        self._reset_optimizer()
         self.accelerator.gradient_state._set_sync_gradients(True)
 
     def _recover(self) -> None:

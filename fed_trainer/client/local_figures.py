@@ -18,6 +18,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..state.client_errors import ClientError
+from .engines import Engine
 from .token_counts import IGNORED_LABEL
 
 
@@ -61,6 +62,7 @@ class LocalFiguresMixin(Trainer):
     _metrics: Any = MappingProxyType({})  # of TRL's trainers: by mode and name, the values since the last log
     _total_train_tokens: int = 0  # likewise
     _measured: Measured | None = None  # within a local round
+    _engine: Engine
     _all_have_stopped: bool
     _metric_prefix: str = "eval"
     _side_metrics: frozenset[str] = frozenset()
@@ -169,13 +171,13 @@ class LocalFiguresMixin(Trainer):
         reason = None
         if steps == 0:
             reason = (
-                "It took no step: after preparation there was less than one batch, or no budget. Lower `per_device_train_batch_size`, set "
-                "`dataloader_drop_last=False`, or leave the client out."
+                "It took no step: after preparation there was less than one batch, or no budget. Lower "
+                "`per_device_train_batch_size`, set `dataloader_drop_last=False`, or leave the client out."
             )
         elif not has_label:
             reason = (
-                "No batch of its local round had a label (all are -100), so there was nothing to learn. Look at its labels, or leave "
-                "the client out."
+                "No batch of its local round had a label (all are -100), so there was nothing to learn. Look at its "
+                "labels, or leave the client out."
             )
         else:
             loss = self._mean_loss(loss, steps, measured.without_loss.item(), is_whole=not without_loss)
@@ -193,9 +195,9 @@ class LocalFiguresMixin(Trainer):
         the client.
         """
         if is_whole:
-            if self.accelerator.num_processes == 1:
-                return loss
-            return self.accelerator.reduce(torch.tensor(loss, device=self.args.device), reduction="mean").item()
+            if self._engine.num_processes == 1:
+                return loss  # in float64
+            return self._engine.over_processes(torch.tensor(loss), "mean").item()
         total, counted = self._sum_over_processes(
             torch.tensor(loss * steps, device=self.args.device),
             torch.tensor(steps - without_loss, device=self.args.device),
@@ -204,6 +206,4 @@ class LocalFiguresMixin(Trainer):
 
     def _sum_over_processes(self, *values: torch.Tensor) -> list[float]:
         stacked = torch.stack([value.cpu().double() for value in values])
-        if self.accelerator.num_processes > 1:
-            stacked = self.accelerator.reduce(stacked.to(self.accelerator.device), reduction="sum")
-        return stacked.tolist()
+        return self._engine.over_processes(stacked, "sum").tolist()

@@ -28,6 +28,7 @@ from .data import ClientData
 from .optimizer_state import UnkeptOptimizerError
 from .put_back import PutBack, remember_problem_type, remember_random_state, restoring
 from .store import ClientStore
+from .tasks import Task, Trained
 
 
 __all__ = ["Client"]
@@ -206,23 +207,23 @@ class Client:
         is_personal = objective is not None and objective.is_personal
         if objective is not None:
             objective.begin(turn.shared, self._memory(objective, turn), turn.received)
-        local, figures, optimizer = self._local_round(
-            turn, dataset, turn.start, None if is_personal else objective, kept.get(OPTIMIZER)
-        )
+        of_rule = None if is_personal else objective
+        trained = self._local_round(turn, dataset, turn.start, of_rule, kept.get(OPTIMIZER))
+        local, figures = trained.state, trained.metrics
         delta, extras = subtract(local, turn.start), {}
         keeps: dict[str, AdapterState] = {LOCAL: {key: local[key] for key in self.plan.local_keys(local)}}
-        if self.args.keep_optimizer_state:
-            keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **optimizer}
+        if trained.optimizer_state is not None:
+            keeps[OPTIMIZER] = {**kept.get(OPTIMIZER, {}), **trained.optimizer_state}
         if objective is not None:
             keeps[OBJECTIVE_STATE] = objective.finish({key: delta[key] for key in turn.shared})
             extras = objective.to_server()
         if is_personal:
-            keeps[PERSONAL], personal, optimizer = self._local_round(
-                turn, dataset, {**turn.start, **kept.get(PERSONAL, {})}, objective, kept.get(PERSONAL_OPTIMIZER)
-            )
-            if self.args.keep_optimizer_state:
-                keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **optimizer}
-            figures |= {f"personal_{key}": value for key, value in personal.items()}
+            own = {**turn.start, **kept.get(PERSONAL, {})}
+            personal = self._local_round(turn, dataset, own, objective, kept.get(PERSONAL_OPTIMIZER))
+            keeps[PERSONAL] = personal.state
+            if personal.optimizer_state is not None:
+                keeps[PERSONAL_OPTIMIZER] = {**kept.get(PERSONAL_OPTIMIZER, {}), **personal.optimizer_state}
+            figures |= {f"personal_{key}": value for key, value in personal.metrics.items()}
         self._check_finite(keeps)
         buffers = self.plan.buffers  # which a forward pass changes
         moved = any(bool(tensor.any()) for key, tensor in delta.items() if key not in buffers)
@@ -243,10 +244,9 @@ class Client:
         start: AdapterState,
         objective: LocalObjective | None,
         optimizer_state: AdapterState | None,
-    ) -> tuple[AdapterState, dict[str, Any], AdapterState]:
-        """The trained state, its figures, and what the optimiser remembers, if that is to be kept."""
+    ) -> Trained:
         args, seed = self.args, (turn.round, turn.client)
-        trained, figures = self.trainer.local_round(
+        task = Task(
             start,
             dataset=dataset,
             seed=client_seed(args.seed, *seed),
@@ -257,8 +257,10 @@ class Client:
             objective=objective,
             timeout=args.client_timeout,
             optimizer_state=optimizer_state,
+            keeps_optimizer=args.keep_optimizer_state,
         )
-        return trained, figures, self.trainer.optimizer_state() if args.keep_optimizer_state else {}
+        (trained,) = self.trainer.local_rounds([task])
+        return trained
 
     def _memory(self, objective: LocalObjective, turn: Turn) -> AdapterState | None:
         """What the local objective is told of the client."""

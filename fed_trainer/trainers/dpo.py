@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
@@ -19,10 +18,12 @@ from trl.trainer.utils import disable_dropout_in_model, use_adapter
 from peft_scl import FederaConfig
 from peft_scl.linalg import evenly_spaced
 
+from ..client.engines import engine_of
 from ..client.live import live_state
 from ..client.live.base_changes import NEUTRAL_STARTS
 from ..client.live.state import LiveState
 from ..client.put_back import evaluating, remember_hooks, restoring
+from ..client.tasks import Task, Trained
 from ..config import FederatedDPOConfig, FederationArguments
 from ..methods.aggregation import METHODS
 from ..output.record import peft_type_name
@@ -49,11 +50,12 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     | `"base"` | the model without the adapter | fixed |
     | `"round"` | the global adapter at the start of the round | moves |
 
-    For `"initial"` and `"round"` a frozen copy of the adapter (`"ref"`) is in the model; it is neither sent nor published. The
-    checkpoints hold it, so that a resumed run has the same one.
+    For `"initial"` and `"round"` a frozen copy of the adapter (`"ref"`) is in the model; it is neither sent nor
+    published. The checkpoints hold it, so that a resumed run has the same one.
 
-    Without an adapter (full fine-tuning) the reference is `ref_model`, or the model that `DPOTrainer` loads for it, once more from
-    where `model` came from; `reference` is then to be `"initial"`. A run is resumed with the same one only.
+    Without an adapter (full fine-tuning) the reference is `ref_model`, or the model that `DPOTrainer` loads for it,
+    once more from where `model` came from; `reference` is then to be `"initial"`. A run is resumed with the same one
+    only.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -61,21 +63,21 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         args ([`FederatedDPOConfig`]):
             Settings of the federation and of the local rounds.
         train_dataset (`Mapping[str, Dataset]`):
-            Preferences by client, in any format that `DPOTrainer` takes: `chosen` and `rejected`, with or without a `prompt`, as
-            texts or messages.
+            Preferences by client, in any format that `DPOTrainer` takes: `chosen` and `rejected`, with or without a
+            `prompt`, as texts or messages.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
-            Held-out preferences on which the global model is evaluated. With `"round"` the loss after a round is relative to the
-            global adapter before that round, so that it does not fall over the rounds.
+            Held-out preferences on which the global model is evaluated. With `"round"` the loss after a round is
+            relative to the global adapter before that round, so that it does not fall over the rounds.
         peft_config ([`~peft.PeftConfig`], *optional*):
             The adapter to train, if `model` is no `PeftModel` and there is no `args.initial_adapter`.
         kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of `DPOTrainer`: `processing_class`, `data_collator`, `callbacks`, ...; `ref_model` without an adapter
-            only.
+            Further arguments of `DPOTrainer`: `processing_class`, `data_collator`, `callbacks`, ...; `ref_model`
+            without an adapter only.
 
     Raises:
-        ValueError: As [`FederatedTrainer`]; for columns without pairs of answers, and for what would move the reference: rules that add
-            to the base weights, biases that PEFT trains in place (`bias="all"`), or with `"round"` tensors that stay with the clients.
-            The message says what to do.
+        ValueError: As [`FederatedTrainer`]; for columns without pairs of answers, and for what would move the
+            reference: rules that add to the base weights, biases that PEFT trains in place (`bias="all"`), or with
+            `"round"` tensors that stay with the clients. The message says what to do.
 
     Example:
 
@@ -85,7 +87,12 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
     >>> trainer = FederatedDPOTrainer(
     ...     model="HuggingFaceTB/SmolLM2-135M",
     ...     args=FederatedDPOConfig(
-    ...         output_dir="out", initial_adapter="me/fed-sft", reference="initial", num_rounds=10, max_steps=10, learning_rate=5e-5
+    ...         output_dir="out",
+    ...         initial_adapter="me/fed-sft",
+    ...         reference="initial",
+    ...         num_rounds=10,
+    ...         max_steps=10,
+    ...         learning_rate=5e-5,
     ...     ),
     ...     train_dataset=natural_partition(preferences, column="annotator"),
     ...     eval_dataset=held_out,
@@ -120,18 +127,18 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         if _REFERENCE in self.model.peft_config:  # TRL adds it to a `PeftModel`, whatever `reference` is
             self.model.delete_adapter(_REFERENCE)
         if self.args.reference != "base":
-            if self.is_fsdp_enabled:
+            if self._engine.replaces_parameters:
                 raise NotImplementedError(
-                    f"`reference={self.args.reference!r}` is a second adapter in the model, whose parameters FSDP2 would replace as well. Set "
-                    "`reference='base'`, or launch DDP or DeepSpeed."
+                    f"`reference={self.args.reference!r}` is a second adapter in the model, whose parameters FSDP2 "
+                    "would replace as well. Set `reference='base'`, or launch DDP or DeepSpeed."
                 )
             self._reference = self._add_reference(self.model)
 
-    def local_round(self, *args: Any, **kwargs: Any) -> tuple[AdapterState, dict[str, Any]]:
+    def local_rounds(self, tasks: Sequence[Task]) -> list[Trained]:
         if self.args.reference == "round":
             assert self._reference is not None
             self._reference.write(self.federation.state)  # that of the last round until this one ends
-        return super().local_round(*args, **kwargs)
+        return super().local_rounds(tasks)
 
     def _start(self) -> int:
         if self.args.reference == "round":
@@ -151,7 +158,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         with _keeping_what_is_trained(model):
             model.add_adapter(_REFERENCE, config)
             with use_adapter(model, _REFERENCE):
-                reference = live_state(model)
+                reference = live_state(model, self._engine)
                 for key, parameter in reference.parameters().items():
                     parameter.data = parameter.data.to(start[key].dtype)  # TRL's choice for quantised bases
         reference.write(start)
@@ -160,7 +167,9 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return reference
 
     def _reference_state(self) -> AdapterState:
-        """The adapter `"ref"`; of a `ref_model`, which is as large as the model, a digest; nothing of the base model."""
+        """
+        The adapter `"ref"`; of a `ref_model`, which is as large as the model, a digest; nothing of the base model.
+        """
         if self._reference is not None:
             return self._reference.saved()
         return {} if self.ref_model is None else {_DIGEST: _weights_digest(self.ref_model)}
@@ -170,8 +179,9 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
             self._reference.load(state, "The reference policy in the checkpoint")
         elif self.ref_model is not None and not torch.equal(state[_DIGEST], _weights_digest(self.ref_model)):
             raise ValueError(
-                "The checkpoint belongs to a run with another reference: the weights of `ref_model` (without it, of the model as `DPOTrainer` "
-                "loads it) were others. Resume with the `ref_model` that the run was started with."
+                "The checkpoint belongs to a run with another reference: the weights of `ref_model` (without it, of "
+                "the model as `DPOTrainer` loads it) were others. Resume with the `ref_model` that the run was "
+                "started with."
             )
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -224,13 +234,14 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         names = list(model.peft_config)
         if _REFERENCE in names:
             raise ValueError(
-                f"The `PeftModel` has the adapters {names}, but {_REFERENCE!r} is what `DPOTrainer` calls its reference, such as one that an "
-                f"earlier run has left in the model. Call `model.delete_adapter({_REFERENCE!r})` first."
+                f"The `PeftModel` has the adapters {names}, but {_REFERENCE!r} is what `DPOTrainer` calls its "
+                "reference, such as one that an earlier run has left in the model. Call "
+                f"`model.delete_adapter({_REFERENCE!r})` first."
             )
         if names != ["default"]:
             raise ValueError(
-                f"`DPOTrainer` trains the adapter 'default' of a `PeftModel` and adds one, but the one that was given has "
-                f"{names}. Save the adapter, and pass its folder as `initial_adapter`."
+                "`DPOTrainer` trains the adapter 'default' of a `PeftModel` and adds one, but the one that was given "
+                f"has {names}. Save the adapter, and pass its folder as `initial_adapter`."
             )
         config = model.active_peft_config
         if config.is_prompt_learning:
@@ -242,66 +253,72 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         else:
             return
         raise ValueError(
-            f"`DPOTrainer` adds a copy of the adapter to a `PeftModel` before it does anything else, which does not go with {obstacle}. "
-            "Pass the base model, with `peft_config` or `initial_adapter`."
+            "`DPOTrainer` adds a copy of the adapter to a `PeftModel` before it does anything else, which does not "
+            f"go with {obstacle}. Pass the base model, with `peft_config` or `initial_adapter`."
         )
 
     def _refuse_to_precompute_in_several_processes(self) -> None:
-        state: Any = self.args.distributed_state
-        if self.args.precompute_ref_log_probs and state.distributed_type != DistributedType.NO:
+        engine = engine_of(self.args.distributed_state)
+        if self.args.precompute_ref_log_probs and engine.kind != "NO":
             raise NotImplementedError(
-                f"`precompute_ref_log_probs=True` under {state.distributed_type.value}: `DPOTrainer` writes what it computes into a file of its "
-                "first process, which the others do not find where a client's data is in memory. Leave it off, which gives the same loss, or "
-                "launch a single process."
+                f"`precompute_ref_log_probs=True` under {engine.kind}: `DPOTrainer` writes what it computes into a "
+                "file of its first process, which the others do not find where a client's data is in memory. Leave "
+                "it off, which gives the same loss, or launch a single process."
             )
 
     def _refuse_references_of_adapters(self) -> None:
         if self.args.reference != "initial":
             raise ValueError(
-                f"`reference={self.args.reference!r}` is made by switching adapters, but a model without one is trained. Leave "
-                "`reference` at 'initial': it is `ref_model`, or the model as it was loaded. Or give a `peft_config`."
+                f"`reference={self.args.reference!r}` is made by switching adapters, but a model without one is "
+                "trained. Leave `reference` at 'initial': it is `ref_model`, or the model as it was loaded. Or give "
+                "a `peft_config`."
             )
 
     def _refuse_what_moves_the_reference(self, config: Any) -> None:
         """All that is known of the adapter before a model is loaded."""
         if self._has_ref_model:
             raise ValueError(
-                "`ref_model` is the reference of a model that is trained without an adapter. With an adapter set `reference`, and "
-                "leave it out."
+                "`ref_model` is the reference of a model that is trained without an adapter. With an adapter set "
+                "`reference`, and leave it out."
             )
         if METHODS[self.args.aggregation].moves_base:
             raise ValueError(
-                f"`aggregation={self.args.aggregation!r}` changes the base weights, on which the reference stands as well, so it would "
-                "change with them. Use an aggregation that leaves them alone, such as 'fedavg'."
+                f"`aggregation={self.args.aggregation!r}` changes the base weights, on which the reference stands as "
+                "well, so it would change with them. Use an aggregation that leaves them alone, such as 'fedavg'."
             )
         bias = getattr(config, "bias", "none")
         if bias not in ("none", False):
             raise ValueError(
-                f"`bias={bias!r}` trains biases of the base model in place, and PEFT leaves them so where it switches to another adapter or to "
-                "none, so the reference would change with them. Set `bias='none'`."
+                f"`bias={bias!r}` trains biases of the base model in place, and PEFT leaves them so where it switches "
+                "to another adapter or to none, so the reference would change with them. Set `bias='none'`."
             )
         if self.args.reference != "base" and isinstance(config, FederaConfig) and not config.keep_base:
             raise ValueError(
-                f"`reference={self.args.reference!r}` is a second adapter in the model, but with `keep_base=False` the base weights hold "
-                "the residual of one FeDeRA adapter. Set `keep_base=True` in the `FederaConfig`, or `reference='base'`."
+                f"`reference={self.args.reference!r}` is a second adapter in the model, but with `keep_base=False` "
+                "the base weights hold the residual of one FeDeRA adapter. Set `keep_base=True` in the "
+                "`FederaConfig`, or `reference='base'`."
             )
         start = getattr(config, "init_lora_weights", True)
         if self.args.reference == "base" and start not in NEUTRAL_STARTS:
             raise ValueError(
-                f"`reference='base'` is the model without its adapter, but `init_lora_weights={start!r}` has taken the start of the "
-                "LoRA out of the base weights. Set `reference='initial'`, which is the same policy."
+                f"`reference='base'` is the model without its adapter, but `init_lora_weights={start!r}` has taken "
+                "the start of the LoRA out of the base weights. Set `reference='initial'`, which is the same policy."
             )
 
     def _refuse_to_follow_what_stays_with_the_clients(self) -> None:
         if self.args.reference == "round" and self._local_keys:
             raise ValueError(
-                f"`reference='round'` is the global adapter at the start of the round, but {len(self._local_keys)} tensors stay with the "
-                f"clients (the first: {min(self._local_keys)}), so there is none. Set 'initial' or 'base'."
+                f"`reference='round'` is the global adapter at the start of the round, but {len(self._local_keys)} "
+                f"tensors stay with the clients (the first: {min(self._local_keys)}), so there is none. Set 'initial' "
+                "or 'base'."
             )
 
 
 def _weights_digest(model: nn.Module) -> torch.Tensor:
-    """SHA-256 over a sample of each parameter, `(32,)`, as [`base_digest`]. A whole model is trained by what does not split it only."""
+    """
+    SHA-256 over a sample of each parameter, `(32,)`, as [`base_digest`]. A whole model is trained by what does not
+    split it only.
+    """
     digest = hashlib.sha256()
     for parameter in model.parameters():
         sample = evenly_spaced(parameter).to("cpu", torch.bfloat16)

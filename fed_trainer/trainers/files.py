@@ -21,6 +21,7 @@ from trl.trainer.utils import get_config_model_id
 
 from peft_scl.foreign_files import read_json
 
+from ..client.engines import Engine
 from ..client.live.base_changes import BaseChanges
 from ..client.live.state import LiveState
 from ..config import FederationArguments
@@ -53,6 +54,7 @@ class RunFilesMixin(Trainer):
     _folder: Path
     _clients: Mapping[str, Dataset]
     _live_adapter: LiveState
+    _engine: Engine
     federation: Federation
     _local_keys: set[str]
     _owner: str | None
@@ -86,9 +88,8 @@ class RunFilesMixin(Trainer):
         """What `_save_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model."""
         if self._base_changes is not None:
             return self._live_adapter.read(include_frozen=True)
-        # of DeepSpeed and FSDP2, the model holds parts or rounded copies
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return self._live_adapter.model_state_dict(self.model) if is_sharded else None
+        # then the model holds parts or rounded copies
+        return self._live_adapter.model_state_dict(self.model) if self._engine.holds_weights else None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""

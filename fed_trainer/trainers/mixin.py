@@ -26,6 +26,7 @@ import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be o
 
 from ..client.between_rounds import BetweenRoundsMixin
 from ..client.data import ClientData
+from ..client.engines import engine_of
 from ..client.live import live_state
 from ..client.live.base_changes import BaseChanges
 from ..client.live.base_model import base_digest, keep_differentiable
@@ -69,7 +70,6 @@ from .host import TrainerHost
 from .refusals.adapters import check_prompt_arguments, freeze_for_good, refuse_idle_adapter, refuse_unwrapped_adapter
 from .refusals.callbacks import refuse_callback, refuse_callbacks, remove_last
 from .refusals.data import check_clients
-from .refusals.engines import check_deepspeed, check_fsdp
 from .refusals.launch import check_launch
 from .refusals.settings import (
     refuse_adapter_names,
@@ -149,6 +149,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
             eval_dataset=dict(eval_dataset) if isinstance(eval_dataset, Mapping) else eval_dataset,
             **kwargs,
         )
+        self._engine = engine_of(self.accelerator.state)
         if by_client is not None:
             self.eval_dataset = by_client
         # the bar over rounds replaces the bar over steps, and the printed dictionaries
@@ -187,7 +188,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         refuse_unwrapped_adapter(model)  # of `from_pretrained` of an adapter
         if isinstance(model, PeftModel):
             refuse_adapter_names(model)
-        self._live_adapter = live_state(model)
+        self._live_adapter = live_state(model, self._engine)
         self._check_model()
         if isinstance(model, PeftModel):
             check_prompt_arguments(model, args)
@@ -215,17 +216,20 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         args, plan = self.args, self.client.plan
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
-        refuse_other_weights_in_evaluation(args, self.model, self.is_deepspeed_enabled or self.is_fsdp_enabled)
+        refuse_other_weights_in_evaluation(args, self.model, self._engine.holds_weights)
         self.stage.check(args, has_optimizer)
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
             refuse_one_evaluation(self.eval_dataset, self._local_keys)
-        if self.args.world_size > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._engine.has_fixed_parameters:
             refuse_turns_that_differ(args, plan, self.federation.state)
-        if self.is_deepspeed_enabled:
-            plugin = self.accelerator.state.deepspeed_plugin
-            check_deepspeed(args, plugin, self.model, self._live_adapter, plan, has_optimizer)
-        if self.is_fsdp_enabled:
-            check_fsdp(args, self.accelerator.state.fsdp_plugin, self.model, self._live_adapter, plan)
+        self._engine.check(
+            args,
+            self.model,
+            self._live_adapter,
+            adds_to_base=plan.method.adds_to_base,
+            has_stages=self.stage.rounds > 0,
+            has_optimizer=has_optimizer,
+        )
 
     def train(
         self,
@@ -274,7 +278,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
             resume_from_checkpoint = None
         elif not resume_from_checkpoint:
             self._claim_folder()
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self._engine.holds_weights:
             self._ensure_engine()  # a checkpoint is loaded into its float32 masters
         self.ignored_in_evaluation = ignore_keys_for_eval
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start()
@@ -338,6 +342,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
 
     def _train_from_now_on(self, live: LiveState) -> None:
         """Other tensors are trained: the engine is built anew."""
+        live.engine = self._engine
         self._live_adapter = live
         self.federation.state = live.read()
         self.client.begin(self.federation.state)
@@ -501,7 +506,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
             yield
         except BaseException as error:
             # of several processes the others may wait elsewhere, and under DeepSpeed they have to write together
-            is_alone = self.accelerator.num_processes > 1 and not isinstance(error, TooFewClientsError)
+            is_alone = self._engine.num_processes > 1 and not isinstance(error, TooFewClientsError)
             raise
         finally:
             if not is_alone:
@@ -519,13 +524,12 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs. What is
         `published` is the same everywhere, and has been written.
         """
-        if self.accelerator.num_processes > 1:
+        if self._engine.num_processes > 1:
             device = self.accelerator.device
             whole = self._live_adapter.read(include_frozen=True)
             self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
         state = self._live_adapter.read()
-        makes_masters = self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
-        if self.is_deepspeed_enabled or makes_masters:
+        if self._engine.makes_masters:
             # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3 with `bf16`
             state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}

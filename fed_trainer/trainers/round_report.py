@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..client.engine import LocalRoundMixin
+from ..client.engine import EngineMixin
 from ..client.evaluation import ClientEvaluationMixin
 from ..client.live.sparse_stage import SparseStage
 from ..client.local_figures import NUM_TOKENS, TRAINING_METRICS
@@ -25,7 +25,7 @@ from .files import RunFilesMixin
 __all__ = ["RoundReportMixin"]
 
 
-class RoundReportMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
+class RoundReportMixin(EngineMixin, ClientEvaluationMixin, RunFilesMixin):
     """The record of a run, round by round."""
 
     args: FederationArguments

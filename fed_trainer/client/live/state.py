@@ -6,14 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from ...state.adapter_state import AdapterState, check_same_layout, first_lacking
-from .deepspeed import gather, is_split, write_master, write_split
-from .fsdp import FSDPModule, discard_whole_copies, named_tensors, sharded_modules, whole, write_whole
+from ..engines import Engine
 
 
 __all__ = ["LiveState"]
@@ -23,27 +21,30 @@ class LiveState:
     """
     Tensors of a model as an [`AdapterState`], read and written in place.
 
-    The parameters and buffers behind the keys are looked up once, by the subclass; the model, the wrapper around it (DDP, a
-    DeepSpeed engine) and the optimiser go on holding the same objects. Only FSDP2 puts others in their place, see `following`. Under
-    DeepSpeed and FSDP2 all processes have to read and write together.
+    The parameters and buffers behind the keys are looked up once, by the subclass; the model, the wrapper around it
+    (DDP, a DeepSpeed engine) and the optimiser go on holding the same objects, unless the engine replaces them. If the
+    engine holds the weights, all processes have to read and write together.
     """
 
+    engine: Engine = Engine()
+    """What runs the model; one process that holds it whole, if nothing else is said (see [`live_state`])."""
+
     saved_file_is_state: bool = True
-    """Whether `save_pretrained` writes all that is needed to train on; if not, a checkpoint holds the state beside it."""
+    """
+    Whether `save_pretrained` writes all that is needed to train on; if not, a checkpoint holds the state beside it.
+    """
 
     _tensors: dict[str, torch.Tensor]  # all that is saved
     _frozen: set[str]  # keys of what no client trains, which does not travel
-    _sharded_modules: Collection[FSDPModule] = ()
 
-    @contextmanager
-    def following(self, model: nn.Module) -> Iterator[None]:
-        """Within, FSDP2 may replace the parameters of `model`, whose tensors these are; then they are looked up by their names."""
-        names = {id(tensor): name for name, tensor in named_tensors(model).items()}
-        name_of = {key: names[id(tensor)] for key, tensor in self._tensors.items()}
-        yield
-        tensors = named_tensors(model)
-        self._tensors = {key: tensors[name] for key, name in name_of.items()}
-        self._sharded_modules = sharded_modules(model)
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """By key the parameters and buffers themselves, all that is saved."""
+        return self._tensors
+
+    def replace(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The engine has put other parameters and buffers in the place of those behind the keys."""
+        self._tensors = tensors
 
     @property
     def tensor_ids(self) -> set[int]:
@@ -83,12 +84,9 @@ class LiveState:
     def read(self, include_frozen: bool = False) -> AdapterState:
         """A copy on CPU: what is trained, or all that is saved."""
         tensors = {key: tensor for key, tensor in self._tensors.items() if include_frozen or key not in self._frozen}
-        gathered = gather(tensors.values())
         return {
-            key: gathered.get(id(tensor), whole(tensor.detach())).to(
-                "cpu", copy=True, memory_format=torch.contiguous_format
-            )
-            for key, tensor in tensors.items()
+            key: whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for key, whole in zip(tensors, self.engine.read(tensors.values()), strict=True)
         }
 
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -118,7 +116,7 @@ class LiveState:
 
     def _saved_layout(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of what `save_pretrained` writes of the state."""
-        return {key: _whole_shape(tensor) for key, tensor in self._tensors.items()}
+        return {key: self.engine.shape(tensor) for key, tensor in self._tensors.items()}
 
     def saved_shapes(self) -> dict[str, tuple[int, ...]] | None:
         """
@@ -133,14 +131,7 @@ class LiveState:
     @torch.no_grad()
     def write(self, state: AdapterState) -> None:
         """Copy `state` into the model; it must have the layout of what `read` gives (see [`check_same_layout`])."""
-        discard_whole_copies(self._sharded_modules)
-        for key, value in state.items():
-            tensor = self._tensors[key]
-            if is_split(tensor):
-                write_split(tensor, value)
-            else:
-                write_whole(tensor, value)
-            write_master(tensor, value)
+        self.engine.write((self._tensors[key], value) for key, value in state.items())
 
     def load(self, saved: AdapterState, source: str) -> None:
         """
@@ -172,7 +163,3 @@ class LiveState:
             ValueError: If the file does not hold the state.
         """
         return saved
-
-
-def _whole_shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(tensor.ds_shape if is_split(tensor) else tensor.shape)
