@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+import importlib
+from pkgutil import iter_modules
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fed_trainer.methods import codecs
 from fed_trainer.methods.codecs import CODECS, DtypeStep, Pipeline, Step
 from fed_trainer.state.client_errors import ClientError
 
@@ -139,7 +143,10 @@ def test_what_does_not_go_together_is_refused_from_what_the_steps_say() -> None:
 
 
 def test_the_table_names_every_step() -> None:
-    assert {"dtype": DtypeStep} == CODECS
+    modules = [importlib.import_module(f"{codecs.__name__}.{found.name}") for found in iter_modules(codecs.__path__)]
+    kinds = {kind for module in modules for kind in vars(module).values() if isinstance(kind, type)}
+    steps = {kind for kind in kinds if issubclass(kind, Step) and kind is not Step}
+    assert steps == set(CODECS.values()), "enter the step into CODECS of fed_trainer/methods/codecs/__init__.py"
     for bad in ({"dtype": "float64"}, {"dtype": "bfloat16", "rounding": "up"}):
         with pytest.raises(ValueError, match="should be"):
             DtypeStep(**bad)

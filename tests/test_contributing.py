@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fed_trainer import ClientUpdate, FederatedConfig, FederatedTaskConfig, FederatedTrainer
+from fed_trainer import ClientUpdate, FederatedConfig, FederatedTaskConfig, FederatedTrainer, read_record
 from fed_trainer.client.engines import ENGINES, engine_of
 from fed_trainer.federation.packet import Packet
 from fed_trainer.methods.aggregation import METHODS, Aggregator, FedAvg, Method, NormBounding
@@ -109,6 +109,10 @@ def differences(trainer: FederatedTrainer, other: FederatedTrainer) -> set[str]:
     ours, theirs = trainer.federation.state, other.federation.state
     assert ours.keys() == theirs.keys()
     return {key for key in ours if not torch.equal(ours[key], theirs[key])}
+
+
+def rounds_of(trainer: Any) -> list[dict[str, Any]]:
+    return read_record(trainer.args.output_dir)["rounds"]
 
 
 def draws(seed: int, *shape: int) -> torch.Tensor:
@@ -210,7 +214,7 @@ def test_a_rule_with_hooks_is_its_file_and_a_line(make_trainer, plain, tmp_path,
     whole = make_trainer(**settings)
     assert whole.federation.server.rule.budget == 1
     whole.train()
-    assert whole._record["rounds"][0]["bytes_up"] == plain._record["rounds"][0]["bytes_up"] + 2 * 8
+    assert rounds_of(whole)[0]["bytes_up"] == rounds_of(plain)[0]["bytes_up"] + 2 * 8
     make_trainer(**(settings | {"num_rounds": 2, "output_dir": str(tmp_path)})).train()
     resumed = make_trainer(**settings, output_dir=str(tmp_path))
     resumed.federation.server.rule.last = {"left": torch.ones(1)}
@@ -255,7 +259,7 @@ def test_the_codec_runs_a_federation(enter, make_trainer, plain) -> None:
     trainer = make_trainer(codecs={"int8": {}})
     trainer.train()
     assert differences(trainer, plain)
-    ours, whole = (one._record["rounds"][-1]["bytes_up"] - 8 * 2 for one in (trainer, plain))
+    ours, whole = (rounds_of(one)[-1]["bytes_up"] - 8 * 2 for one in (trainer, plain))
     scales = 4 * len(plain.federation.state) * 2
     assert ours == whole / 4 + scales
 
@@ -319,7 +323,7 @@ def test_the_trainer_evaluates_what_is_generated(monkeypatch, tiny_model_dir, tm
     trainer = build(kind(**args, predict_with_generate=True, generation_max_length=6))
     trainer.train()
     assert generated and generated[-1][:, :4].tolist() == [[5, 6, 7, 8]] * 2
-    assert trainer._record["rounds"][-1]["eval"]["eval_length"] == 6
+    assert rounds_of(trainer)[-1]["eval"]["eval_length"] == 6
     with pytest.raises(TypeError, match="`args` should be a `FederatedSeq2SeqConfig`"):
         build(FederatedTaskConfig(**args))
 
@@ -359,7 +363,7 @@ def test_clients_elsewhere_give_the_same_bits(make_trainer, plain, tmp_path) -> 
     here.train()
     thread.join()
     assert not differences(here, plain)
-    rounds: tuple[list[Mapping[str, Any]], ...] = (here._record["rounds"], plain._record["rounds"])
+    rounds: tuple[list[Mapping[str, Any]], ...] = (rounds_of(here), rounds_of(plain))
     for ours, theirs in zip(*rounds, strict=True):
         assert ours["train_loss"] == theirs["train_loss"] and ours["clients"].keys() == theirs["clients"].keys()
         assert (ours["bytes_up"], ours["bytes_down"]) == (theirs["bytes_up"], theirs["bytes_down"])
