@@ -163,7 +163,7 @@ class Server:
         update = ClientUpdate(
             reply.client,
             meta.get("num_examples"),  # type: ignore[arg-type]
-            self.plan.up.decode(packet.part(DELTA), {key: tensor.dtype for key, tensor in asked.items()}),
+            self.plan.up.decode(packet.part(DELTA), asked),
             meta.get("figures", {}),
             num_steps=meta.get("num_steps"),
             base_digest=meta.get("base_digest"),
