@@ -25,6 +25,8 @@ from fed_trainer import ClientUpdate, FederatedConfig, FederatedTaskConfig, Fede
 from fed_trainer.client.engines import ENGINES, engine_of
 from fed_trainer.federation.packet import Packet
 from fed_trainer.methods.aggregation import METHODS, Aggregator, FedAvg, Method, NormBounding
+from fed_trainer.methods.codecs import CODECS, Step
+from fed_trainer.state.adapter_state import AdapterState
 from fed_trainer.state.client_errors import TurnFailedError
 
 
@@ -236,7 +238,7 @@ def test_the_codec_is_a_quarter_of_the_bytes_and_near(seed: int, size: float, dt
     state = {"a": size * draws(seed, 64).to(getattr(torch, dtype)), "zero": torch.zeros(3), "count": torch.tensor(7)}
     encoded = codec().encode(state, seed)
     assert encoded["a"].element_size() == 1 and encoded["count"] is state["count"]
-    decoded = codec().decode(encoded, {key: tensor.dtype for key, tensor in state.items()})
+    decoded = codec().decode(encoded, state)
     assert decoded.keys() == state.keys() and torch.equal(decoded["zero"], state["zero"])
     step = state["a"].abs().max().double() / 127
     rounding = {"float32": 1e-5, "bfloat16": 2**-8}[dtype] * state["a"].abs().max()
@@ -246,12 +248,12 @@ def test_the_codec_is_a_quarter_of_the_bytes_and_near(seed: int, size: float, dt
 
 def test_the_codec_has_no_bias_and_leaves_what_is_strange() -> None:
     step = entry_of("CODECS")[2]()
-    state, dtypes = {"a": draws(0, 50)}, {"a": torch.float32}
-    mean = sum(step.decode(step.encode(state, seed), dtypes)["a"].double() for seed in range(400)) / 400
+    state = {"a": draws(0, 50)}
+    mean = sum(step.decode(step.encode(state, seed), state)["a"].double() for seed in range(400)) / 400
     deviation = state["a"].abs().max() / 127 / 2 / 400**0.5  # at most, of a mean
     assert ((mean - state["a"]).abs() < 5 * deviation).all()
     for strange in ({"a": "text", "a/scale": torch.tensor(1.0)}, {"a": torch.ones(2)}, {"b": torch.ones(2)}):
-        assert step.decode(strange, dtypes) == strange
+        assert step.decode(strange, state) == strange
 
 
 def test_the_codec_runs_a_federation(enter, make_trainer, plain) -> None:
@@ -262,6 +264,36 @@ def test_the_codec_runs_a_federation(enter, make_trainer, plain) -> None:
     ours, whole = (rounds_of(one)[-1]["bytes_up"] - 8 * 2 for one in (trainer, plain))
     scales = 4 * len(plain.federation.state) * 2
     assert ours == whole / 4 + scales
+
+
+class Largest(Step):
+    """A codec that changes shapes: the largest values, with where they were."""
+
+    def encode(self, state: AdapterState, seed: int) -> AdapterState:
+        places = {key: tensor.abs().flatten().topk(tensor.numel() // 8).indices for key, tensor in state.items()}
+        values = {key: state[key].flatten()[place] for key, place in places.items()}
+        return {**values, **{f"{key}/places": place.int() for key, place in places.items()}}
+
+    def decode(self, state: AdapterState, like: Mapping[str, torch.Tensor]) -> AdapterState:
+        return {
+            key: torch.zeros_like(tensor)
+            .flatten()
+            .index_put((state[f"{key}/places"].long(),), state[key])
+            .view_as(tensor)
+            for key, tensor in like.items()
+        }
+
+
+def test_a_codec_may_change_shapes(make_trainer, plain, monkeypatch) -> None:
+    monkeypatch.setitem(CODECS, "largest", Largest)
+    trainer = make_trainer(codecs={"largest": {}}, num_rounds=1)
+    start = trainer.federation.state
+    trainer.train()
+    for key, tensor in trainer.federation.state.items():
+        changed, of_each = int((tensor != start[key]).sum()), tensor.numel() // 8
+        is_left_factor = "lora_B" in key  # zero at first, so that the other one has no gradient yet
+        assert of_each <= changed <= 2 * of_each if is_left_factor else changed == 0, key
+    assert rounds_of(trainer)[0]["bytes_up"] - 16 == (rounds_of(plain)[0]["bytes_up"] - 16) / 4
 
 
 # A local objective
@@ -367,6 +399,14 @@ def test_clients_elsewhere_give_the_same_bits(make_trainer, plain, tmp_path) -> 
     for ours, theirs in zip(*rounds, strict=True):
         assert ours["train_loss"] == theirs["train_loss"] and ours["clients"].keys() == theirs["clients"].keys()
         assert (ours["bytes_up"], ours["bytes_down"]) == (theirs["bytes_up"], theirs["bytes_down"])
+
+
+def test_a_method_that_changes_the_base_goes_to_no_client_elsewhere(make_trainer, tmp_path) -> None:
+    trainer = make_trainer(aggregation="fedex_lora")
+    trainer.federation.transport = load(TRANSPORT).Folder(tmp_path)
+    with pytest.raises(NotImplementedError, match="'fedex_lora'` changes base weights, which Folder does not take"):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_client_elsewhere_that_fails_or_is_late_costs_only_its_own_update(tmp_path) -> None:
