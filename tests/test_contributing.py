@@ -296,6 +296,32 @@ def test_a_codec_may_change_shapes(make_trainer, plain, monkeypatch) -> None:
     assert rounds_of(trainer)[0]["bytes_up"] - 16 == (rounds_of(plain)[0]["bytes_up"] - 16) / 4
 
 
+class Compared(Step):
+    """Sends all as it is, and compares what comes in with what it is told of it."""
+
+    seen = 0
+
+    def encode(self, state: AdapterState, seed: int) -> AdapterState:
+        return state
+
+    def decode(self, state: AdapterState, like: Mapping[str, torch.Tensor]) -> AdapterState:
+        self.seen += len(state)
+        assert {key: (t.shape, t.dtype) for key, t in state.items()} == {
+            key: (like[key].shape, like[key].dtype) for key in state
+        }
+        return state
+
+
+def test_a_codec_is_told_the_shapes_of_the_ranks_of_clients(make_trainer) -> None:
+    trainer = make_trainer(aggregation="hetlora", client_settings={"client_0": {"r": 1}})
+    step = Compared()
+    trainer.client.plan.up.steps = trainer.client.plan.down.steps = [step]
+    trainer.train()
+    tensors = len(trainer.federation.state)
+    assert step.seen == tensors * 2 * 2 * 2  # of two clients, in two rounds, down and up
+    assert not rounds_of(trainer)[0]["refused"]
+
+
 # A local objective
 
 
@@ -381,7 +407,7 @@ def test_the_engine_is_chosen_for_its_launch_and_trains_as_the_plain_one(
 
 def test_clients_elsewhere_give_the_same_bits(make_trainer, plain, tmp_path) -> None:
     folder = load(TRANSPORT)
-    here, elsewhere = make_trainer(), make_trainer()
+    here, elsewhere = make_trainer(client_timeout=60), make_trainer()  # so that it fails, and does not hang
     here.federation.transport = folder.Folder(tmp_path)
     here.client.turn = None  # nobody has a turn here
 
@@ -402,7 +428,7 @@ def test_clients_elsewhere_give_the_same_bits(make_trainer, plain, tmp_path) -> 
 
 
 def test_a_method_that_changes_the_base_goes_to_no_client_elsewhere(make_trainer, tmp_path) -> None:
-    trainer = make_trainer(aggregation="fedex_lora")
+    trainer = make_trainer(aggregation="fedex_lora", client_timeout=1)
     trainer.federation.transport = load(TRANSPORT).Folder(tmp_path)
     with pytest.raises(NotImplementedError, match="'fedex_lora'` changes base weights, which Folder does not take"):
         trainer.train()
