@@ -205,7 +205,7 @@ def run_trainer(args: argparse.Namespace, alternate: bool) -> tuple[dict[str, li
         if alternate:
             trainer.compute_loss = recording
         trainer.train()
-        seconds["trainer"] = [sum(entry["seconds"].values()) for entry in trainer._record["rounds"]]
+        seconds["trainer"] = [sum(entry["seconds"].values()) for entry in trainer.record["rounds"]]
     return {side: values[1:] for side, values in seconds.items()}, recorded[-args.max_steps * args.num_clients :]
 
 

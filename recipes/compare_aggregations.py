@@ -79,7 +79,7 @@ class Comparison:
         """Loss on the validation rows after the last round; infinite if training diverged."""
         folder = self._folder(method, learning_rate) / "validation"
         try:
-            record = self._record(method, learning_rate, 0, folder, is_test=False)
+            record = self.record(method, learning_rate, 0, folder, is_test=False)
         except (BrokenStateError, TooFewClientsError) as error:
             print(f"{folder} diverged: {error}", flush=True)
             return math.inf
@@ -88,7 +88,7 @@ class Comparison:
 
     def test_record(self, method: str, learning_rate: float, seed: int) -> dict[str, Any]:
         """Record of a run that is evaluated on the test split."""
-        return self._record(method, learning_rate, seed, self._folder(method, learning_rate) / f"seed-{seed}")
+        return self.record(method, learning_rate, seed, self._folder(method, learning_rate) / f"seed-{seed}")
 
     def learning_rate(self, method: str, scale: float, step: float) -> float:
         """The learning rate with the least validation loss, from `scale` times that of the config."""

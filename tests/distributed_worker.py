@@ -228,7 +228,7 @@ def in_bfloat16() -> dict[str, Any]:
 
 def federation(trainer: FederatedMixin, resume: bool = False) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=resume)
-    record = trainer._record
+    record = trainer.record
     # ZeRO-3 holds parts of the base weights between steps, and whole ones here and there; FSDP2 holds parts
     whole = {} if KIND in SPLIT else {key: p.detach() for key, p in trainer.model.named_parameters()}
     return {
@@ -294,7 +294,7 @@ def clients_that_fail() -> dict[str, Any]:
         fail_in_last_process(left_out, forward=True)
         report["left_out"] = federation(left_out)
         report["without"] = federation(make_trainer("without", leaves_out_client_1=True, **short))
-        report["reasons"] = left_out._record["rounds"][0]["refused"]
+        report["reasons"] = left_out.record["rounds"][0]["refused"]
     hurried = make_trainer("hurried", client_timeout=100.0, **short)
     seconds_per_look = 1000 if os.environ.get("RANK", "0") == "0" else 0
     with patch("fed_trainer.client.engine.time.perf_counter", itertools.count(step=seconds_per_look).__next__):

@@ -134,7 +134,7 @@ def without():
 
 
 def result(trainer):
-    figures = trainer._record["rounds"][0]["clients"]
+    figures = trainer.record["rounds"][0]["clients"]
     losses = {client: (entry["train_loss"], entry["num_steps"]) for client, entry in figures.items()}
     return trainer.federation.state, losses
 
@@ -149,7 +149,7 @@ def test_a_broken_client_is_named_and_left_out_and_the_others_do_not_notice(make
     bad = PLACES[place]
     trainer = make_trainer(name, {**good(name), bad: DATA[name][0](2, kind)})
     trainer.train()
-    refused = trainer._record["rounds"][0]["refused"]
+    refused = trainer.record["rounds"][0]["refused"]
     assert list(refused) == [bad] and refused[bad]
     state, losses = result(trainer)
     expected_state, expected_losses = without[name]
@@ -181,7 +181,7 @@ def test_a_client_that_could_not_be_prepared_at_first_is_tried_again_in_its_turn
     trainer = make_trainer("sft", clients)
     assert failed and list(trainer.client.data._prepared) == ["client_c"]
     trainer.train()
-    assert trainer._record["rounds"][0]["refused"] == {}
+    assert trainer.record["rounds"][0]["refused"] == {}
     assert result(trainer)[1] == result(healthy)[1]
     assert all(torch.equal(result(trainer)[0][key], tensor) for key, tensor in result(healthy)[0].items())
 
@@ -277,8 +277,8 @@ def test_the_frequencies_of_a_dynamic_rope_do_not_follow_the_sequences_of_anothe
             peft_config=LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
         )
         trainer.train()
-        (round,) = trainer._record["rounds"]
-        return {name: entry["train_loss"] for name, entry in round["clients"].items()}, trainer._record["start"]
+        (round,) = trainer.record["rounds"]
+        return {name: entry["train_loss"] for name, entry in round["clients"].items()}, trainer.record["start"]
 
     losses, start = trained("both", {"a": 24, "b": 12})
     alone, start_alone = trained("alone", {"b": 12})

@@ -259,7 +259,7 @@ def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, o
     client = f"{list(POINTS).index(point) + 1:02d}-{point}"
     trainer, breaker = run(option, True)
     failed = client.replace("-", " ")
-    for entry in trainer._record["rounds"]:
+    for entry in trainer.record["rounds"]:
         assert entry["refused"][failed].endswith("BrokenError")
     assert len(breaker.local_rounds[failed]) == (option == "ditto" and point != "preparation")
     _, without = run(option, False)
@@ -277,7 +277,7 @@ def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, o
 def test_the_run_is_that_without_the_clients_that_fail(run, option):
     (trainer, breaker), (without, _) = run(option, True), run(option, False)
     assert same(trainer.federation.state, without.federation.state)
-    for entry, expected in zip(trainer._record["rounds"], without._record["rounds"], strict=True):
+    for entry, expected in zip(trainer.record["rounds"], without.record["rounds"], strict=True):
         assert entry["train_loss"] == expected["train_loss"]
         assert entry["eval"]["eval_loss"] == expected["eval"]["eval_loss"]
     assert trainer._total_train_tokens == without._total_train_tokens

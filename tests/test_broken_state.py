@@ -77,7 +77,7 @@ def test_a_broken_state_is_not_saved_and_the_round_before_goes_on(how, method, m
     with pytest.raises(BrokenStateError, match=r"not saved: `train\(resume_from_checkpoint=True\)` goes on"):
         trainer.train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
-    assert len(trainer._record["rounds"]) == 1
+    assert len(trainer.record["rounds"]) == 1
     assert settled == ([1, 2] if how == "loss" else [1])  # what clients keep: only an evaluation comes later
     for key, tensor in weights_of(trainer).items():
         assert torch.isfinite(tensor).all(), key
@@ -86,7 +86,7 @@ def test_a_broken_state_is_not_saved_and_the_round_before_goes_on(how, method, m
 
     again = make_trainer(aggregation=method)
     again.train(resume_from_checkpoint=True)
-    assert len(again._record["rounds"]) == 3
+    assert len(again.record["rounds"]) == 3
 
 
 def test_a_loss_that_never_was_finite_is_a_matter_of_the_data() -> None:

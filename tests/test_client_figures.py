@@ -227,7 +227,7 @@ def test_a_client_without_any_label_is_left_out_with_the_reason(hides, accumulat
     settings = {"num_rounds": 1, "logging_nan_inf_filter": hides, "gradient_accumulation_steps": accumulation}
     trainer = make_task(None, clients, token_model(), task_type="TOKEN_CLS", **settings)
     trainer.train()
-    entry = trainer._record["rounds"][0]
+    entry = trainer.record["rounds"][0]
     assert list(entry["clients"]) == ["a"]
     assert "No batch of its local round had a label" in entry["refused"]["b"] and "rate" not in entry["refused"]["b"]
     assert entry["train_loss"] == entry["clients"]["a"]["train_loss"]
@@ -241,7 +241,7 @@ def test_batches_without_labels_do_not_count_in_the_mean_loss(make_task):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     trainer.train()
-    figures = trainer._record["rounds"][0]["clients"]
+    figures = trainer.record["rounds"][0]["clients"]
     assert [figures[client]["num_steps"] for client in "ab"] == [4, 2]
     assert figures["a"]["train_loss"] == pytest.approx(figures["b"]["train_loss"], rel=1e-5)
 
@@ -256,7 +256,7 @@ def test_a_client_that_takes_no_step_is_left_out_with_the_reason(tiny_model_dir,
     peft_config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     trainer = FederatedTrainer(str(tiny_model_dir), args, clients, peft_config=peft_config)
     trainer.train()
-    entry = trainer._record["rounds"][0]
+    entry = trainer.record["rounds"][0]
     assert list(entry["clients"]) == ["big"] and "It took no step" in entry["refused"]["small"]
 
 
@@ -312,7 +312,7 @@ def trl(request, tiny_model_dir, tmp_path):
 def metrics_of(trainer: Any) -> list[dict[str, Any]]:
     return [
         {client: figures["training_metrics"] for client, figures in entry["clients"].items()}
-        for entry in trainer._record["rounds"]
+        for entry in trainer.record["rounds"]
     ]
 
 
@@ -329,7 +329,7 @@ def test_what_trl_logs_of_training_is_in_the_record_and_the_log(trl):
         expected = {key: value for key, value in alone.state.log_history[-1].items() if key not in OF_TRAINER}
         assert first[f"client_{number}"] == pytest.approx(expected)
         assert first[f"client_{number}"]["num_tokens"] > 0
-    for entry, logged in zip(trainer._record["rounds"], _round_logs(trainer), strict=True):
+    for entry, logged in zip(trainer.record["rounds"], _round_logs(trainer), strict=True):
         tokens = [figures["training_metrics"]["num_tokens"] for figures in entry["clients"].values()]
         assert entry["training_metrics"]["num_tokens"] == logged["num_tokens"] == sum(tokens)
         for name, mean in entry["training_metrics"].items():
@@ -368,7 +368,7 @@ def test_evaluations_log_their_own(trl):
     """Each held-out set has the figures of its own batches, whatever was evaluated, predicted or trained before."""
     trainer = trl(num_rounds=1)
     trainer.train()
-    evaluated = trainer._record["rounds"][0]["eval"]
+    evaluated = trainer.record["rounds"][0]["eval"]
     side = {f"eval_{name}_{metric}" for name in "xy" for metric in metrics_of(trainer)[0]["client_1"]}
     assert side <= evaluated.keys()
     sets = trainer.eval_dataset
@@ -379,6 +379,6 @@ def test_evaluations_log_their_own(trl):
         again = trainer.evaluate(sets[name], metric_key_prefix=f"eval_{name}")
         for key in side & again.keys():
             assert again[key] == evaluated[key]
-    shown = held_out_metrics(trainer._record)[1].keys()
+    shown = held_out_metrics(trainer.record)[1].keys()
     hidden = {f"eval_{name}_{metric}" for name in "xy" for metric in type(trainer)._side_metrics}
-    assert not shown & hidden and hidden & evaluated.keys() == set(trainer._record["side_metrics"])
+    assert not shown & hidden and hidden & evaluated.keys() == set(trainer.record["side_metrics"])

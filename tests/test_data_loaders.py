@@ -119,7 +119,7 @@ def test_clients_are_trained_on_their_own_rows(make_trainer, clients, tiny_model
 def test_clients_are_evaluated_on_their_own_rows(make_trainer, clients, expected, tmp_path, loader):
     trainer = make_trainer(clients, **LOADERS[loader])
     trainer.train()
-    losses = {name: figures["eval_loss"] for name, figures in trainer._record["rounds"][0]["client_eval"].items()}
+    losses = {name: figures["eval_loss"] for name, figures in trainer.record["rounds"][0]["client_eval"].items()}
     assert losses == {name: expected(tmp_path / "out", rows) for name, rows in clients.items()}
     assert len(set(losses.values())) == 2
     assert not left_over()
@@ -131,7 +131,7 @@ def test_sets_are_evaluated_on_their_own_rows(make_trainer, clients, expected, t
     trainer = make_trainer({"first": first, "second": second}, **LOADERS[loader])
     trainer.train()
     figures = [expected(tmp_path / "out", rows) for rows in (first, second)]
-    entry = trainer._record["rounds"][0]["eval"]
+    entry = trainer.record["rounds"][0]["eval"]
     assert [entry["eval_first_loss"], entry["eval_second_loss"]] == figures
     # other rows, by the same name or by none
     assert trainer.evaluate({"first": second})["eval_first_loss"] == figures[1]

@@ -170,7 +170,7 @@ def test_the_loss_of_every_step_and_evaluation_compares_with_the_reference(
         assert seen[0][3] != pytest.approx(0.6931, abs=1e-3)  # the adapter that it starts from is not the base
     else:
         assert seen[0][3] == pytest.approx(0.693147, abs=1e-5)
-    evaluation = trainer._record["rounds"][-1]["eval"]
+    evaluation = trainer.record["rounds"][-1]["eval"]
     assert evaluation["eval_loss"] == pytest.approx(seen[-1][3], rel=1e-6)
     assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= evaluation.keys()
 
@@ -233,8 +233,8 @@ def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer,
     again = make_trainer("died", **settings)
     again.train(resume_from_checkpoint=True)
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
-    assert [entry["train_loss"] for entry in whole._record["rounds"]] == [
-        entry["train_loss"] for entry in again._record["rounds"]
+    assert [entry["train_loss"] for entry in whole.record["rounds"]] == [
+        entry["train_loss"] for entry in again.record["rounds"]
     ]
     if reference != "base":
         assert same(whole._reference.read(include_frozen=True), again._reference.read(include_frozen=True))
@@ -246,7 +246,7 @@ def test_a_finished_run_is_evaluated_as_it_was_after_it_is_resumed(make_trainer,
     make_trainer(**settings).train()
     again = make_trainer(**settings)
     again.train(resume_from_checkpoint=True)
-    assert again.evaluate()["eval_loss"] == again._record["rounds"][-1]["eval"]["eval_loss"]
+    assert again.evaluate()["eval_loss"] == again.record["rounds"][-1]["eval"]["eval_loss"]
 
 
 def test_a_second_run_of_a_trainer_starts_with_the_adapter_it_starts_from_as_reference(
@@ -258,7 +258,7 @@ def test_a_second_run_of_a_trainer_starts_with_the_adapter_it_starts_from_as_ref
     trainer.train()
     shutil.rmtree(tmp_path / "out")
     trainer.train()
-    assert trainer._record["start"]["eval"]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert trainer.record["start"]["eval"]["eval_loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_resuming_takes_the_initial_reference_from_the_checkpoint(make_trainer, clients, tiny_model_dir, tmp_path):
@@ -286,8 +286,8 @@ def test_the_reference_is_neither_trained_nor_sent_nor_published(
     trainer = make_trainer(initial_adapter=str(sft_adapter), reference=reference, num_rounds=1)
     trainer.train()
     sizes = [tensor.numel() for tensor in adapter(sft_adapter).values()]
-    assert trainer._record["num_trainable_parameters"] == sum(sizes)
-    assert trainer._record["rounds"][0]["bytes_up"] == 2 * (4 * sum(sizes) + 8)
+    assert trainer.record["num_trainable_parameters"] == sum(sizes)
+    assert trainer.record["rounds"][0]["bytes_up"] == 2 * (4 * sum(sizes) + 8)
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert len(trained) == len(sizes) and all(".default." in name for name in trained)
     assert not any(path.is_dir() for path in (tmp_path / "out").iterdir() if path.name != "checkpoint-1")
@@ -336,7 +336,7 @@ def test_tensors_that_clients_keep_and_a_local_objective(make_trainer, clients, 
         eval_dataset={name: rows.select(range(4)) for name, rows in clients.items()},
     )
     trainer.train()
-    losses = [list(entry["client_eval"].values()) for entry in trainer._record["rounds"]]
+    losses = [list(entry["client_eval"].values()) for entry in trainer.record["rounds"]]
     assert losses[1][0]["eval_loss"] < 0.6931 and losses[1][0] != losses[1][1]
 
 
@@ -352,7 +352,7 @@ def test_precomputed_references_of_the_base_model_are_those_of_every_step(make_t
             eval_dataset=held_out,
         )
         trainer.train()
-        runs.append([value for r in trainer._record["rounds"] for value in (r["train_loss"], r["eval"]["eval_loss"])])
+        runs.append([value for r in trainer.record["rounds"] for value in (r["train_loss"], r["eval"]["eval_loss"])])
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
@@ -408,7 +408,7 @@ def test_a_whole_model_is_resumed_with_the_same_reference_only(make_trainer, tin
     same_again = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     again = make_trainer(ref_model=same_again, learning_rate=1e-3)
     again.train(resume_from_checkpoint=True)
-    assert len(again._record["rounds"]) == 2
+    assert len(again.record["rounds"]) == 2
 
 
 def test_messages_and_texts_without_a_prompt(make_trainer, clients):
@@ -423,7 +423,7 @@ def test_messages_and_texts_without_a_prompt(make_trainer, clients):
         data = {client: rows.map(convert, remove_columns=removed) for client, rows in clients.items()}
         trainer = make_trainer(name, clients=data, peft_config=LoraConfig(**LORA), num_rounds=1)
         trainer.train()
-        assert trainer._record["rounds"][0]["clients"].keys() == clients.keys()
+        assert trainer.record["rounds"][0]["clients"].keys() == clients.keys()
 
 
 NO_REFERENCE = [

@@ -74,7 +74,7 @@ def test_a_round_goes_on_without_the_client_that_fails(make_trainer, make_client
     trainer = make_trainer("failing", clients=clients)
     fail(trainer, monkeypatch, times=2)
     trainer.train()
-    for entry in trainer._record["rounds"]:
+    for entry in trainer.record["rounds"]:
         assert list(entry["clients"]) == ["client_0", "client_2"]
         assert entry["refused"] == {"client_1": "its local round failed: OutOfMemoryError"}
     del clients["client_1"]
@@ -88,7 +88,7 @@ def test_a_client_that_is_tried_again_does_what_it_would_have_done(make_trainer,
     fail(trainer, monkeypatch, times=1)
     trainer.train()
     make_trainer("healthy").train()
-    assert trainer._record["rounds"][0]["refused"] == {}
+    assert trainer.record["rounds"][0]["refused"] == {}
     assert same(adapter(tmp_path / "failing"), adapter(tmp_path / "healthy"))
 
 
@@ -123,7 +123,7 @@ def test_a_client_that_is_too_slow_is_left_out(make_trainer):
         trainer.train()
     patient = make_trainer("patient", client_timeout=1e9, num_rounds=1)
     patient.train()
-    assert patient._record["rounds"][0]["refused"] == {}
+    assert patient.record["rounds"][0]["refused"] == {}
 
 
 @pytest.mark.parametrize("hides", [False, True])
@@ -138,8 +138,8 @@ def test_a_loss_that_is_not_finite_is_a_failure(value, hides, make_trainer, monk
 
     monkeypatch.setattr(trainer, "training_step", diverging)
     trainer.train()
-    assert list(trainer._record["rounds"][0]["clients"]) == ["client_1", "client_2"]
-    assert f"The training loss is {value}" in trainer._record["rounds"][0]["refused"]["client_0"]
+    assert list(trainer.record["rounds"][0]["clients"]) == ["client_1", "client_2"]
+    assert f"The training loss is {value}" in trainer.record["rounds"][0]["refused"]["client_0"]
     assert trainer.args.logging_nan_inf_filter is hides
 
 
@@ -185,7 +185,7 @@ def test_a_client_whose_data_cannot_be_prepared_is_tried_again_and_left_out(make
 
     monkeypatch.setattr(trainer, "_prepare_client_dataset", broken)
     trainer.train()
-    entry = trainer._record["rounds"][0]
+    entry = trainer.record["rounds"][0]
     assert entry["refused"] == {"client_1": "its local round failed: TypeError"}
     assert "client_1" not in entry["clients"] and len(entry["clients"]) == 2
     sent = {client["bytes_down"] for client in entry["clients"].values()}

@@ -162,7 +162,7 @@ def test_a_run_that_is_always_resumed_starts_goes_on_and_ends(make_trainer, tmp_
     caplog.clear()
     trainer = make_trainer(num_rounds=2)
     trainer.train(resume_from_checkpoint=True)
-    assert len(trainer._record["rounds"]) == 2 and "starts" not in caplog.text
+    assert len(trainer.record["rounds"]) == 2 and "starts" not in caplog.text
     assert find_damage(tmp_path / "out" / "checkpoint-2") is None
 
 

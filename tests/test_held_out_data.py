@@ -125,7 +125,7 @@ def test_a_stream_is_evaluated_as_trl_does(make_trainer, tiny_model_dir, tmp_pat
     plain = SFTTrainer(str(tiny_model_dir), args, train_dataset=Dataset.from_dict(DATA["sft"]), eval_dataset=stream)
     trainer = make_trainer("sft", stream)
     trainer.train()
-    assert trainer._record["start"]["eval"]["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert trainer.record["start"]["eval"]["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
 def test_dictionaries_of_datasets_are_sets_by_name(make_trainer) -> None:

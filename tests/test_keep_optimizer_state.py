@@ -196,4 +196,4 @@ def test_a_run_of_before_the_setting_goes_on_without_it(make_trainer, tmp_path):
     write_json(checkpoint / "digests.json", digests)
     trainer = make_trainer(keep_optimizer_state=False)
     trainer.train(resume_from_checkpoint=True)
-    assert len(trainer._record["rounds"]) == 3
+    assert len(trainer.record["rounds"]) == 3

@@ -254,7 +254,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_p
 
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
     assert same(whole.federation.state, trainer.federation.state)
-    for left, right in zip(whole._record["rounds"], trainer._record["rounds"], strict=True):
+    for left, right in zip(whole.record["rounds"], trainer.record["rounds"], strict=True):
         assert left["client_eval"] == right["client_eval"]
         assert left["clients"].keys() == right["clients"].keys()
         assert (left["bytes_up"], left["bytes_down"]) == (right["bytes_up"], right["bytes_down"])

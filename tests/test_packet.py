@@ -146,7 +146,7 @@ def test_a_client_needs_nothing_but_its_packet(name: str, make_trainer) -> None:
     remote.train()
     for key, tensor in plain.federation.state.items():
         assert torch.equal(tensor, remote.federation.state[key]), key
-    for ours, theirs in zip(plain._record["rounds"], remote._record["rounds"], strict=True):
+    for ours, theirs in zip(plain.record["rounds"], remote.record["rounds"], strict=True):
         assert ours["train_loss"] == theirs["train_loss"]
         assert (ours["bytes_up"], ours["bytes_down"]) == (theirs["bytes_up"], theirs["bytes_down"])
 
@@ -156,7 +156,7 @@ def test_half_a_dtype_is_half_the_bytes_and_nearly_the_same_model(dtype: str, ma
     whole, half = make_trainer("whole"), make_trainer("half", wire_dtype=dtype)
     whole.train()
     half.train()
-    for ours, theirs in zip(whole._record["rounds"], half._record["rounds"], strict=True):
+    for ours, theirs in zip(whole.record["rounds"], half.record["rounds"], strict=True):
         numbers = 8 * len(ours["clients"])
         assert theirs["bytes_down"] * 2 == ours["bytes_down"]
         assert (theirs["bytes_up"] - numbers) * 2 == ours["bytes_up"] - numbers
@@ -189,5 +189,5 @@ def test_an_objective_that_needs_the_very_update_goes_with_no_rounding(make_trai
 def test_a_step_of_codecs_is_that_of_the_wire_dtype(make_trainer) -> None:
     trainer = make_trainer("out", codecs={"dtype": {"dtype": "bfloat16", "rounding": "nearest"}})
     trainer.train()
-    entry = trainer._record["rounds"][-1]
+    entry = trainer.record["rounds"][-1]
     assert entry["bytes_up"] < 0.6 * entry["bytes_down"]

@@ -117,7 +117,7 @@ def test_fedsa_lora_shares_a_and_leaves_b_with_the_clients(make_trainer, make_cl
     assert not same(kept["client_0"], kept["client_1"])
     for key, tensor in trainer.federation.state.items():
         assert torch.equal(tensor, start[key]) == (".lora_B." in key), key
-    entry = trainer._record["rounds"][-1]
+    entry = trainer.record["rounds"][-1]
     a_bytes = sum(4 * tensor.numel() for key, tensor in start.items() if ".lora_A." in key)
     assert entry["bytes_up"] == 3 * (a_bytes + 8)  # and the number of examples
     assert entry["bytes_down"] == 3 * a_bytes
@@ -127,7 +127,7 @@ def test_every_client_is_evaluated_with_its_own_model_on_its_own_data(make_train
     clients = make_clients(num_clients=3)
     trainer = make_trainer(aggregation="fedsa_lora", clients=clients, eval_dataset=held_out(clients))
     trainer.train()
-    entry = trainer._record["rounds"][-1]
+    entry = trainer.record["rounds"][-1]
 
     losses = {}
     for client in clients:
@@ -147,7 +147,7 @@ def test_a_client_that_has_not_trained_yet_has_the_initial_local_tensors(make_tr
     )
     start = trainer.federation.state
     trainer.train()
-    (sampled,) = trainer._record["rounds"][0]["clients"]
+    (sampled,) = trainer.record["rounds"][0]["clients"]
     for client in clients.keys() - {sampled}:
         state = trainer.client_state(client)
         assert all(torch.equal(state[key], start[key]) for key in state if ".lora_B." in key)
@@ -252,7 +252,7 @@ def test_ditto_leaves_the_federation_as_it_is_and_pulls_personal_models_towards_
         assert same(ditto.federation.state, plain.federation.state)
         personal = ditto.client_state("client_1")
         distances.append(sum(float((personal[key] - ditto.federation.state[key]).norm()) for key in personal))
-        assert ditto._record["rounds"][-1]["client_eval"] != plain._record["rounds"][-1]["client_eval"]
+        assert ditto.record["rounds"][-1]["client_eval"] != plain.record["rounds"][-1]["client_eval"]
     assert distances[0] > distances[1] > 0
 
 
@@ -278,7 +278,7 @@ def test_a_client_of_a_smaller_rank_sends_and_trains_its_rank_only(make_trainer,
         assert all(shape[0 if ".lora_A." in key else 1] == rank for key, shape in shapes.items()), client
         assert all(tensor.any() for tensor in updates[client].delta.values())
     numbers = 0 if method == "hetlora" else 8  # HetLoRA weights by norms
-    rounds = trainer._record["rounds"][-1]["clients"]
+    rounds = trainer.record["rounds"][-1]["clients"]
     sent = {client: figures["bytes_up"] - numbers for client, figures in rounds.items()}
     assert sent["client_0"] * 4 == sent["client_2"] * 2 == sent["client_1"]
 
@@ -305,7 +305,7 @@ def test_hetlora_prunes_the_ranks_of_clients_that_do_not_need_them(make_trainer)
         learning_rate=0.05,
     )
     trainer.train()
-    rounds = trainer._record["rounds"]
+    rounds = trainer.record["rounds"]
     ranks = {client: int(kept_by(trainer, client)["objective"]["rank"]) for client in trainer._clients}
     assert min(ranks.values()) < 4
     assert rounds[-1]["bytes_up"] < rounds[0]["bytes_up"]
@@ -319,7 +319,7 @@ def test_a_client_trains_a_subset_of_the_layers(make_trainer):
     alone = make_trainer("alone", num_rounds=1)
     start = trainer.federation.state
     trainer.train()
-    clients = trainer._record["rounds"][0]["clients"]
+    clients = trainer.record["rounds"][0]["clients"]
     assert (clients["client_0"]["bytes_up"] - 8) * 2 == clients["client_2"]["bytes_up"] - 8
     assert clients["client_0"]["bytes_down"] == clients["client_2"]["bytes_down"]  # it computes with all layers
     # layer 1 is the third client's alone
@@ -514,7 +514,7 @@ def test_a_round_goes_on_without_a_client_whose_update_is_not_finite(
     trainer = make_trainer("broken", clients=clients, num_rounds=1)
     breaks(trainer, monkeypatch, lambda round, client: client == "client_1")
     trainer.train()
-    entry = trainer._record["rounds"][0]
+    entry = trainer.record["rounds"][0]
     assert list(entry["clients"]) == ["client_0", "client_2"]
     assert list(entry["refused"]) == ["client_1"]
     assert "not finite" in entry["refused"]["client_1"]
@@ -543,7 +543,7 @@ def test_a_client_that_is_left_out_keeps_what_it_had(make_trainer, monkeypatch, 
         trainer.federation.server, "settle", lambda: settle() or kept.setdefault("first", kept_by(trainer, "client_1"))
     )
     trainer.train()
-    assert list(trainer._record["rounds"][1]["refused"]) == ["client_1"]
+    assert list(trainer.record["rounds"][1]["refused"]) == ["client_1"]
     after = kept_by(trainer, "client_1")
     assert kept["first"] and after.keys() == kept["first"].keys()
     assert all(same(after[part], kept["first"][part]) for part in after)
@@ -560,7 +560,7 @@ def test_a_client_whose_own_model_diverges_is_left_out(make_trainer, monkeypatch
 
     after_local_rounds(monkeypatch, trainer, diverge)
     trainer.train()
-    refused = trainer._record["rounds"][0]["refused"]
+    refused = trainer.record["rounds"][0]["refused"]
     assert list(refused) == ["client_1"]
     assert re.search(
         r"lora_A.weight \(personal\), which stays with the client, has values that are not finite", refused["client_1"]
@@ -611,7 +611,7 @@ def test_what_a_client_keeps_is_checked_in_its_turn_and_the_turn_tried_again(mak
             trainer.federation.server, "take", lambda *args, take=take: received.append(args) or take(*args)
         )
         trainer.train()
-        refused = trainer._record["rounds"][0]["refused"]
+        refused = trainer.record["rounds"][0]["refused"]
         if times == 1:
             assert refused == {} and kept_by(trainer, "client_1")[part]
         else:
@@ -648,7 +648,7 @@ def test_too_few_usable_updates_end_the_run_and_keep_the_last_round(make_trainer
     # with healthy clients it goes on from there
     resumed = make_trainer(min_clients=2, num_rounds=2)
     resumed.train(resume_from_checkpoint=True)
-    assert len(resumed._record["rounds"]) == 2
+    assert len(resumed.record["rounds"]) == 2
 
 
 def test_a_run_can_be_resumed_with_fewer_usable_updates_per_round(make_trainer, monkeypatch):
@@ -658,7 +658,7 @@ def test_a_run_can_be_resumed_with_fewer_usable_updates_per_round(make_trainer, 
         trainer.train()
     resumed = make_trainer(min_clients=2, num_rounds=2)
     resumed.train(resume_from_checkpoint=True)
-    assert len(resumed._record["rounds"]) == 2
+    assert len(resumed.record["rounds"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -704,7 +704,7 @@ def test_absurd_values_are_left_out(make_trainer, monkeypatch):
 
     after_local_rounds(monkeypatch, trainer, become_absurd)
     trainer.train()
-    assert "values beyond 4.1e+03" in trainer._record["rounds"][0]["refused"]["client_1"]
+    assert "values beyond 4.1e+03" in trainer.record["rounds"][0]["refused"]["client_1"]
 
 
 def test_there_is_no_model_for_all_to_be_evaluated_later(make_trainer, make_clients):
@@ -737,7 +737,7 @@ def test_a_client_downloads_what_it_missed_of_the_base(make_trainer, make_client
         aggregation="fedex_lora", clients=make_clients(num_clients=3), clients_per_round=2, num_rounds=4
     )
     trainer.train()
-    rounds = trainer._record["rounds"]
+    rounds = trainer.record["rounds"]
     adapter_bytes = sum(4 * tensor.numel() for tensor in trainer.federation.state.values())
     last_seen = dict.fromkeys(trainer._clients, 0)
     for entry in rounds:
@@ -751,7 +751,7 @@ def test_a_client_downloads_what_it_missed_of_the_base(make_trainer, make_client
 def test_flora_sends_no_factors_down_because_everybody_draws_them(make_trainer):
     trainer = make_trainer(aggregation="flora", num_rounds=2)
     trainer.train()
-    first, second = trainer._record["rounds"]
+    first, second = trainer.record["rounds"]
     assert first["bytes_down"] == 0
     assert second["bytes_down"] == 3 * first["base_change_bytes"] == 3 * (first["bytes_up"] - 3 * 8)
 

@@ -92,7 +92,7 @@ def test_the_4_bit_base_stays_and_the_adapter_learns(make_trainer, base_dir, tmp
     before = base_logits(trainer)
     trainer.train()
     assert torch.equal(base_logits(trainer), before)
-    evaluations = [trainer._record["start"]["eval"], *(entry["eval"] for entry in trainer._record["rounds"])]
+    evaluations = [trainer.record["start"]["eval"], *(entry["eval"] for entry in trainer.record["rounds"])]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), tmp_path / "out")
     tokens = torch.arange(4, 20).unsqueeze(0)
@@ -118,8 +118,8 @@ def test_a_run_on_a_4_bit_base_that_died_resumes_to_the_same_adapter(make_traine
     again = make_trainer("died", peft_config)
     again.train(resume_from_checkpoint=True)
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
-    assert [entry["eval"]["eval_loss"] for entry in whole._record["rounds"]] == [
-        entry["eval"]["eval_loss"] for entry in again._record["rounds"]
+    assert [entry["eval"]["eval_loss"] for entry in whole.record["rounds"]] == [
+        entry["eval"]["eval_loss"] for entry in again.record["rounds"]
     ]
 
 
@@ -145,8 +145,8 @@ def test_the_reference_of_dpo_on_a_4_bit_base_is_the_policy_itself_at_the_start(
         quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     )
     trainer.train()
-    assert trainer._record["start"]["eval"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert trainer._record["rounds"][0]["eval"]["eval_loss"] < 0.69
+    assert trainer.record["start"]["eval"]["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert trainer.record["rounds"][0]["eval"]["eval_loss"] < 0.69
 
 
 def test_a_reward_model_on_a_4_bit_base_and_its_head(make_clients, base_dir, tmp_path):
@@ -163,7 +163,7 @@ def test_a_reward_model_on_a_4_bit_base_and_its_head(make_clients, base_dir, tmp
     )
     start = trainer.federation.state
     trainer.train()
-    assert trainer._record["rounds"][-1]["eval"]["eval_loss"] < trainer._record["start"]["eval"]["eval_loss"]
+    assert trainer.record["rounds"][-1]["eval"]["eval_loss"] < trainer.record["start"]["eval"]["eval_loss"]
     head = "base_model.model.score.weight"
     assert not torch.equal(adapter(tmp_path)[head], start[head])
 

@@ -263,8 +263,8 @@ def test_rounds_after_the_checkpoint_are_dropped_when_it_is_resumed(
         shutil.rmtree(run / f"checkpoint-{number}")
     trainer = make_trainer(run)
     seen: list[list[int]] = []
-    begin = trainer._begin
-    trainer._begin = lambda state: (seen.append(rounds_of(run)), begin(state))  # type: ignore[method-assign]
+    begin = trainer._run._begin
+    trainer._run._begin = lambda state: (seen.append(rounds_of(run)), begin(state))  # type: ignore[method-assign]
     trainer.train(resume_from_checkpoint=True)
     assert seen == [[1]] and end_of(run) == end_of(finished)
 

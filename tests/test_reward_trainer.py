@@ -86,7 +86,7 @@ def test_rounds_are_stock_trainers_averaged_in_float64(make_trainer, clients, ti
     state = trainer._live_adapter.read(include_frozen=True)
     assert "base_model.model.score.weight" in trainer.federation.state
     trainer.train()
-    for entry in trainer._record["rounds"]:
+    for entry in trainer.record["rounds"]:
         mean = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in state.items()}
         for name, rows in clients.items():
             args = RewardConfig(
@@ -151,7 +151,7 @@ def test_a_run_that_died_resumes_to_the_same_model(make_trainer, clients, tmp_pa
     again = make_trainer("died", **settings)
     again.train(resume_from_checkpoint=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "died"))
-    figures = [[entry["eval"]["eval_accuracy"] for entry in t._record["rounds"]] for t in (whole, again)]
+    figures = [[entry["eval"]["eval_accuracy"] for entry in t.record["rounds"]] for t in (whole, again)]
     assert figures[0] == figures[1]
 
 
@@ -179,7 +179,7 @@ def test_messages_whole_texts_and_margins(make_trainer, clients):
         data = {client: rows.map(convert, remove_columns=removed) for client, rows in clients.items()}
         trainer = make_trainer(name, clients=data, peft_config=ADAPTERS["lora"], num_rounds=1)
         trainer.train()
-        assert trainer._record["rounds"][0]["clients"].keys() == clients.keys()
+        assert trainer.record["rounds"][0]["clients"].keys() == clients.keys()
 
 
 def test_a_head_of_its_own_for_every_client(make_trainer, clients):
@@ -191,7 +191,7 @@ def test_a_head_of_its_own_for_every_client(make_trainer, clients):
         eval_dataset=clients,
     )
     trainer.train()
-    figures = [entry["eval_loss"] for entry in trainer._record["rounds"][-1]["client_eval"].values()]
+    figures = [entry["eval_loss"] for entry in trainer.record["rounds"][-1]["client_eval"].values()]
     assert len(set(figures)) == 3
     head = "base_model.model.score.weight"
     assert len({tuple(trainer.client_state(client)[head].flatten().tolist()) for client in clients}) == 3

@@ -112,7 +112,7 @@ def test_a_folder_that_another_process_owns_is_refused_and_nothing_in_it_is_touc
         )
         assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     trainer.train(resume_from_checkpoint=resume)
-    assert len(trainer._record["rounds"]) == 2
+    assert len(trainer.record["rounds"]) == 2
 
 
 def test_the_lock_is_held_while_a_run_trains_and_let_go_when_it_ends_or_fails(make_trainer, tmp_path):

@@ -351,7 +351,7 @@ def begun(tmp_path_factory):
     folder = tmp_path_factory.mktemp("begun")
     trainer = _trainer(folder, num_rounds=1)
     trainer.train()
-    return folder, sorted(trainer._record["rounds"][0]["clients"])
+    return folder, sorted(trainer.record["rounds"][0]["clients"])
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -396,7 +396,7 @@ def test_an_unchanged_run_goes_on_and_so_does_one_of_before(tmp_path):
     _trainer(tmp_path / "new", num_rounds=1).train()
     again = _trainer(tmp_path / "new", run_name="another", num_rounds=2, dataloader_num_workers=0, save_total_limit=3)
     again.train(resume_from_checkpoint=True)
-    assert len(again._record["rounds"]) == 2
+    assert len(again.record["rounds"]) == 2
     _trainer(tmp_path / "old", num_rounds=1).train()
     checkpoint = tmp_path / "old" / "checkpoint-1"
     record = read_record(checkpoint)
@@ -413,7 +413,7 @@ def test_an_unchanged_run_goes_on_and_so_does_one_of_before(tmp_path):
     _refresh_digest(checkpoint)
     old = _trainer(tmp_path / "old", num_rounds=2, compute_metrics=None)
     old.train(resume_from_checkpoint=True)
-    assert len(old._record["rounds"]) == 2 and "arguments" in old._record
+    assert len(old.record["rounds"]) == 2 and "arguments" in old.record
 
 
 def test_more_rounds_can_be_asked_of_the_trainer_itself(tmp_path):
@@ -421,7 +421,7 @@ def test_more_rounds_can_be_asked_of_the_trainer_itself(tmp_path):
     trainer.train()
     trainer.args.num_rounds = 2
     trainer.train(resume_from_checkpoint=True)
-    assert [entry["learning_rate"] for entry in trainer._record["rounds"]] == [5e-5, 2.5e-5]
+    assert [entry["learning_rate"] for entry in trainer.record["rounds"]] == [5e-5, 2.5e-5]
 
 
 class _Interrupts(TrainerCallback):

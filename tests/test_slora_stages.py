@@ -399,4 +399,4 @@ def test_a_trainer_that_was_interrupted_in_either_stage_goes_on_itself(
         trainer.train()
     trainer.train(resume_from_checkpoint=step > 6)
     assert same(trainer.federation.state, whole.federation.state)
-    assert trainer._record["sparse_stage"] == whole._record["sparse_stage"]
+    assert trainer.record["sparse_stage"] == whole.record["sparse_stage"]

@@ -198,8 +198,8 @@ def test_a_run_that_died_resumes_to_the_same_model(make_trainer, tmp_path, peft_
     again = make_trainer("died", model=bert(trained), **settings)
     again.train(resume_from_checkpoint=True)
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "died"))
-    assert [entry["eval"]["eval_accuracy"] for entry in whole._record["rounds"]] == [
-        entry["eval"]["eval_accuracy"] for entry in again._record["rounds"]
+    assert [entry["eval"]["eval_accuracy"] for entry in whole.record["rounds"]] == [
+        entry["eval"]["eval_accuracy"] for entry in again.record["rounds"]
     ]
 
 
@@ -211,8 +211,8 @@ def test_frozen_parameters_of_a_plain_model_neither_travel_nor_change(make_train
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == trainer.federation.state.keys() == {key for key in before if re.search(BIASES, key)}
     sent = sum(before[key].numel() for key in changed)
-    assert trainer._record["num_trainable_parameters"] == sent
-    assert trainer._record["rounds"][0]["bytes_up"] == 3 * (4 * sent + 8)
+    assert trainer.record["num_trainable_parameters"] == sent
+    assert trainer.record["rounds"][0]["bytes_up"] == 3 * (4 * sent + 8)
 
 
 def test_running_statistics_travel_and_tied_weights_travel_once():
@@ -324,7 +324,7 @@ def test_a_collator_may_tokenise(make_trainer):
         clients={"a": raw}, eval_dataset=raw, num_rounds=1, remove_unused_columns=False, data_collator=collate
     )
     trainer.train()
-    assert trainer._record["rounds"][0]["eval"]["eval_accuracy"] >= 0.5
+    assert trainer.record["rounds"][0]["eval"]["eval_accuracy"] >= 0.5
 
 
 @pytest.mark.parametrize("looks_at_the_count", [False, True])

@@ -94,7 +94,7 @@ def test_the_tagger_and_its_head_are_trained_and_published(make_trainer, tmp_pat
     start = trainer.federation.state
     assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} <= start.keys()
     trainer.train()
-    evaluations = [trainer._record["start"]["eval"], *(entry["eval"] for entry in trainer._record["rounds"])]
+    evaluations = [trainer.record["start"]["eval"], *(entry["eval"] for entry in trainer.record["rounds"])]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert evaluations[-1]["eval_macro_f1"] > evaluations[0]["eval_macro_f1"]
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -126,6 +126,6 @@ def test_a_run_that_died_resumes_to_the_same_tagger(make_trainer, tmp_path, peft
     again.train(resume_from_checkpoint=True)
     left, right = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "died"))
     assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-    assert [entry["eval"]["eval_macro_f1"] for entry in whole._record["rounds"]] == [
-        entry["eval"]["eval_macro_f1"] for entry in again._record["rounds"]
+    assert [entry["eval"]["eval_macro_f1"] for entry in whole.record["rounds"]] == [
+        entry["eval"]["eval_macro_f1"] for entry in again.record["rounds"]
     ]

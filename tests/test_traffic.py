@@ -151,7 +151,7 @@ def test_every_byte_of_a_client_is_counted(name: str, make_trainer) -> None:
     trainer = make_trainer(**{"aggregation": name, **case.settings})
     trainer.train()
     here: dict[str, int] = {}
-    for entry in trainer._record["rounds"]:
+    for entry in trainer.record["rounds"]:
         number = entry["round"]
         for client, figures in entry["clients"].items():
             since = here.get(client, 0)
@@ -170,7 +170,7 @@ def test_a_client_of_a_smaller_rank_and_one_of_fewer_layers_send_less(make_train
         client_settings={"client_0": {"r": 1}, "client_1": {"layers_to_transform": [0]}},
     )
     trainer.train()
-    figures = trainer._record["rounds"][0]["clients"]
+    figures = trainer.record["rounds"][0]["clients"]
     assert (figures["client_0"]["bytes_up"], figures["client_0"]["bytes_down"]) == (both(1) + NUMBER, both(1))
     assert (figures["client_1"]["bytes_up"], figures["client_1"]["bytes_down"]) == (both() // 2 + NUMBER, both())
 
@@ -185,7 +185,7 @@ def test_the_control_comes_for_the_layers_that_a_client_trains(make_trainer) -> 
         **SGD,
     )
     trainer.train()
-    figures = trainer._record["rounds"][1]["clients"]["client_1"]
+    figures = trainer.record["rounds"][1]["clients"]["client_1"]
     assert (figures["bytes_up"], figures["bytes_down"]) == (both() // 2 + 4, both() * 3 // 2)
 
 
@@ -201,11 +201,11 @@ def test_a_pruned_rank_travels_with_the_update_that_it_follows_from(make_trainer
         learning_rate=0.05,
     )
     trainer.train()
-    for entry in trainer._record["rounds"]:
+    for entry in trainer.record["rounds"]:
         for figures in entry["clients"].values():
             assert figures["bytes_down"] in [both(r) for r in (R, R // 2, R // 4)]
             assert (
                 figures["bytes_up"] == figures["bytes_down"] + NUMBER
             )  # weighted by norms: the rank is the only number
-    last = trainer._record["rounds"][-1]["clients"]
+    last = trainer.record["rounds"][-1]["clients"]
     assert any(figures["bytes_down"] < both() for figures in last.values()), "no rank was pruned"

@@ -104,7 +104,7 @@ def test_one_client_with_one_round_is_plain_fine_tuning(make_trainer, make_clien
     trainer.train()
     after = adapter(tmp_path / "out")
     assert not same(before, after)
-    assert trainer._record["rounds"][0]["clients"]["client_0"]["num_steps"] == LOCAL["max_steps"]
+    assert trainer.record["rounds"][0]["clients"]["client_0"]["num_steps"] == LOCAL["max_steps"]
 
 
 def test_same_seed_gives_the_same_adapter_and_another_seed_another(make_trainer, tmp_path):
@@ -157,10 +157,10 @@ def test_a_run_that_died_resumes_to_the_same_adapter_and_record(make_trainer, tm
         [entry["step"] for entry in t.state.log_history if "seconds_checkpoint" not in entry] for t in (whole, again)
     ]
     assert steps[0] == steps[1]
-    losses = [[entry["train_loss"] for entry in t._record["rounds"]] for t in (whole, again)]
+    losses = [[entry["train_loss"] for entry in t.record["rounds"]] for t in (whole, again)]
     assert losses[0] == losses[1]
-    assert [entry["eval"]["eval_loss"] for entry in whole._record["rounds"]] == [
-        entry["eval"]["eval_loss"] for entry in again._record["rounds"]
+    assert [entry["eval"]["eval_loss"] for entry in whole.record["rounds"]] == [
+        entry["eval"]["eval_loss"] for entry in again.record["rounds"]
     ]
 
 
@@ -193,7 +193,7 @@ def test_federa_resumes_exactly_and_ends_as_a_plain_lora(make_trainer, tiny_mode
     assert same(whole.model.state_dict(), parts.model.state_dict())
     # clients and server exchange factors of rank 4; what is saved has their start beside them
     sent = sum(tensor.numel() * tensor.element_size() for tensor in whole.federation.state.values())
-    assert whole._record["rounds"][0]["bytes_up"] == 3 * (sent + 8)
+    assert whole.record["rounds"][0]["bytes_up"] == 3 * (sent + 8)
     assert sum(tensor.numel() for tensor in adapter(tmp_path / "whole").values()) * 4 == 2 * sent
 
     loss = whole.evaluate()["eval_loss"]
@@ -224,7 +224,7 @@ def test_the_live_model_is_the_global_adapter_when_it_is_evaluated_and_afterward
     trainer = make_trainer(num_rounds=1)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
-    assert loss == trainer._record["rounds"][0]["eval"]["eval_loss"]
+    assert loss == trainer.record["rounds"][0]["eval"]["eval_loss"]
 
     fresh = make_trainer("fresh", initial_adapter=str(tmp_path / "out"), model=str(tiny_model_dir))
     assert fresh.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-6)
@@ -446,7 +446,7 @@ def test_weights_count_the_examples_that_were_trained_on(make_trainer, make_clie
     rows[:4] = [{**row, "prompt": row["prompt"] * 20} for row in rows[:4]]  # no room for the completion
     trainer = make_trainer(clients={**clients, "client_1": type(clients["client_1"]).from_list(rows)}, num_rounds=1)
     trainer.train()
-    counts = {name: client["num_examples"] for name, client in trainer._record["rounds"][0]["clients"].items()}
+    counts = {name: client["num_examples"] for name, client in trainer.record["rounds"][0]["clients"].items()}
     assert counts == {"client_0": 12, "client_1": 8}
 
 
@@ -495,5 +495,5 @@ def test_an_unfinished_run_without_a_checkpoint_is_not_overwritten(make_trainer,
     again = make_trainer(num_rounds=4, save_rounds=3)
     again.train(resume_from_checkpoint=True)
     make_trainer("whole", num_rounds=4, save_rounds=3).train()
-    assert len(again._record["rounds"]) == 4
+    assert len(again.record["rounds"]) == 4
     assert same(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))

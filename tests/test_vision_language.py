@@ -171,5 +171,5 @@ def test_a_run_with_images_that_died_resumes_to_the_same_adapter(make_trainer, t
     make_trainer("died", is_preference).train(resume_from_checkpoint=True)
     assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
     assert any(".vision_tower." in key for key in adapter(tmp_path / "whole"))
-    losses = [whole._record["start"]["eval"]["eval_loss"], whole._record["rounds"][-1]["eval"]["eval_loss"]]
+    losses = [whole.record["start"]["eval"]["eval_loss"], whole.record["rounds"][-1]["eval"]["eval_loss"]]
     assert losses[1] < losses[0]

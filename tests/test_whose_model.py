@@ -219,7 +219,7 @@ def test_the_model_in_training_is_nobodys(make_trainer):
 
     trainer = make_trainer("local tensors", callbacks=[Peeks()])
     trainer.train()
-    assert trainer._record["rounds"][0]["refused"] == {}
+    assert trainer.record["rounds"][0]["refused"] == {}
 
 
 @pytest.mark.parametrize("kind", ["shared", "local tensors"])
@@ -239,7 +239,7 @@ def test_nothing_is_evaluated_in_the_middle_of_a_local_round(make_trainer, kind)
     quiet = make_trainer(kind, output="quiet")
     quiet.train()
     assert len(looked) == 3 * 3 * LOCAL["max_steps"]
-    assert trainer._record["rounds"][0]["refused"] == {}
+    assert trainer.record["rounds"][0]["refused"] == {}
     assert all(torch.equal(quiet.federation.state[key], tensor) for key, tensor in trainer.federation.state.items())
 
 
@@ -368,7 +368,7 @@ def test_what_callbacks_evaluate_does_not_take_the_place_of_the_evaluation_by_cl
     trainer = make_trainer("local tensors", callbacks=[looks])
     looks.trainer = trainer
     trainer.train()
-    entry = trainer._record["rounds"][-1]
+    entry = trainer.record["rounds"][-1]
     assert list(entry["client_eval"]) == list(CLIENTS)
     assert entry["eval_clients"]["eval_loss"] == len(CLIENTS)
 
