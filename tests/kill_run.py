@@ -24,7 +24,7 @@ from hub_server import HubServer
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import FederatedConfig, FederatedTrainer, read_record
 
 
 # What a run does to the disk; `open` counts when it is for writing. Not `os.mkdir`: which process makes a folder is up to chance.
@@ -125,7 +125,7 @@ def in_child(*arguments) -> int:
 
 def outcome(folder: Path) -> dict:
     """All that the run has left, but for the seconds."""
-    record = json.loads((folder / "federation.json").read_text())
+    record = read_record(folder)
     for entry in record["rounds"]:
         del entry["seconds"]
         entry["eval"] = {key: value for key, value in entry["eval"].items() if key.endswith("loss")}

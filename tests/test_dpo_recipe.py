@@ -15,6 +15,8 @@ sys.path.insert(0, str(RECIPES))
 
 import federated_dpo as recipe  # noqa: E402
 
+from fed_trainer import read_record  # noqa: E402
+
 
 @pytest.fixture
 def run(tiny_model_dir, make_clients, tmp_path, monkeypatch):
@@ -44,7 +46,7 @@ def run(tiny_model_dir, make_clients, tmp_path, monkeypatch):
 def test_the_policy_learns_to_prefer_what_was_chosen(run, reference):
     run(reference=reference, num_rounds=1)
     folder = run(reference=reference, num_rounds=2, resume_from_checkpoint=True)
-    record = json.loads((folder / "federation.json").read_text())
+    record = read_record(folder)
     assert record["settings"]["reference"] == reference
     assert record["clients"].keys() == {"client_0", "client_1"}
     assert record["rounds"][-1]["eval"]["eval_loss"] < record["start"]["eval"]["eval_loss"]

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """FedPEFT: any small part of a model can be federated, or all of it. Adapters of many types, prompts, biases, whole models."""
 
-import json
 import re
 from pathlib import Path
 
@@ -34,7 +33,15 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer, invite, join
+from fed_trainer import (
+    FederatedConfig,
+    FederatedTaskConfig,
+    FederatedTaskTrainer,
+    FederatedTrainer,
+    invite,
+    join,
+    read_record,
+)
 from fed_trainer.client.live import live_state
 from fed_trainer.federation.sampling import client_seed
 from peft_scl import FederaConfig, SclConfig
@@ -425,7 +432,7 @@ def test_a_whole_model_is_saved_recorded_and_loaded_as_the_card_says(make_traine
     size = sum(parameter.numel() for parameter in trainer.model.parameters())  # the tied matrix once
     loss = trainer.evaluate()["eval_loss"]
     trainer.train()
-    record = json.loads((tmp_path / "out" / "federation.json").read_text())
+    record = read_record(tmp_path / "out")
     assert record["peft_type"] is None and record["base_digest"] is None
     assert record["num_trainable_parameters"] == size
     assert record["rounds"][0]["bytes_up"] == 2 * (4 * size + 8)
