@@ -1,22 +1,23 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What changing from one client to the next costs beyond its optimiser steps, with the engine kept and with one built anew.
+What changing from one client to the next costs beyond its optimiser steps, with the engine kept and with one built
+anew.
 
-Each engine is launched as users launch it (`recipes/accelerate`; ZeRO with two processes on the CPU). In one process, on the
-same prepared data, the sides take their turns with every client, in a shuffled order:
+Each engine is launched as users launch it (`recipes/accelerate`; ZeRO with two processes on the CPU). In one process,
+on the same prepared data, the sides take their turns with every client, in a shuffled order:
 
 * kept: `local_rounds` of a `FederatedTrainer`;
 * fresh_trainer (plain): write the state into the loaded model, `SFTTrainer(...)`, `train()`, read the state; arguments,
   tokeniser and tokens are there already;
 * fresh_model (plain): the same, with the base model loaded anew;
-* rewrap (ZeRO-2, ZeRO-3): write the state, let `train()` of a trainer that stays destroy its engine and prepare another one,
-  read the state.
+* rewrap (ZeRO-2, ZeRO-3): write the state, let `train()` of a trainer that stays destroy its engine and prepare
+  another one, read the state.
 
-All have to arrive at the same adapter. A step lasts from fetching its batch to the end of its update; what is left of a turn
-counts. The garbage of the turn before is collected off the clock. Most of what `train()` adds to its steps is one
-`gc.collect()`, which looks at everything that was ever imported and which a kept engine saves. So all is measured twice:
-as it is, and (`_frozen`) after a `gc.freeze()`, which keeps the imports out of it.
+All have to arrive at the same adapter. A step lasts from fetching its batch to the end of its update; what is left of
+a turn counts. The garbage of the turn before is collected off the clock. Most of what `train()` adds to its steps is
+one `gc.collect()`, which looks at everything that was ever imported and which a kept engine saves. So all is measured
+twice: as it is, and (`_frozen`) after a `gc.freeze()`, which keeps the imports out of it.
 
     python benchmarks/engine_reuse.py --engines plain
     python benchmarks/engine_reuse.py --model MODEL --dataset_name DATA --prompt_column question \

@@ -191,7 +191,9 @@ def one_engine() -> dict[str, Any]:
 
 
 def in_bfloat16() -> dict[str, Any]:
-    """As `one_engine`, with `bf16`, which the arguments refuse without a GPU; what is gathered takes several messages."""
+    """
+    As `one_engine`, with `bf16`, which the arguments refuse without a GPU; what is gathered takes several messages.
+    """
     pretended = patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True)
     with pretended, patch("fed_trainer.client.engines.deepspeed.ELEMENTS_PER_MESSAGE", 500):
         trainer = make_trainer("bfloat16", bf16=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Engines are chosen by one table and asked in one place; a new one is a file and a line. Real ones: test_distributed.py."""
+"""Engines are chosen by one table and asked in one place; test_distributed.py trains with the real ones."""
 
 from __future__ import annotations
 
