@@ -18,9 +18,7 @@ from unittest.mock import patch
 import psutil
 import torch
 from accelerate import PartialState
-from conftest import clients_of
 from datasets import Dataset
-from fsdp_on_cpu import pretend_that_accelerate_found_gpus
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, set_seed
@@ -36,6 +34,9 @@ from fed_trainer import (
 )
 from fed_trainer.aggregation import TooFewClientsError
 from fed_trainer.config import FederationArguments
+from helpers.data import clients_of, preferences_of
+from helpers.fsdp_on_cpu import pretend_that_accelerate_found_gpus
+from helpers.runs import Stops
 from peft_scl import FederaConfig, FederaLayer
 
 
@@ -93,11 +94,7 @@ def make_trainer(name: str, callbacks: list[TrainerCallback] | None = None, **se
 
 def make_dpo_trainer() -> FederatedDPOTrainer:
     """With a second adapter in the model, which is written in every round."""
-    pairs = {}
-    for client, rows in clients_of(num_clients=2).items():
-        answers = rows["completion"]
-        columns = {"prompt": rows["prompt"], "chosen": answers, "rejected": answers[1:] + answers[:1]}
-        pairs[client] = Dataset.from_dict(columns).select(range(8))
+    pairs = preferences_of(clients_of(num_clients=2))
     return FederatedDPOTrainer(
         model=MODEL,
         args=make_args(FederatedDPOConfig, "dpo", max_length=48, beta=0.5, reference="round"),
@@ -219,7 +216,7 @@ def in_bfloat16() -> dict[str, Any]:
         report["follows"] = digest(follower._global_state) == digest(
             load_file(published / "adapter_model.safetensors")
         )
-        make_trainer("bfloat16_resumed", callbacks=[StopAfterOneRound()], bf16=True).train()
+        make_trainer("bfloat16_resumed", callbacks=[Stops()], bf16=True).train()
         report["resumed"] = federation(make_trainer("bfloat16_resumed", bf16=True), resume=True)
     return report
 
@@ -235,13 +232,6 @@ def federation(trainer: FederatedMixin, resume: bool = False) -> dict[str, Any]:
         "evaluations": [entry["eval"]["eval_loss"] for entry in (record["start"], *record["rounds"])],
         "wrapped": type(trainer.model_wrapped).__name__,
     }
-
-
-class StopAfterOneRound(TrainerCallback):
-    may_differ = True  # the resumed run has none
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = state.global_step >= 1
 
 
 def move_start(trainer: FederatedTrainer) -> None:
@@ -308,18 +298,18 @@ def main() -> None:
         pretend_that_accelerate_found_gpus()
     report = {"engine": one_engine(), "fedavg": federation(make_trainer("fedavg"))}
     report["fedsa_lora"] = federation(make_trainer("fedsa_lora", aggregation="fedsa_lora", evaluates_clients=True))
-    make_trainer("resumed", callbacks=[StopAfterOneRound()]).train()
+    make_trainer("resumed", callbacks=[Stops()]).train()
     report["resumed"] = federation(make_trainer("resumed"), resume=True)
     if KIND not in SPLIT:  # refused there
         report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
     if KIND in ("cpu", "ddp"):
         kept = {"keep_optimizer_state": True}
         report["kept_optimizers"] = federation(make_trainer("kept_optimizers", **kept))
-        make_trainer("kept_and_resumed", callbacks=[StopAfterOneRound()], **kept).train()
+        make_trainer("kept_and_resumed", callbacks=[Stops()], **kept).train()
         report["kept_and_resumed"] = federation(make_trainer("kept_and_resumed", **kept), resume=True)
     if KIND in ("cpu", "zero3"):
         federa = {"peft_config": FederaConfig(**LORA)}
-        make_trainer("federa", callbacks=[StopAfterOneRound()], **federa).train()
+        make_trainer("federa", callbacks=[Stops()], **federa).train()
         resumed = make_trainer("federa", **federa)
         if KIND != "cpu":
             move_start(resumed)

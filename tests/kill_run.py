@@ -16,15 +16,16 @@ import signal
 import sys
 from pathlib import Path
 
-import conftest
+import conftest  # noqa: F401, for its environment
 import httpx2
 import pytest
-from hub_fixture import redirect_client
-from hub_server import HubServer
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from helpers.data import clients_of
+from helpers.hub import redirect_client
+from helpers.hub_server import HubServer
+from helpers.trainers import new_trainer
 
 
 # What a run does to the disk; `open` counts when it is for writing. Not `os.mkdir`: which process makes a folder is up to chance.
@@ -76,30 +77,20 @@ class Bomb(TrainerCallback):
 
 
 def run(model: str, folder: Path, settings: dict, resume: bool, kill_at: int | None) -> None:
-    clients = conftest.clients_of(num_clients=3, rows=8)
+    clients = clients_of(num_clients=3, rows=8)
     bomb = Bomb(folder, kill_at)
     bomb.watch_requests()
-    defaults = {
-        "num_rounds": 3,
-        "clients_per_round": 2,
-        "max_steps": 1,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_length": 32,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "eval_on_start": False,
-        "hub_model_id": f"test/{folder.name}" if "push_to_hub" in settings else None,
-    }
-    trainer = FederatedTrainer(
-        model=model,
-        args=FederatedConfig(output_dir=str(folder), **{**defaults, **settings}),
-        train_dataset=clients,
-        eval_dataset={name: rows.select(range(4)) for name, rows in clients.items()},
+    defaults = {"num_rounds": 3, "clients_per_round": 2, "max_steps": 1, "eval_on_start": False}
+    if "push_to_hub" in settings:
+        defaults["hub_model_id"] = f"test/{folder.name}"
+    trainer = new_trainer(
+        folder,
+        model,
+        clients,
+        {name: rows.select(range(4)) for name, rows in clients.items()},
         peft_config=LoraConfig(r=2, target_modules=["v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM"),
         callbacks=[bomb],
+        **{**defaults, **settings},
     )
     trainer.train(resume_from_checkpoint=resume)
     events_of(folder, int(os.environ.get("RANK", 0))).write_text(json.dumps(bomb.seen))

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
+from helpers.comparison import assert_same
 from peft_scl import FederaConfig, SclConfig, load_federa
 
 
@@ -59,12 +60,6 @@ def is_refused(kind, name):
     return False
 
 
-def assert_equal(ours, expected):
-    assert ours.keys() == expected.keys() and len(ours) > 0
-    for key, tensor in expected.items():
-        assert torch.equal(ours[key], tensor), key
-
-
 @pytest.fixture(autouse=True)
 def _no_warnings():
     with warnings.catch_warnings():  # PEFT's, on names within its prefixes and on targeted embeddings
@@ -79,10 +74,10 @@ def test_every_part_of_a_key_may_be_the_name_of_an_adapter(kind):
     assert {"mlp", "0", "model", "base_model", "weight", "self_attn", "base_layer"} <= set(names)
     for name in names:
         second = adapted(kind, "default", name)
-        assert_equal(get_peft_model_state_dict(second, adapter_name="default"), expected["a"])
-        assert_equal(get_peft_model_state_dict(second, adapter_name=name), expected["b"])
+        assert_same(get_peft_model_state_dict(second, adapter_name="default"), expected["a"])
+        assert_same(get_peft_model_state_dict(second, adapter_name=name), expected["b"])
         first = adapted(kind, name, "default")
-        assert_equal(get_peft_model_state_dict(first, adapter_name=name), expected["a"])
+        assert_same(get_peft_model_state_dict(first, adapter_name=name), expected["a"])
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -96,7 +91,7 @@ def test_what_is_saved_beside_a_clash_is_loaded_beside_one(kind, name, tmp_path)
     loaded.load_adapter(tmp_path, "default")
     for adapter, theirs in ((name, "other"), ("default", "default")):
         expected = get_peft_model_state_dict(plain, adapter_name=theirs)
-        assert_equal(get_peft_model_state_dict(loaded, adapter_name=adapter), expected)
+        assert_same(get_peft_model_state_dict(loaded, adapter_name=adapter), expected)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -110,6 +105,6 @@ def test_what_was_gathered_without_an_adapter_is_not_saved(kind, tmp_path):
     model = adapted(kind, "default", "other")
     gathered = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=gathered, selected_adapters=["default"])
-    assert_equal(
+    assert_same(
         load_file(tmp_path / "adapter_model.safetensors"), get_peft_model_state_dict(model, adapter_name="default")
     )

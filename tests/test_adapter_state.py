@@ -28,6 +28,7 @@ from fed_trainer.adapter_state import (
     state_bytes,
     subtract,
 )
+from helpers.models import move
 from peft_scl import FederaConfig, SclConfig
 from peft_scl.federa.layer import evenly_spaced
 
@@ -58,15 +59,6 @@ def make_model(folder: Path, config: str, dtype: torch.dtype = torch.float32) ->
     return get_peft_model(base, CONFIGS[config](), autocast_adapter_dtype=False).eval()
 
 
-@torch.no_grad()
-def move(model: PeftModel, seed: int = 1) -> None:
-    """What training does to the trainable parameters, roughly; starts of zero or one would hide mistakes."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-
-
 def random_like(state: AdapterState, seed: int = 2) -> AdapterState:
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.randn(t.shape, generator=generator).to(t.dtype) for key, t in state.items()}
@@ -87,7 +79,7 @@ def bits(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
 @dtypes
 def test_read_is_what_peft_saves(tiny_model_dir: Path, tmp_path: Path, config: str, dtype: torch.dtype) -> None:
     model = make_model(tiny_model_dir, config, dtype)
-    move(model)
+    move(model, size=0.1)
     state = LiveAdapter(model).read(include_frozen=True)
     model.save_pretrained(tmp_path)
     assert bits(state) == bits(load_file(tmp_path / "adapter_model.safetensors"))
@@ -133,7 +125,7 @@ def test_federa_travels_as_it_is_trained(
     }
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert sum(tensor.numel() for tensor in travels.values()) == trained
-    move(model)
+    move(model, size=0.1)
     state = live.read()
     assert bits(state) != bits(travels)
 
@@ -177,7 +169,7 @@ def test_read_is_a_copy(tiny_model_dir: Path, config: str) -> None:
 
     read = live.read()
     kept = bits(read)
-    move(model)
+    move(model, size=0.1)
     assert bits(read) == kept != bits(live.read())
 
 
@@ -185,7 +177,7 @@ def test_read_is_a_copy(tiny_model_dir: Path, config: str) -> None:
 @dtypes
 def test_write_of_read_changes_no_bit(tiny_model_dir: Path, config: str, dtype: torch.dtype) -> None:
     model = make_model(tiny_model_dir, config, dtype)
-    move(model)
+    move(model, size=0.1)
     live = LiveAdapter(model)
     before = bits(model.state_dict())
     live.write(live.read())
@@ -218,7 +210,7 @@ def test_write_is_what_the_model_computes_with(tiny_model_dir: Path, tmp_path: P
     live = LiveAdapter(model)
     at_start = model(TOKENS).logits
     start = live.read()
-    move(model)
+    move(model, size=0.1)
     state, expected = live.read(), model(TOKENS).logits
 
     live.write(start)
@@ -238,9 +230,9 @@ def test_optimiser_made_before_write_still_trains(tiny_model_dir: Path, config: 
     model = make_model(tiny_model_dir, config)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     live = LiveAdapter(model)
-    move(model)
+    move(model, size=0.1)
     state = live.read()
-    move(model, seed=3)
+    move(model, seed=3, size=0.1)
     live.write(state)
 
     model(TOKENS, labels=TOKENS).loss.backward()
@@ -367,7 +359,7 @@ def digest(tiny_model_dir: Path) -> str:
 def test_digest_is_that_of_the_base(tiny_model_dir: Path, digest: str, config: str, dtype: torch.dtype) -> None:
     model = make_model(tiny_model_dir, config, dtype)
     assert base_digest(model) == digest
-    move(model)
+    move(model, size=0.1)
     assert base_digest(model) == digest
     with model.disable_adapter():
         assert base_digest(model) == digest
@@ -391,7 +383,7 @@ def test_digest_is_that_of_the_base_without_modules_to_save(
     model = make_model(tiny_model_dir, config)
     without = base_digest(model)
     assert without != digest
-    move(model)
+    move(model, size=0.1)
     assert base_digest(model) == without
     assert base_digest(make_model(with_another(tiny_model_dir, name, tmp_path), config)) == without
 
@@ -411,7 +403,7 @@ def test_digest_with_a_second_adapter(tiny_model_dir: Path) -> None:
     model = make_model(tiny_model_dir, "scl")
     model.add_adapter("other", SclConfig(r=2, modules_to_save=["lm_head"]))
     model.set_adapter("other")
-    move(model)
+    move(model, size=0.1)
     assert base_digest(model) == base_digest(make_model(tiny_model_dir, "scl_modules_to_save"))
 
 

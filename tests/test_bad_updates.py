@@ -22,6 +22,7 @@ from fed_trainer.adapter_state import AdapterState, LiveAdapter
 from fed_trainer.aggregation import METHODS, ClientUpdate, LowRank, TooFewClientsError
 from fed_trainer.client_settings import ClientSettings
 from fed_trainer.server import Server
+from helpers.comparison import same
 
 
 pytestmark = [
@@ -220,10 +221,6 @@ def honest(tmp_path_factory):
         return played[kind]
 
     return of
-
-
-def same(left: AdapterState, right: AdapterState) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def same_bases(left: list[dict[str, LowRank]], right: list[dict[str, LowRank]]) -> bool:

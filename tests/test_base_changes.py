@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from fed_trainer.adapter_state import AdapterState, LiveAdapter, base_digest, subtract
 from fed_trainer.aggregation import METHODS, ClientUpdate, FactorPair, LowRank, add_to_base, factor_pairs
 from fed_trainer.base_changes import BaseChanges
+from helpers.models import logits
 from peft_scl import FederaConfig, FederaLayer, LoraExport, SclConfig
 
 
@@ -251,7 +252,6 @@ SIZES = {
     "num_attention_heads": 2,
     "vocab_size": 64,
 }
-TOKENS = torch.arange(1, 13).view(2, 6)
 
 
 def llama(**kwargs: Any) -> nn.Module:
@@ -315,11 +315,6 @@ def run_rounds(model: PeftModel, changes: BaseChanges, pairs: list[FactorPair], 
         adapter.write({key: tensor + delta[key] for key, tensor in state.items()})
         changes.add(aggregator.base_change)
     adapter.write(randomised(adapter.read(), 1000))  # the adapter of FLoRA has just restarted, and changes nothing
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(input_ids=TOKENS).logits
 
 
 def published(model: PeftModel, changes: BaseChanges, folder: Path) -> LoraExport:

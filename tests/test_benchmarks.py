@@ -7,12 +7,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import BENCHMARKS
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

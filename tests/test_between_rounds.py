@@ -6,34 +6,24 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import gc
 import inspect
 import textwrap
 from typing import Any
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig
+from peft import AutoPeftModelForCausalLM
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedConfig, FederatedTrainer, local_round
+from fed_trainer import FederatedTrainer, local_round
 from fed_trainer.put_back import _HOOKS
 from fed_trainer.refusals import refuse_other_weights_in_evaluation
+from helpers.comparison import same
+from helpers.trainers import QUICK_TEXT
 
 
-LOCAL = {
-    "num_rounds": 2,
-    "max_steps": 1,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "max_length": 32,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_only_model": True,
-}
+LOCAL = {**QUICK_TEXT, "num_rounds": 2, "max_steps": 1, "per_device_train_batch_size": 2, "save_only_model": True}
 # Read where `Trainer` or a trainer of TRL evaluates, predicts or prepares for it: each is tried out below.
 ACTS: dict[str, Any] = {
     "average_tokens_across_devices": False,
@@ -192,20 +182,21 @@ def count(output: Any, compute_result: bool = True) -> dict[str, float]:
 
 
 @pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
+def make_trainer(make_trainer, make_clients, tmp_path):
     rows = make_clients(num_clients=2, rows=8)
     rows = {name: data.remove_columns("topic") for name, data in rows.items()}
+    adapter = {"r": 4, "lora_dropout": 0.1, "target_modules": ["v_proj"]}
 
     def make(output: str, doors: bool, **settings: Any) -> FederatedTrainer:
         held_out = Doors(tmp_path / "saved") if doors else None
-        trainer = FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=FederatedConfig(output_dir=str(tmp_path / output), **LOCAL | {"eval_on_start": doors} | settings),
-            train_dataset={"a": rows["client_0"]},
+        trainer = make_trainer(
+            output,
+            adapter=adapter,
+            clients={"a": rows["client_0"]},
             eval_dataset=rows["client_1"] if doors else None,
-            peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM"),
             compute_metrics=count if doors else None,
             callbacks=[held_out] if doors else [],
+            **LOCAL | {"eval_on_start": doors} | settings,
         )
         if held_out is not None:
             held_out.trainer, held_out.gather = trainer, trainer.gather_function
@@ -215,16 +206,7 @@ def make_trainer(tiny_model_dir, make_clients, tmp_path):
     return make
 
 
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _little_garbage():
-    """Measuring memory collects it every time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("little_garbage")  # measuring memory collects it
 
 
 @pytest.mark.parametrize("field", ACTS)

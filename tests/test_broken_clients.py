@@ -11,19 +11,13 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     AutoTokenizer,
-    BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
-    set_seed,
 )
 
 from fed_trainer import (
     FederatedConfig,
-    FederatedDPOConfig,
-    FederatedDPOTrainer,
-    FederatedRewardConfig,
-    FederatedRewardTrainer,
     FederatedTaskConfig,
     FederatedTaskTrainer,
     FederatedTrainer,
@@ -31,20 +25,18 @@ from fed_trainer import (
 from fed_trainer.aggregation import TooFewClientsError
 from fed_trainer.first_look import telling_row
 from fed_trainer.loss_probe import states_its_loss
+from helpers.models import tiny_bert
+from helpers.trainers import QUICK
 
 
 ROWS = 4
 GOOD = ("client_c", "client_x")
 PLACES = {"first": "client_a", "middle": "client_m", "last": "client_z"}
 LOCAL = {
+    **QUICK,
     "num_rounds": 1,
-    "max_steps": 2,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-2,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
     "eval_on_start": False,
     "logging_nan_inf_filter": False,
 }
@@ -93,32 +85,12 @@ DATA = {
 KINDS = [(trainer, kind) for trainer, (_, kinds) in DATA.items() for kind in kinds]
 
 
-def bert():
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=3
-    )
-    return BertForSequenceClassification(config)
-
-
 @pytest.fixture
-def make_trainer(tiny_model_dir, tmp_path):
-    def make(trainer, clients, output="out", **settings):
-        settings = {"output_dir": str(tmp_path / output), **LOCAL, **settings}
-        if trainer == "task":
-            adapter = LoraConfig(r=2, lora_dropout=0.1, target_modules=["query"], task_type="SEQ_CLS")
-            return FederatedTaskTrainer(bert(), FederatedTaskConfig(**settings), clients, peft_config=adapter)
-        settings = {"max_length": 32, "gradient_checkpointing": False, **settings}
-        adapter = {"r": 2, "lora_dropout": 0.1, "target_modules": ["v_proj"]}
-        if trainer == "reward":
-            kinds = FederatedRewardTrainer, FederatedRewardConfig, "SEQ_CLS"
-        elif trainer == "dpo":
-            kinds = FederatedDPOTrainer, FederatedDPOConfig, "CAUSAL_LM"
-        else:
-            kinds = FederatedTrainer, FederatedConfig, "CAUSAL_LM"
-        make, config, task = kinds
-        adapter = LoraConfig(**adapter, task_type=task)
-        return make(str(tiny_model_dir), config(**settings), clients, peft_config=adapter)
+def make_trainer(make_trainer):
+    def make(name, clients, output="out", **settings):
+        kind = name.split()[0]  # of "sft on tokens"
+        adapter = {"r": 2, "lora_dropout": 0.1, "target_modules": ["query" if kind == "task" else "v_proj"]}
+        return make_trainer(output, kind=kind, clients=clients, adapter=adapter, **LOCAL | settings)
 
     return make
 
@@ -322,7 +294,7 @@ def test_the_loss_is_looked_at_where_it_can_tell_and_without_a_trace(tmp_path, c
     mixed = clients[f"client_{len(kinds)}"]
     labels = [-100, -100, *mixed["label"][2:]]  # the first batch of the last client cannot tell either
     clients[f"client_{len(kinds)}"] = Dataset.from_dict({"input_ids": mixed["input_ids"][:], "label": labels})
-    model = bert()
+    model = tiny_bert()
     if counts:
         model.__class__ = Counting
     trainer = FederatedTaskTrainer(model, FederatedTaskConfig(str(tmp_path), **LOCAL), clients)
@@ -341,7 +313,7 @@ def test_the_loss_is_looked_at_where_it_can_tell_and_without_a_trace(tmp_path, c
 
 def test_what_no_client_can_tell_is_said(tmp_path, caplog):
     clients = {client: classes(0, "no label") for client in GOOD}
-    trainer = FederatedTaskTrainer(bert(), FederatedTaskConfig(str(tmp_path), **LOCAL), clients)
+    trainer = FederatedTaskTrainer(tiny_bert(), FederatedTaskConfig(str(tmp_path), **LOCAL), clients)
     trainer._build_engine()
     assert trainer.model_accepts_loss_kwargs is True
     assert "what it is divided by is not known" in caplog.text
@@ -349,7 +321,7 @@ def test_what_no_client_can_tell_is_said(tmp_path, caplog):
 
 @pytest.mark.parametrize(("kind", "states"), [(Counting, False), (Stating, True), (Naming, True)])
 def test_a_model_that_states_its_loss_is_believed(tmp_path, kind, states):
-    model = bert()
+    model = tiny_bert()
     model.__class__ = kind
     trainer = FederatedTaskTrainer(model, FederatedTaskConfig(str(tmp_path), **LOCAL), good("task"))
     assert states_its_loss(model) is states

@@ -9,7 +9,6 @@ A federation runs with clients that each fail somewhere else, and a healthy one 
 from __future__ import annotations
 
 import functools
-import gc
 import random
 from collections import Counter, defaultdict
 from typing import Any
@@ -17,12 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
 from fed_trainer.put_back import _HOOKS, remember_hooks
+from helpers.comparison import same
+from helpers.data import preferences_of
+from helpers.trainers import QUICK_TEXT
 
 
 class Exchanging(torch.optim.SGD):
@@ -95,16 +96,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "an optimiser that exchanges weights": {"optimizer_cls_and_kwargs": (Exchanging, {"lr": 0.1})},
 }
 LOCAL = {
+    **QUICK_TEXT,
     "num_rounds": 1,
-    "max_steps": 2,
     "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 2,
-    "learning_rate": 1e-2,
-    "max_length": 32,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
 }
 
 
@@ -205,11 +200,10 @@ def hooks_of(trainer):
 
 
 @pytest.fixture(scope="module")
-def run(make_clients, tiny_model_dir, tmp_path_factory):
+def run(little_garbage, make_clients, tiny_model_dir, tmp_path_factory):
     """`run(option, with_failures)` gives the trainer and the breaker of a whole run, which is made once."""
     rows = make_clients(num_clients=1, rows=16)["client_0"].remove_columns("topic")
     runs: dict[tuple[str, bool], tuple[Any, Breaker]] = {}
-    gc.freeze()  # each failure collects garbage
 
     def make(option: str, with_failures: bool) -> tuple[Any, Breaker]:
         if (option, with_failures) in runs:
@@ -217,9 +211,7 @@ def run(make_clients, tiny_model_dir, tmp_path_factory):
         is_dpo = option.startswith("dpo")
         data = rows
         if is_dpo:
-            answers = rows["completion"]
-            columns = {"prompt": rows["prompt"], "chosen": answers, "rejected": answers[1:] + answers[:1]}
-            data = Dataset.from_dict(columns).select([0, 2, 4, 6, 8])
+            data = preferences_of({"": rows}, 10)[""].select([0, 2, 4, 6, 8])
         clients = {"00": data}
         for index, point in enumerate(POINTS, 1):
             clients[f"{index:02d} {point}"] = clients[f"{index:02d}-{point}"] = data
@@ -239,12 +231,7 @@ def run(make_clients, tiny_model_dir, tmp_path_factory):
         trainer.train()
         return runs.setdefault((option, with_failures), (trainer, breaker))
 
-    yield make
-    gc.unfreeze()
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+    return make
 
 
 @pytest.mark.parametrize("point", POINTS)

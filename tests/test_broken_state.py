@@ -8,40 +8,21 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import FederatedTrainer
 from fed_trainer.broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(**settings):
-        args = FederatedConfig(
-            output_dir=str(tmp_path / "out"),
-            **{
-                "num_rounds": 3,
-                "max_steps": 1,
-                "per_device_train_batch_size": 4,
-                "max_length": 16,
-                "gradient_checkpointing": False,
-                "use_cpu": True,
-                "report_to": "none",
-                "disable_tqdm": True,
-                "eval_on_start": False,
-                **settings,
-            },
-        )
-        clients = make_clients(num_clients=2, rows=8)
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=args,
-            train_dataset=clients,
-            eval_dataset=clients["client_0"],
-            peft_config=LoraConfig(r=2, lora_alpha=4, target_modules=["v_proj"], task_type="CAUSAL_LM"),
-        )
-
-    return make
+pytestmark = pytest.mark.trainer(
+    adapter={"r": 2, "lora_alpha": 4, "target_modules": ["v_proj"]},
+    num_clients=2,
+    rows=8,
+    eval_rows=8,
+    num_rounds=3,
+    max_steps=1,
+    max_length=16,
+    eval_on_start=False,
+)
 
 
 def weights_of(trainer: FederatedTrainer) -> dict[str, torch.Tensor]:

@@ -9,12 +9,11 @@ import importlib.util
 from typing import Any
 
 import pytest
-from peft import LoraConfig
 from transformers import DefaultFlowCallback, EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from trl import BEMACallback, RichProgressCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from helpers.trainers import make
 
 
 MODULES = (
@@ -59,18 +58,14 @@ REFUSED = [kind for kind in ALL if follows_a_training_run(kind) and kind is not 
 
 
 @pytest.fixture(scope="module")
-def make_trainer(tiny_model_dir, make_clients, tmp_path_factory):
-    def make(callbacks: list[Any] | None = None, **settings: Any) -> FederatedTrainer:
-        clients = make_clients(num_clients=2)
-        local = {"max_steps": 2, "per_device_train_batch_size": 4, "max_length": 32, "gradient_checkpointing": False}
-        run = {"num_rounds": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-        args = FederatedConfig(output_dir=str(tmp_path_factory.mktemp("out")), **{**local, **run, **settings})
-        lora = LoraConfig(r=2, task_type="CAUSAL_LM")
-        return FederatedTrainer(
-            str(tiny_model_dir), args, clients, clients["client_0"], peft_config=lora, callbacks=callbacks
-        )
+def make_trainer(tiny_model_dir, tmp_path_factory):
+    """Of the module, so that one trainer can hear all callbacks."""
 
-    return make
+    def make_one(callbacks: list[Any] | None = None, **settings: Any) -> Any:
+        given = {"adapter": {"r": 2}, "num_clients": 2, "eval_rows": 16, "callbacks": callbacks, **settings}
+        return make(tmp_path_factory.mktemp("out"), tiny_model_dir, **given)
+
+    return make_one
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@
 
 import json
 import sys
-from pathlib import Path
 
+import compare_runs
+import federated_classification as recipe
 import numpy as np
 import pytest
 from safetensors.torch import load_file
@@ -13,13 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, EvalPrediction, PreTrainedTokenizerFast, set_seed
 
 import peft_scl
-
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import compare_runs  # noqa: E402
-import federated_classification as recipe  # noqa: E402
+from helpers.paths import RECIPES
 
 
 WORDS = ["card", "lost", "top", "up", "rate", "fee", "my", "the"]

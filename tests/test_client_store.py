@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from fed_trainer import client_store
 from fed_trainer.client_store import ClientStore, check_owner
 from fed_trainer.disk import DamagedFileError, file_digest
+from helpers.comparison import same
+from helpers.runs import flip_bit
 
 
 def state(value):
@@ -23,10 +25,6 @@ def files_of(folder):
     return sorted(path.name for path in folder.glob("*.safetensors*"))
 
 
-def equal(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
 def test_what_a_client_keeps_comes_back_by_part_bit_for_bit(tmp_path):
     store = ClientStore(tmp_path / "clients")
     assert store.read("a") == {}
@@ -35,7 +33,7 @@ def test_what_a_client_keeps_comes_back_by_part_bit_for_bit(tmp_path):
     store.commit()
     found = store.read("a")
     assert found.keys() == kept.keys()
-    assert all(equal(found[part], kept[part]) for part in kept)
+    assert all(same(found[part], kept[part]) for part in kept)
     assert store.read("b") == {}
 
 
@@ -46,8 +44,8 @@ def test_any_name_of_a_client_is_a_file_of_its_own_inside_the_folder(tmp_path, c
     store.commit()
     store.write(client, {"local": state(1)}, 1)
     store.commit()
-    assert equal(store.read(client)["local"], state(1))
-    assert equal(store.read("other")["local"], state(2))
+    assert same(store.read(client)["local"], state(1))
+    assert same(store.read("other")["local"], state(2))
     assert len(files_of(tmp_path / "clients")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["clients"]
 
@@ -58,7 +56,7 @@ def test_long_names_with_the_same_beginning_do_not_meet(tmp_path):
     store.commit()
     store.write("x" * 300 + "2", {"local": state(2)}, 1)
     store.commit()
-    assert equal(store.read("x" * 300 + "1")["local"], state(1))
+    assert same(store.read("x" * 300 + "1")["local"], state(1))
 
 
 def test_a_client_that_keeps_nothing_leaves_no_file(tmp_path):
@@ -80,9 +78,9 @@ def test_a_checkpoint_costs_no_copies_and_is_not_changed_by_later_rounds(tmp_pat
     store.commit()
     store.write("c", {"local": state(2)}, 1)
     store.commit()
-    assert equal(store.read("a")["local"], state(2))
+    assert same(store.read("a")["local"], state(2))
     store.restore(checkpoint, digests)
-    assert equal(store.read("a")["local"], state(1))
+    assert same(store.read("a")["local"], state(1))
     assert store.read("c") == {}, "a client of a round that is undone"
     store.restore(tmp_path / "absent", {})
     assert store.read("a") == {}
@@ -94,11 +92,11 @@ def test_a_round_that_breaks_off_leaves_all_clients_as_they_were(tmp_path):
     store.commit()
     store.write("a", {"local": state(2)}, 1)
     store.write("b", {"local": state(2)}, 1)
-    assert equal(store.read("a")["local"], state(1))
+    assert same(store.read("a")["local"], state(1))
     assert store.read("b") == {}
     store.discard()
     store.commit()
-    assert equal(store.read("a")["local"], state(1))
+    assert same(store.read("a")["local"], state(1))
     assert files_of(tmp_path / "clients") == ["a.safetensors"]
 
 
@@ -113,7 +111,7 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
     digests = store.link_into(tmp_path / "checkpoint")
     store.clear()
     store.restore(tmp_path / "checkpoint", digests)
-    assert equal(store.read("a")["local"], state(1))
+    assert same(store.read("a")["local"], state(1))
 
 
 # What is damaged, and whose it is
@@ -129,19 +127,13 @@ def store_of(folder, rounds=2):
     return store
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
 def directory(path):
     path.unlink()
     path.mkdir()
 
 
 DAMAGES = {
-    "flipped": (flip, "a.safetensors is not what was written"),
+    "flipped": (flip_bit, "a.safetensors is not what was written"),
     "cut off": (lambda path: os.truncate(path, 20), "a.safetensors is not what was written"),
     "empty": (lambda path: path.write_bytes(b""), "a.safetensors is not what was written"),
     "gone": (Path.unlink, r"a.safetensors cannot be read \(FileNotFoundError\)"),

@@ -17,7 +17,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
+from fed_trainer import FederatedDPOConfig, FederatedDPOTrainer
 from fed_trainer.aggregation import METHODS, ClientUpdate, FactorPair, InvalidUpdateError, validated
 from fed_trainer.client_errors import ClientError
 from fed_trainer.token_counts import count_tokens
@@ -135,22 +135,7 @@ def test_counting_moves_no_generator_and_follows_its_seed(tiny_model_dir) -> Non
 # Rounds
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(output: str = "out", **settings: Any) -> FederatedTrainer:
-        local = {"max_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "max_length": 32}
-        run = {
-            "num_rounds": 1,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-        }
-        args = FederatedConfig(output_dir=str(tmp_path / output), **{**local, **run, **settings})
-        lora = LoraConfig(r=2, task_type="CAUSAL_LM")
-        return FederatedTrainer(str(tiny_model_dir), args, make_clients(num_clients=2), peft_config=lora)
-
-    return make
+pytestmark = pytest.mark.trainer(adapter={"r": 2}, num_clients=2, num_rounds=1, max_steps=1)
 
 
 @pytest.mark.parametrize("weights", ["examples", "uniform", "tokens"])

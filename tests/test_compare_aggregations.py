@@ -5,25 +5,19 @@
 import json
 import math
 import sys
-from pathlib import Path
 
+import compare_aggregations
 import pytest
 import yaml
 from datasets import load_dataset
+from federated_sft import make_peft_config, prepare
 
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import compare_aggregations  # noqa: E402
-from federated_sft import make_peft_config, prepare  # noqa: E402
-
-from fed_trainer import FederatedTrainer  # noqa: E402
-from fed_trainer.aggregation import METHODS, TooFewClientsError  # noqa: E402
-from fed_trainer.broken_state import BrokenStateError  # noqa: E402
-from fed_trainer.described import storable  # noqa: E402
-from fed_trainer.local_objectives import LOCAL_OBJECTIVES  # noqa: E402
-from fed_trainer.server_optimizers import SERVER_OPTIMIZERS  # noqa: E402
+from fed_trainer import FederatedTrainer
+from fed_trainer.aggregation import METHODS, TooFewClientsError
+from fed_trainer.broken_state import BrokenStateError
+from fed_trainer.described import storable
+from fed_trainer.local_objectives import LOCAL_OBJECTIVES
+from fed_trainer.server_optimizers import SERVER_OPTIMIZERS
 
 
 CONFIGS = {path.stem: path for path in sorted(compare_aggregations.CONFIGS.glob("*.yaml"))}

@@ -10,20 +10,22 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer, checkpoint, round_checkpoints
+from fed_trainer import FederatedTrainer, checkpoint, round_checkpoints
 from fed_trainer.checkpoint import find_checkpoint, rotate_checkpoints, write_checkpoint
 from fed_trainer.digests import find_damage, read_digests, write_digests
 from fed_trainer.disk import DamagedFileError
+from helpers.runs import flip_bit
+from helpers.trainers import make
 from peft_scl.foreign_files import read_tensors
 
 
@@ -46,30 +48,19 @@ class Before(TrainerCallback):
 
 
 @pytest.fixture(scope="module")
-def make_trainer(tiny_model_dir, make_clients):
-    def make(output_dir: Path, callbacks=(), **settings) -> FederatedTrainer:
-        defaults = {
+def make_trainer(tiny_model_dir):
+    def make_one(output_dir: Path, callbacks=(), **settings) -> Any:
+        given = {
             "num_rounds": 3,
             "max_steps": 1,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "max_length": 32,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
             "aggregation": "fedsa_lora",
             "server_optimizer": "fedadam",
+            **settings,
         }
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=FederatedConfig(output_dir=str(output_dir), **{**defaults, **settings}),
-            train_dataset=make_clients(num_clients=2, rows=8),
-            peft_config=LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"),
-            callbacks=list(callbacks),
-        )
+        given |= {"adapter": {"r": 2, "target_modules": ["v_proj"]}, "num_clients": 2, "rows": 8}
+        return make(output_dir, tiny_model_dir, ".", callbacks=list(callbacks), **given)
 
-    return make
+    return make_one
 
 
 @pytest.fixture(scope="module")
@@ -86,12 +77,6 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished.args.output_dir, tmp_path / "run"))
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 def as_directory(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -100,13 +85,13 @@ def as_directory(path: Path) -> None:
 def as_of_the_round_before(path: Path) -> None:
     older = Path(str(path).replace("checkpoint-3", "checkpoint-2"))
     if older.read_bytes() == path.read_bytes():  # of a tokenizer
-        flip(path)
+        flip_bit(path, 0.5)
     else:
         shutil.copy(older, path)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "flipped": flip,
+    "flipped": partial(flip_bit, where=0.5),
     "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
     "empty": lambda path: os.truncate(path, 0),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
@@ -167,11 +152,11 @@ def test_a_live_file_that_is_cut_off_damages_the_checkpoints_it_is_linked_into(f
     assert find_damage(tmp_path / "run" / "checkpoint-1") is None
     again = make_trainer(tmp_path / "run")
     again.train(resume_from_checkpoint=True)
-    assert same(tmp_path / "run", finished.args.output_dir)
+    assert same_files(tmp_path / "run", finished.args.output_dir)
     assert (tmp_path / "run" / "damaged-checkpoint-2").is_dir()
 
 
-def same(left: str | Path, right: str | Path) -> bool:
+def same_files(left: str | Path, right: str | Path) -> bool:
     ours, theirs = (
         {path.relative_to(folder): path.read_bytes() for path in Path(folder).glob("*.safetensors")}
         | {path.relative_to(folder): path.read_bytes() for path in Path(folder, ".fed_clients").glob("*.safetensors")}
@@ -290,10 +275,10 @@ def test_a_file_of_tensors_without_a_client_is_damage(run):
 
 @pytest.mark.parametrize("name", ["clients/client_1.safetensors", "server_state.safetensors", "trainer_state.json"])
 def test_a_run_goes_on_from_the_checkpoint_before_to_the_same_bits(finished, make_trainer, run, name):
-    flip(run / "checkpoint-3" / name)
+    flip_bit(run / "checkpoint-3" / name, 0.5)
     trainer = make_trainer(run)
     trainer.train(resume_from_checkpoint=True)
-    assert same(run, finished.args.output_dir)
+    assert same_files(run, finished.args.output_dir)
     assert find_damage(run / "checkpoint-3") is None and find_damage(run / "damaged-checkpoint-3") is not None
 
 
@@ -305,7 +290,7 @@ def test_an_error_while_a_checkpoint_is_loaded_is_damage(finished, make_trainer,
 
     monkeypatch.setattr(round_checkpoints, "read_tensors", refuses)
     make_trainer(run).train(resume_from_checkpoint=True)
-    assert same(run, finished.args.output_dir)
+    assert same_files(run, finished.args.output_dir)
     assert (run / "damaged-checkpoint-3").is_dir()
 
 
@@ -313,7 +298,7 @@ def test_what_was_put_aside_earlier_stays(run):
     for number in (3, 2):
         (run / f"damaged-checkpoint-{number}").mkdir()
         (run / f"damaged-checkpoint-{number}" / "notes.txt").write_text("of the user")
-        flip(run / f"checkpoint-{number}" / "federation.json")
+        flip_bit(run / f"checkpoint-{number}" / "federation.json", 0.5)
     assert find_checkpoint(run, True, nothing_more)[0].name == "checkpoint-1"
     for number in (3, 2):
         assert (run / f"damaged-checkpoint-{number}" / "notes.txt").is_file()
@@ -333,7 +318,7 @@ def test_a_checkpoint_of_the_first_versions_is_resumed(finished, make_trainer, r
     (folder / "digests.json").write_text(json.dumps(digests))
     shutil.move(run / ".fed_clients", run / "clients")
     make_trainer(run).train(resume_from_checkpoint=True)
-    assert same(run, finished.args.output_dir)
+    assert same_files(run, finished.args.output_dir)
     assert (run / "clients").is_dir(), "which may be anybody's"
 
 
@@ -377,7 +362,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_no_leftovers(
     assert [path.name for path in run.glob("*checkpoint*")] == ["checkpoint-1"]
     assert not list(run.glob(".checkpoint*")) and find_damage(run / "checkpoint-1") is None
     make_trainer(run, save_total_limit=1).train(resume_from_checkpoint=True)
-    assert same(run, finished.args.output_dir)
+    assert same_files(run, finished.args.output_dir)
 
 
 def test_a_resumed_run_makes_room_before_it_writes(make_trainer, run):
@@ -429,7 +414,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_was_read_again(tmp_path, mon
     def lies(source, target):
         replace(source, target)
         if Path(target).name == "checkpoint-2":
-            flip(Path(target) / "adapter_model.safetensors")
+            flip_bit(Path(target) / "adapter_model.safetensors", 0.5)
 
     monkeypatch.setattr(os, "replace", lies)
     with pytest.raises(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,21 +21,11 @@ from peft import (
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.clients import client_seed
+from helpers.trainers import QUICK_TEXT
 
 
-LOCAL = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 32,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "lr_scheduler_type": "constant",
-}
+LOCAL = {**QUICK_TEXT, "lr_scheduler_type": "constant"}
 WORKERS = {"dataloader_num_workers": 2}
 LOADERS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -45,11 +36,7 @@ LOADERS: dict[str, dict[str, Any]] = {
 LORA = LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _little_garbage():
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("little_garbage")
 
 
 @pytest.fixture
@@ -60,17 +47,8 @@ def clients(make_clients):
 
 
 @pytest.fixture
-def make_trainer(tiny_model_dir, clients, tmp_path):
-    def make(eval_dataset: Any, **settings: Any) -> FederatedTrainer:
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=FederatedConfig(output_dir=str(tmp_path / "out"), num_rounds=1, **LOCAL | settings),
-            train_dataset=clients,
-            eval_dataset=eval_dataset,
-            peft_config=LORA,
-        )
-
-    return make
+def make_trainer(make_trainer, clients):
+    return partial(make_trainer, adapter=LORA, clients=clients, num_rounds=1, **LOCAL)
 
 
 @pytest.fixture
@@ -96,7 +74,7 @@ def left_over() -> list[Any]:
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_clients_are_trained_on_their_own_rows(make_trainer, clients, tiny_model_dir, tmp_path, loader):
-    trainer = make_trainer(None, **LOADERS[loader])
+    trainer = make_trainer(**LOADERS[loader])
     start = trainer._global_state
     for name, rows in clients.items():
         seed = client_seed(0, 1, name)
@@ -116,7 +94,7 @@ def test_clients_are_trained_on_their_own_rows(make_trainer, clients, tiny_model
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_clients_are_evaluated_on_their_own_rows(make_trainer, clients, expected, tmp_path, loader):
-    trainer = make_trainer(clients, **LOADERS[loader])
+    trainer = make_trainer(eval_dataset=clients, **LOADERS[loader])
     trainer.train()
     losses = {name: figures["eval_loss"] for name, figures in trainer._record["rounds"][0]["client_eval"].items()}
     assert losses == {name: expected(tmp_path / "out", rows) for name, rows in clients.items()}
@@ -127,7 +105,7 @@ def test_clients_are_evaluated_on_their_own_rows(make_trainer, clients, expected
 @pytest.mark.parametrize("loader", LOADERS)
 def test_sets_are_evaluated_on_their_own_rows(make_trainer, clients, expected, tmp_path, loader):
     first, second = clients.values()
-    trainer = make_trainer({"first": first, "second": second}, **LOADERS[loader])
+    trainer = make_trainer(eval_dataset={"first": first, "second": second}, **LOADERS[loader])
     trainer.train()
     figures = [expected(tmp_path / "out", rows) for rows in (first, second)]
     entry = trainer._record["rounds"][0]["eval"]
@@ -143,7 +121,7 @@ def test_sets_are_evaluated_on_their_own_rows(make_trainer, clients, expected, t
 
 @pytest.mark.parametrize("loader", ["workers", "persistent"])
 def test_workers_of_what_breaks_off_end(make_trainer, clients, loader):
-    trainer = make_trainer(clients, **LOADERS[loader])
+    trainer = make_trainer(eval_dataset=clients, **LOADERS[loader])
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError

@@ -7,12 +7,12 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
+
 PACKAGES = ("fed_trainer", "peft_scl", "recipes", "benchmarks")
 DELETING = {"rmtree", "unlink", "rmdir", "removedirs", "move", "renames", "truncate", "ftruncate"}
 MODULES = {"os", "shutil"}  # whose `remove`, `replace` and `rename` take paths

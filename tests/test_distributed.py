@@ -4,12 +4,11 @@
 One engine serves a whole federation: plain, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2, with two processes on the CPU.
 
 Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the processes do. FSDP2
-has to be forced on the CPU, see `fsdp_on_cpu.py`.
+has to be forced on the CPU, see `helpers/fsdp_on_cpu.py`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -25,13 +24,13 @@ from safetensors.torch import load_file
 
 from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.launch import check_deepspeed, check_launch
+from helpers.deepspeed import DEEPSPEED, needs_deepspeed
+from helpers.paths import RECIPES, TESTS
 
 
 pytestmark = pytest.mark.distributed
 
-CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
-DEEPSPEED = os.environ.get("DEEPSPEED_FOLDER", "")  # where `make env` has put it, apart from what other tests import
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None or Path(DEEPSPEED, "deepspeed").is_dir()
+CONFIGS = RECIPES / "accelerate"
 
 WRAPPED = {"ddp": ("MULTI_CPU", "DistributedDataParallel"), "fsdp2": ("FSDP", "FSDPPeftModel")}
 WRAPPED |= dict.fromkeys(("zero1", "zero2", "zero3", "zero3_offload"), ("DEEPSPEED", "DeepSpeedEngine"))
@@ -45,7 +44,6 @@ NOT_RUN = {  # refused, or tried elsewhere
     "fsdp2": {"kept_optimizers", "fedex_lora", "federa", "dpo", "classifier"},
 }
 
-needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="deepspeed is not installed: run `make env`")
 SEVERAL = [
     "ddp",
     "fsdp2",
@@ -72,7 +70,7 @@ class Run:
 
 
 def launch(kind, model, folder):
-    paths = [str(Path(__file__).parent), DEEPSPEED if kind.startswith("zero") else "", *sys.path]
+    paths = [str(TESTS), DEEPSPEED if kind.startswith("zero") else "", *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
     if kind.startswith("zero"):
         environment["DS_ACCELERATOR"] = "cpu"

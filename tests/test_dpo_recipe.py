@@ -3,17 +3,12 @@
 """The DPO recipe, on a tiny model and preferences made on the spot, as a run that is resumed."""
 
 import json
-import sys
-from pathlib import Path
 
+import federated_dpo as recipe
 import pytest
 from safetensors.torch import load_file
 
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import federated_dpo as recipe  # noqa: E402
+from helpers.runs import run_recipe
 
 
 @pytest.fixture
@@ -32,10 +27,7 @@ def run(tiny_model_dir, make_clients, tmp_path, monkeypatch):
             "learning_rate": 1e-2, "peft_config": '{"peft_type": "LORA", "r": 4}', "use_cpu": True, "report_to": "none",
             "disable_tqdm": True, **settings,
         }  # fmt: skip
-        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["federated_dpo.py", *words])
-        recipe.main()
-        return tmp_path / "out"
+        return run_recipe(recipe.main, monkeypatch, **given)
 
     return run
 

@@ -4,7 +4,7 @@
 
 import copy
 import shutil
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -18,27 +18,20 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import DPOConfig, DPOTrainer
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
 from fed_trainer.clients import client_seed
+from helpers.comparison import same, weights_in
+from helpers.data import preferences_of
+from helpers.runs import Dies
+from helpers.trainers import QUICK_TEXT
 from peft_scl import FederaConfig, SclConfig
 
 
-LOCAL = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 48,
-    "beta": 0.5,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+LOCAL = {**QUICK_TEXT, "max_length": 48, "beta": 0.5}
 TINY = LlamaConfig(
     vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1
 )
@@ -52,16 +45,6 @@ ADAPTERS = {
     "pissa": LoraConfig(**LORA, init_lora_weights="pissa"),
     "prompt": PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
 }
-
-
-def preferences_of(clients, rows=8):
-    """The right answer is chosen, that of the next row rejected."""
-    pairs = {}
-    for name, dataset in clients.items():
-        answers = dataset["completion"]
-        columns = {"prompt": dataset["prompt"], "chosen": answers, "rejected": answers[1:] + answers[:1]}
-        pairs[name] = Dataset.from_dict(columns).select(range(rows))
-    return pairs
 
 
 @pytest.fixture(scope="module")
@@ -84,31 +67,8 @@ def sft_adapter(make_clients, tiny_model_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def make_trainer(clients, tiny_model_dir, tmp_path):
-    def make(
-        output="out", peft_config=None, model=None, clients=clients, eval_dataset=None, callbacks=None, **settings
-    ):
-        ref_model = settings.pop("ref_model", None)
-        args = FederatedDPOConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
-        return FederatedDPOTrainer(
-            model=model if model is not None else str(tiny_model_dir),
-            args=args,
-            train_dataset=clients,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            callbacks=callbacks,
-            ref_model=ref_model,
-        )
-
-    return make
-
-
-def adapter(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+def make_trainer(make_trainer, clients):
+    return partial(make_trainer, kind="dpo", adapter=None, clients=clients, **LOCAL)
 
 
 def log_probs(model, inputs):
@@ -155,9 +115,9 @@ def test_the_loss_of_every_step_and_evaluation_compares_with_the_reference(
     trainer.train()
 
     starts = [
-        adapter(sft_adapter),
-        adapter(tmp_path / "out" / "checkpoint-1"),
-        adapter(tmp_path / "out" / "checkpoint-2"),
+        weights_in(sft_adapter),
+        weights_in(tmp_path / "out" / "checkpoint-1"),
+        weights_in(tmp_path / "out" / "checkpoint-2"),
     ]
     # the evaluation at the start, then two clients and an evaluation per round
     assert [training for training, *_ in seen] == [False] + 3 * [True, True, False]
@@ -204,7 +164,7 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     assert not same(local, trainer._global_state)
 
     trainer.train()
-    for key, tensor in adapter(tmp_path / "out").items():
+    for key, tensor in weights_in(tmp_path / "out").items():
         torch.testing.assert_close(tensor, after[key], rtol=1e-6, atol=1e-8)
 
 
@@ -217,13 +177,6 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     ],
 )
 def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer, tmp_path, kind, reference):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     settings = {"peft_config": ADAPTERS[kind], "reference": reference, "num_rounds": 3}
     whole = make_trainer("whole", **settings)
     whole.train()
@@ -231,7 +184,7 @@ def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer,
         make_trainer("died", callbacks=[Dies()], **settings).train()
     again = make_trainer("died", **settings)
     again.train(resume_from_checkpoint=True)
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "died"))
     assert [entry["train_loss"] for entry in whole._record["rounds"]] == [
         entry["train_loss"] for entry in again._record["rounds"]
     ]
@@ -284,14 +237,14 @@ def test_the_reference_is_neither_trained_nor_sent_nor_published(
 ):
     trainer = make_trainer(initial_adapter=str(sft_adapter), reference=reference, num_rounds=1)
     trainer.train()
-    sizes = [tensor.numel() for tensor in adapter(sft_adapter).values()]
+    sizes = [tensor.numel() for tensor in weights_in(sft_adapter).values()]
     assert trainer._record["num_trainable_parameters"] == sum(sizes)
     assert trainer._record["rounds"][0]["bytes_up"] == 2 * (4 * sum(sizes) + 8)
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert len(trained) == len(sizes) and all(".default." in name for name in trained)
     assert not any(path.is_dir() for path in (tmp_path / "out").iterdir() if path.name != "checkpoint-1")
-    published = adapter(tmp_path / "out")
-    assert published.keys() == adapter(sft_adapter).keys() and not same(published, adapter(sft_adapter))
+    published = weights_in(tmp_path / "out")
+    assert published.keys() == weights_in(sft_adapter).keys() and not same(published, weights_in(sft_adapter))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "out")
     tokens = torch.arange(4, 20).unsqueeze(0)
     with torch.no_grad():
@@ -319,7 +272,7 @@ def test_gradient_checkpointing_changes_nothing(make_trainer, tmp_path, referenc
             aggregation="ffa_lora",
             gradient_checkpointing=checkpointing,
         ).train()
-    without, with_checkpointing = (adapter(tmp_path / name) for name in ("False", "True"))
+    without, with_checkpointing = (weights_in(tmp_path / name) for name in ("False", "True"))
     for key in without:
         torch.testing.assert_close(with_checkpointing[key], without[key], rtol=1e-4, atol=1e-6)
 

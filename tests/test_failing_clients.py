@@ -2,42 +2,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clients whose local round breaks off: they are named, tried again, left out, and leave nothing behind."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from peft import LoraConfig
-from safetensors.torch import load_file
 
-from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.aggregation import TooFewClientsError
+from helpers.comparison import same, weights_in
 
 
 OUT_OF_MEMORY = torch.cuda.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(output="out", clients=None, **settings):
-        local = {
-            "max_steps": 3,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "learning_rate": 1e-2,
-        }
-        local |= {"max_length": 32, "gradient_checkpointing": False, "use_cpu": True, "report_to": "none"}
-        args = FederatedConfig(
-            output_dir=str(tmp_path / output),
-            **{"num_rounds": 2, "disable_tqdm": True, "eval_on_start": False, **local, **settings},
-        )
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=args,
-            train_dataset=clients or make_clients(num_clients=3),
-            peft_config=LoraConfig(r=4, lora_dropout=0.1, target_modules=["v_proj"], task_type="CAUSAL_LM"),
-        )
-
-    return make
+pytestmark = pytest.mark.trainer(
+    adapter={"r": 4, "lora_dropout": 0.1, "target_modules": ["v_proj"]},
+    max_steps=3,
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    eval_on_start=False,
+)
 
 
 def fail(trainer, monkeypatch, times, client="client_1", error=OUT_OF_MEMORY):
@@ -61,14 +42,6 @@ def fail(trainer, monkeypatch, times, client="client_1", error=OUT_OF_MEMORY):
     monkeypatch.setattr(trainer, "training_step", failing)
 
 
-def adapter(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
 def test_a_round_goes_on_without_the_client_that_fails(make_trainer, make_clients, tmp_path, monkeypatch, caplog):
     clients = make_clients(num_clients=3)
     trainer = make_trainer("failing", clients=clients)
@@ -80,7 +53,7 @@ def test_a_round_goes_on_without_the_client_that_fails(make_trainer, make_client
     del clients["client_1"]
     without = make_trainer("without", clients=clients)
     without.train()
-    assert same(adapter(tmp_path / "failing"), adapter(tmp_path / "without"))
+    assert same(weights_in(tmp_path / "failing"), weights_in(tmp_path / "without"))
 
 
 def test_a_client_that_is_tried_again_does_what_it_would_have_done(make_trainer, tmp_path, monkeypatch):
@@ -89,7 +62,7 @@ def test_a_client_that_is_tried_again_does_what_it_would_have_done(make_trainer,
     trainer.train()
     make_trainer("healthy").train()
     assert trainer._record["rounds"][0]["refused"] == {}
-    assert same(adapter(tmp_path / "failing"), adapter(tmp_path / "healthy"))
+    assert same(weights_in(tmp_path / "failing"), weights_in(tmp_path / "healthy"))
 
 
 def test_the_first_client_of_a_run_may_fail(make_trainer, monkeypatch, tmp_path):
@@ -98,7 +71,7 @@ def test_the_first_client_of_a_run_may_fail(make_trainer, monkeypatch, tmp_path)
     fail(trainer, monkeypatch, times=2, client="client_0")
     trainer.train()
     make_trainer("healthy").train()
-    assert same(adapter(tmp_path / "failing"), adapter(tmp_path / "healthy"))
+    assert same(weights_in(tmp_path / "failing"), weights_in(tmp_path / "healthy"))
 
 
 def test_too_many_failures_end_the_run_with_the_reasons(make_trainer, monkeypatch):

@@ -9,45 +9,19 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
-from transformers import TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.digests import find_damage
+from helpers.paths import RECIPES
+from helpers.runs import DiesAtStep
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(output="out", callbacks=(), **settings):
-        defaults = {
-            "num_rounds": 1,
-            "max_steps": 1,
-            "per_device_train_batch_size": 4,
-            "max_length": 32,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=FederatedConfig(output_dir=str(tmp_path / output), **{**defaults, **settings}),
-            train_dataset=make_clients(num_clients=2, rows=8),
-            peft_config=LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"),
-            callbacks=list(callbacks),
-        )
-
-    return make
-
-
-class Interrupt(TrainerCallback):
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
+pytestmark = pytest.mark.trainer(
+    adapter={"r": 2, "target_modules": ["v_proj"]}, num_clients=2, rows=8, num_rounds=1, max_steps=1
+)
 
 
 def put(path: Path) -> None:
@@ -154,7 +128,7 @@ def test_a_run_that_is_always_resumed_starts_goes_on_and_ends(make_trainer, tmp_
     if there:
         (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(callbacks=[Interrupt()]).train(resume_from_checkpoint=True)
+        make_trainer(callbacks=[DiesAtStep()]).train(resume_from_checkpoint=True)
     assert f"The run in {str(tmp_path / 'out')!r} has not been started yet: it starts." in caplog.text
     make_trainer().train(resume_from_checkpoint=True)
     assert f"The run in {str(tmp_path / 'out')!r} died before its first checkpoint: it starts again." in caplog.text
@@ -191,7 +165,7 @@ def test_files_have_the_mode_that_other_programs_give_them(make_trainer, tmp_pat
 
 def test_the_demo_takes_a_folder_that_is_free(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes" / "offline"))
+    monkeypatch.syspath_prepend(str(RECIPES / "offline"))
     import demo
 
     folder = str(tmp_path / "demo")

@@ -15,19 +15,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import (
-    FederatedConfig,
-    FederatedDPOConfig,
-    FederatedDPOTrainer,
-    FederatedRewardConfig,
-    FederatedRewardTrainer,
-    FederatedTaskConfig,
-    FederatedTaskTrainer,
-    FederatedTrainer,
-)
+from helpers.trainers import KINDS as TRAINERS
+from helpers.trainers import QUIET
 
 
-RUN = {"max_steps": 1, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+RUN = {"max_steps": 1, "per_device_train_batch_size": 4, **QUIET}
 TOKENS = [[5 + row % 7, 12 + row, 20] for row in range(8)]
 PAIRS = {"prompt": ["What is"] * 8, "chosen": [f" {row}" for row in range(8)], "rejected": [" a"] * 8}
 DATA = {
@@ -35,12 +27,6 @@ DATA = {
     "task": {"input_ids": TOKENS, "attention_mask": [[1] * 3] * 8, "labels": TOKENS},
     "dpo": PAIRS,
     "reward": PAIRS,
-}
-TRAINERS: dict[str, tuple[Any, Any, str]] = {
-    "sft": (FederatedTrainer, FederatedConfig, "CAUSAL_LM"),
-    "task": (FederatedTaskTrainer, FederatedTaskConfig, "CAUSAL_LM"),
-    "dpo": (FederatedDPOTrainer, FederatedDPOConfig, "CAUSAL_LM"),
-    "reward": (FederatedRewardTrainer, FederatedRewardConfig, "SEQ_CLS"),
 }
 
 
@@ -80,16 +66,14 @@ OF_DATASETS = {"dataset", "stream", "stream of unknown columns"}
 
 
 @pytest.fixture
-def make_trainer(tiny_model_dir, tmp_path):
-    def make(trainer: str, eval_dataset: Any, train_dataset: Any = None, **settings: Any) -> Any:
-        kind, config, task = TRAINERS[trainer]
-        rows = Dataset.from_dict(DATA[trainer])
-        model: Any = str(tiny_model_dir)
-        if trainer == "task":
-            model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-        args = config(output_dir=str(tmp_path), **RUN, **settings)
+def make_trainer(make_trainer, tiny_model_dir):
+    def make(kind: str, eval_dataset: Any, train_dataset: Any = None, **settings: Any) -> Any:
+        rows = Dataset.from_dict(DATA[kind])
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir) if kind == "task" else None
         clients = {"a": rows, "b": rows} if train_dataset is None else train_dataset
-        return kind(model, args, clients, eval_dataset, peft_config=LoraConfig(r=2, task_type=task))
+        adapter = {"r": 2} | ({"task_type": "CAUSAL_LM"} if kind == "task" else {})
+        settings = {"kind": kind, "adapter": adapter, "max_steps": 1, **settings}
+        return make_trainer(model=model, clients=clients, eval_dataset=eval_dataset, **settings)
 
     return make
 
@@ -179,10 +163,10 @@ def test_trained_tokens_on_tied_embeddings(
     tiny_model_dir, tied_model_dir, tmp_path, trainer: str, is_tied: bool
 ) -> None:
     """TRL's fused loss goes past them, where the embeddings are the output layer too."""
-    kind, config, task = TRAINERS[trainer]
+    kind, config, _ = TRAINERS[trainer]
     model = AutoModelForCausalLM.from_pretrained(tied_model_dir if is_tied else tiny_model_dir)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
-    lora = LoraConfig(r=2, task_type=task, trainable_token_indices=list(range(3, 300)))
+    lora = LoraConfig(r=2, task_type="CAUSAL_LM", trainable_token_indices=list(range(3, 300)))
     args = config(output_dir=str(tmp_path), num_rounds=1, learning_rate=1e-2, **RUN)
     source: Any = str(tied_model_dir if is_tied else tiny_model_dir) if trainer != "task" else model
     tokenizer = {} if trainer == "task" else {"processing_class": AutoTokenizer.from_pretrained(tiny_model_dir)}

@@ -14,20 +14,20 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from datasets import Dataset
-from hub_server import HubServer
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import FederatedTrainer
 from fed_trainer.hub import fetch_adapter, model_card, publish
+from helpers.comparison import assert_same
+from helpers.hub import REPO
+from helpers.hub_server import HubServer
 from peft_scl import SclConfig
 
 
-REPO = "user/adapter"
 WEIGHTS = "adapter_model.safetensors"
 PUBLISHED = {
     "README.md",
@@ -42,35 +42,10 @@ PUBLISHED = {
 MakeTrainer = Callable[..., FederatedTrainer]
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir: Path, make_clients: Callable[..., dict[str, Dataset]], tmp_path: Path) -> MakeTrainer:
-    """A federation of two clients and two rounds, in SCL unless something else is asked for."""
-
-    def make(
-        model: str | Path = tiny_model_dir, callbacks: list[Any] | None = None, **kwargs: Any
-    ) -> FederatedTrainer:
-        settings: dict[str, Any] = {
-            "output_dir": str(tmp_path / "adapter"),
-            "num_rounds": 2,
-            "max_steps": 2,
-            "max_length": 32,
-            "per_device_train_batch_size": 4,
-            "gradient_checkpointing": False,
-            "learning_rate": 1e-2,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        args = FederatedConfig(**settings | kwargs)
-        return FederatedTrainer(
-            model=str(model),
-            args=args,
-            train_dataset=make_clients(2, 8),
-            peft_config=None if args.initial_adapter else SclConfig(r=4, task_type="CAUSAL_LM"),
-            callbacks=callbacks,
-        )
-
-    return make
+# a federation of two clients and two rounds, in SCL unless something else is asked for
+pytestmark = pytest.mark.trainer(
+    output="adapter", adapter=SclConfig(r=4, task_type="CAUSAL_LM"), num_clients=2, rows=8
+)
 
 
 def push_base(tiny_model_dir: Path, repo_id: str = "user/base") -> str:
@@ -87,11 +62,6 @@ def titles(hub: HubServer, repo_id: str = REPO) -> list[str]:
 
 def adapter_of(model: Any) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model)
-
-
-def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == expected.keys()
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in ours.items())
 
 
 # Pushing
@@ -165,7 +135,7 @@ def test_push_before_training_publishes_the_start(hub: HubServer, make_trainer: 
     assert titles(hub) == ["Start"]
     files = hub.commits(REPO)[-1][2]
     assert files.keys() == (PUBLISHED | {".gitattributes"}) - {"trainer_state.json"}
-    assert_equal(load(files[WEIGHTS]), adapter_of(trainer.model))
+    assert_same(load(files[WEIGHTS]), adapter_of(trainer.model))
     assert json.loads(files["federation.json"])["rounds"] == []
 
 
@@ -200,8 +170,8 @@ def test_failed_upload_at_the_end_is_an_error_with_all_on_disk(hub: HubServer, m
         trainer.train()
     output_dir = Path(trainer.args.output_dir)
     assert {path.name for path in output_dir.iterdir()} >= PUBLISHED
-    assert_equal(load_file(output_dir / WEIGHTS), load_file(output_dir / "checkpoint-2" / WEIGHTS))
-    assert_equal(adapter_of(trainer.model), load_file(output_dir / WEIGHTS))
+    assert_same(load_file(output_dir / WEIGHTS), load_file(output_dir / "checkpoint-2" / WEIGHTS))
+    assert_same(adapter_of(trainer.model), load_file(output_dir / WEIGHTS))
 
     hub.repos[REPO] = repo
     trainer.push_to_hub()
@@ -242,7 +212,9 @@ def test_publish_sends_what_it_is_told_and_no_pickles(
 
 def test_card_of_a_run(hub: HubServer, tiny_model_dir: Path, make_trainer: MakeTrainer) -> None:
     base = push_base(tiny_model_dir)
-    trainer = make_trainer(base, push_to_hub=True, partition="dirichlet(alpha=0.1) over topic", hub_strategy="end")
+    trainer = make_trainer(
+        model=base, push_to_hub=True, partition="dirichlet(alpha=0.1) over topic", hub_strategy="end"
+    )
     trainer.train()
     card = ModelCard.load(REPO)
     assert card.data.base_model == base
@@ -268,13 +240,13 @@ def test_card_of_a_run(hub: HubServer, tiny_model_dir: Path, make_trainer: MakeT
 def test_example_in_the_card_loads_the_adapter(
     hub: HubServer, tiny_model_dir: Path, make_trainer: MakeTrainer
 ) -> None:
-    trainer = make_trainer(push_base(tiny_model_dir), push_to_hub=True, hub_strategy="end")
+    trainer = make_trainer(model=push_base(tiny_model_dir), push_to_hub=True, hub_strategy="end")
     trainer.train()
     (example,) = re.findall(r"```python\n(.*?)```", ModelCard.load(REPO).text, re.DOTALL)
     assert "import peft_scl" in example
     namespace: dict[str, Any] = {}
     exec(example, namespace)
-    assert_equal(adapter_of(namespace["model"]), adapter_of(trainer.model))
+    assert_same(adapter_of(namespace["model"]), adapter_of(trainer.model))
 
 
 def test_card_keeps_local_folders_to_itself(hub: HubServer, tiny_model_dir: Path, make_trainer: MakeTrainer) -> None:
@@ -363,7 +335,7 @@ def test_published_round_is_a_start(hub: HubServer, make_trainer: MakeTrainer, t
         trainer = make_trainer(
             output_dir=str(tmp_path / "second"), initial_adapter=REPO, initial_adapter_revision=revision
         )
-        assert_equal(adapter_of(trainer.model), load_file(Path(first.args.output_dir, checkpoint, WEIGHTS)))
+        assert_same(adapter_of(trainer.model), load_file(Path(first.args.output_dir, checkpoint, WEIGHTS)))
         assert trainer.model.peft_config["default"].r == 4
 
     before = {key: tensor.clone() for key, tensor in adapter_of(trainer.model).items()}
@@ -378,7 +350,7 @@ def test_published_round_loads_into_the_base(hub: HubServer, tiny_model_dir: Pat
     for round, (sha, _, _) in enumerate(hub.commits(REPO)[1:], start=1):
         base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
         loaded = PeftModel.from_pretrained(base, REPO, revision=sha)
-        assert_equal(adapter_of(loaded), load_file(Path(trainer.args.output_dir, f"checkpoint-{round}", WEIGHTS)))
+        assert_same(adapter_of(loaded), load_file(Path(trainer.args.output_dir, f"checkpoint-{round}", WEIGHTS)))
 
 
 def test_local_folder_has_no_revision(make_trainer: MakeTrainer, tmp_path: Path) -> None:

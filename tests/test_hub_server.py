@@ -13,15 +13,15 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from hub_fixture import hub_environment, redirect_client
-from hub_server import HubServer
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.hub import REPO, hub_environment, redirect_client
+from helpers.hub_server import HubServer
 
-REPO = "user/adapter"
+
 FILES = {
     "README.md": b"# Adapter\n",
     "adapter_model.safetensors": bytes(range(256)) * 40,

@@ -3,9 +3,8 @@
 """The image recipe with each of its methods, on a tiny random ViT and images made on the spot."""
 
 import json
-import sys
-from pathlib import Path
 
+import federated_images as recipe
 import numpy as np
 import pytest
 import torch
@@ -14,11 +13,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import federated_images as recipe  # noqa: E402
+from helpers.runs import run_recipe
 
 
 SIDE = 16
@@ -64,10 +59,7 @@ def run(tiny_vit, tmp_path, monkeypatch):
             "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "report_to": "none",
             "disable_tqdm": True, **settings,
         }  # fmt: skip
-        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
-        monkeypatch.setattr(sys, "argv", ["federated_images.py", *words])
-        recipe.main()
-        return tmp_path / output
+        return run_recipe(recipe.main, monkeypatch, **given)
 
     return run
 

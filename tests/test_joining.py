@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fed_trainer.joining import invite, join
+from helpers.models import logits
 from peft_scl import FederaConfig, SclConfig, linalg
 from peft_scl.linalg import truncated_svd
 
@@ -44,11 +45,6 @@ def train(model: PeftModel) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-def logits(model: PeftModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=TOKENS).logits
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_client_takes_over_what_the_server_has(tiny_model_dir: Path, name: str, monkeypatch) -> None:
     server = build(tiny_model_dir, CONFIGS[name]())
@@ -56,15 +52,15 @@ def test_the_client_takes_over_what_the_server_has(tiny_model_dir: Path, name: s
     monkeypatch.setattr(linalg, "truncated_svd", turned)
     torch.manual_seed(7)
     client = build(tiny_model_dir, CONFIGS[name]())
-    assert not torch.equal(logits(client), logits(server))
+    assert not torch.equal(logits(client, TOKENS), logits(server, TOKENS))
     join(client, invite(server), "clinic")
     ours, theirs = invite(client).adapter, invite(server).adapter
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     # a residual base has moved from one start to the other: two roundings
-    torch.testing.assert_close(logits(client), logits(server), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(client, TOKENS), logits(server, TOKENS), rtol=1e-5, atol=1e-6)
     with client.disable_adapter(), server.disable_adapter():
-        torch.testing.assert_close(logits(client), logits(server), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(logits(client, TOKENS), logits(server, TOKENS), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -115,4 +111,4 @@ def test_a_client_may_start_and_keep_its_adapter_otherwise(
     train(theirs)
     ours = build(tiny_model_dir, deepcopy(client))
     join(ours, invite(theirs), "clinic")
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(ours, TOKENS), logits(theirs, TOKENS), rtol=1e-5, atol=1e-6)

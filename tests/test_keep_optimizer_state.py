@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.record import read_record, write_json
 
 
@@ -21,34 +20,17 @@ STEPS = 2
 LORA = {"r": 4, "target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(output="out", rows=8, **settings):
-        defaults = {
-            "num_rounds": 3,
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 8,  # every step sees all rows, so that their order does not matter
-            "learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "max_length": 32,
-            "gradient_checkpointing": False,
-            "keep_optimizer_state": True,
-        }
-        args = FederatedConfig(
-            output_dir=str(tmp_path / output),
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            **{**defaults, **settings},
-        )
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=args,
-            train_dataset=make_clients(num_clients=2, rows=rows),
-            peft_config=LoraConfig(**LORA),
-        )
-
-    return make
+# every step sees all rows, so that their order does not matter
+pytestmark = pytest.mark.trainer(
+    adapter=LORA,
+    num_clients=2,
+    rows=8,
+    num_rounds=3,
+    max_steps=STEPS,
+    per_device_train_batch_size=8,
+    weight_decay=0.1,
+    keep_optimizer_state=True,
+)
 
 
 def expected(trainer, keep):

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_distributed import DEEPSPEED, needs_deepspeed
+
+from helpers.deepspeed import DEEPSPEED, needs_deepspeed
+from helpers.paths import ROOT, TESTS
 
 
-TESTS = Path(__file__).parent
 ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
 
 
@@ -22,7 +23,7 @@ ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
 def test_processes_that_are_killed_go_on_to_the_same_bits(launched, kills, tiny_model_dir, tmp_path):
     """SIGKILL of the process that writes, or of the other, while rounds are trained and written."""
     environment = {**os.environ, **launched}
-    folders = [str(TESTS.parent), str(TESTS), *([DEEPSPEED] if launched and DEEPSPEED else [])]
+    folders = [str(ROOT), str(TESTS), *([DEEPSPEED] if launched and DEEPSPEED else [])]
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     environment["PATH"] = os.pathsep.join([str(Path(DEEPSPEED, "bin")), os.environ["PATH"]])  # ninja
     result = subprocess.run(

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-
-TESTS = Path(__file__).parent
+from helpers.paths import ROOT, TESTS
 
 
 @pytest.mark.timeout(900)
@@ -18,7 +17,7 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(tiny_model_dir: 
     SIGKILL at 28 places: in local rounds, while the record, a checkpoint, a client's file or the final adapter is written, and while a
     round is published.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
     result = subprocess.run(
         [sys.executable, str(TESTS / "kill_run.py"), str(tiny_model_dir), str(tmp_path), "28"],
         capture_output=True,

@@ -25,6 +25,7 @@ from fed_trainer.local_objectives import (
     check_plain_sgd,
 )
 from fed_trainer.server_optimizers import FedDyn
+from helpers.states import random_state
 
 
 SHAPES = {"A": (4, 3), "B": (5, 4)}
@@ -32,11 +33,6 @@ PAIRS = [FactorPair("module", "A", "B", scaling=2.0)]
 # clients with different curvatures and optima: FedAvg with several local steps does not end at the common optimum
 CURVATURES, OPTIMA = torch.tensor([1.0, 3.0]), torch.tensor([2.0, -1.0])
 COMMON_OPTIMUM = float((CURVATURES * OPTIMA).sum() / CURVATURES.sum())
-
-
-def random_state(seed: int) -> AdapterState:
-    generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator) for key, shape in SHAPES.items()}
 
 
 def parameters_of(state: AdapterState, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
@@ -49,7 +45,7 @@ def loss_of(parameters: dict[str, nn.Parameter]) -> torch.Tensor:
 
 def term_of(objective: LocalObjective, parameters: dict[str, nn.Parameter]) -> torch.Tensor:
     """What the objective adds to the loss, for `start` 0 and the client's state 2 (of random_state), by its definition."""
-    start, own = random_state(0), random_state(2)
+    start, own = random_state(SHAPES, 0), random_state(SHAPES, 2)
     distance = sum((parameter - start[key]).square().sum() for key, parameter in parameters.items())
     linear = sum((own[key] * parameter).sum() for key, parameter in parameters.items())
     if isinstance(objective, FedProx):
@@ -70,7 +66,9 @@ def begun(name: str) -> LocalObjective:
         "rank_pruning": lambda: RankPruning(PAIRS, decay=0.5, penalty_weight=0.3),
     }[name]()
     assert type(objective) is LOCAL_OBJECTIVES[name]
-    objective.begin(random_state(0), {"rank": torch.tensor(3)} if name == "rank_pruning" else random_state(2))
+    objective.begin(
+        random_state(SHAPES, 0), {"rank": torch.tensor(3)} if name == "rank_pruning" else random_state(SHAPES, 2)
+    )
     return objective
 
 
@@ -78,7 +76,7 @@ def begun(name: str) -> LocalObjective:
 @pytest.mark.parametrize("name", LOCAL_OBJECTIVES)
 def test_added_gradient_is_that_of_the_term(name: str, dtype: torch.dtype) -> None:
     objective = begun(name)
-    parameters = parameters_of(random_state(1), dtype)
+    parameters = parameters_of(random_state(SHAPES, 1), dtype)
     loss_of(parameters).backward()
     exact = {key: nn.Parameter(parameter.detach().double()) for key, parameter in parameters.items()}
     term_of(objective, exact).backward()
@@ -92,14 +90,14 @@ def test_added_gradient_is_that_of_the_term(name: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("name", LOCAL_OBJECTIVES)
 def test_parameter_without_a_gradient_gets_one_that_is_its_own(name: str) -> None:
-    objective, parameters = begun(name), parameters_of(random_state(1))
+    objective, parameters = begun(name), parameters_of(random_state(SHAPES, 1))
     for _ in range(2):
         objective.add_gradients(parameters, lr=0.1)
         first = {key: parameter.grad.clone() for key, parameter in parameters.items()}
         for parameter in parameters.values():
             parameter.grad.mul_(5)  # as clipping and `zero_grad(set_to_none=False)` do
             parameter.grad = None
-    term_of(objective, expected := parameters_of(random_state(1))).backward()
+    term_of(objective, expected := parameters_of(random_state(SHAPES, 1))).backward()
     for key, parameter in expected.items():
         torch.testing.assert_close(first[key], parameter.grad)
 
@@ -114,13 +112,13 @@ def test_gradients_are_added_where_the_parameters_are(name: str) -> None:
 @pytest.mark.parametrize("name", ["fedprox", "feddyn", "scaffold"])
 def test_what_does_not_train_or_is_not_shared_takes_no_part(name: str) -> None:
     objective = begun(name)
-    parameters = {"B": parameters_of(random_state(1))["B"], "private": nn.Parameter(torch.ones(2))}
+    parameters = {"B": parameters_of(random_state(SHAPES, 1))["B"], "private": nn.Parameter(torch.ones(2))}
     objective.add_gradients(parameters, lr=0.1)
     assert parameters["private"].grad is None
     after = objective.finish({key: torch.ones(shape) for key, shape in SHAPES.items()})
     if objective.keeps_client_state:
-        assert torch.equal(after["A"], random_state(2)["A"])
-        assert not torch.equal(after["B"], random_state(2)["B"])
+        assert torch.equal(after["A"], random_state(SHAPES, 2)["A"])
+        assert not torch.equal(after["B"], random_state(SHAPES, 2)["B"])
     else:
         assert after == {}
 
@@ -151,7 +149,10 @@ def test_loss_scaling_is_refused(name: str, tmp_path: Path) -> None:
             ),
             "cannot be pruned",
         ),
-        (lambda: RankPruning(PAIRS, 0.5, 0.1).begin(random_state(0), None), "the client has no state and so no rank"),
+        (
+            lambda: RankPruning(PAIRS, 0.5, 0.1).begin(random_state(SHAPES, 0), None),
+            "the client has no state and so no rank",
+        ),
         (
             lambda: FedProx(1.0).load_state_dict({"control.A": torch.ones(1)}),
             "'control.A', which FedProx does not keep",
@@ -172,12 +173,12 @@ def test_server_control_is_the_mean_over_all_clients_also_those_not_sampled_or_r
     stored: dict[int, AdapterState] = {}
     for round, (sampled, refused) in enumerate([((0, 1, 2), ()), ((1, 3), (3,)), ((0, 3, 1), (1,)), ((4,), (4,))]):
         for client in sampled:
-            scaffold.begin(random_state(round), stored.get(client))
+            scaffold.begin(random_state(SHAPES, round), stored.get(client))
             before = scaffold.state_dict()
-            scaffold.add_gradients(parameters_of(random_state(7)), lr=0.1)
-            new = scaffold.finish(random_state(10 * round + client))
+            scaffold.add_gradients(parameters_of(random_state(SHAPES, 7)), lr=0.1)
+            new = scaffold.finish(random_state(SHAPES, 10 * round + client))
             if client not in refused:
-                scaffold.accept(scaffold.to_server(), random_state(10 * round + client))
+                scaffold.accept(scaffold.to_server(), random_state(SHAPES, 10 * round + client))
                 stored[client] = new
             assert all(torch.equal(scaffold.state_dict()[key], before[key]) for key in before), "c moved in a round"
         scaffold.end_round()
@@ -189,14 +190,14 @@ def test_server_control_is_the_mean_over_all_clients_also_those_not_sampled_or_r
 
 def test_server_control_goes_through_a_file(tmp_path: Path) -> None:
     scaffold = Scaffold(num_clients=2)
-    scaffold.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(0))
+    scaffold.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(SHAPES, 0))
     scaffold.end_round()
     save_file(scaffold.state_dict(), tmp_path / "control.safetensors")
     other = Scaffold(num_clients=2)
-    other.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(1))  # of a round that died
+    other.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(SHAPES, 1))  # of a round that died
     other.load_state_dict(load_file(tmp_path / "control.safetensors"))
     for objective in (scaffold, other):
-        objective.accept({"sum_of_lrs": torch.tensor(0.2)}, random_state(3))
+        objective.accept({"sum_of_lrs": torch.tensor(0.2)}, random_state(SHAPES, 3))
         objective.end_round()
     for key, tensor in scaffold.state_dict().items():
         assert torch.equal(other.state_dict()[key], tensor)
@@ -204,9 +205,9 @@ def test_server_control_goes_through_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lrs", [[0.1] * 4, [0.2, 0.1, 0.05]], ids=["constant", "schedule"])
 def test_next_client_control_is_the_mean_gradient_of_the_round(lrs: list[float]) -> None:
-    scaffold, start = Scaffold(num_clients=1), random_state(0)
-    scaffold.load_state_dict({f"control.{key}": tensor for key, tensor in random_state(4).items()})
-    scaffold.begin(start, random_state(3))
+    scaffold, start = Scaffold(num_clients=1), random_state(SHAPES, 0)
+    scaffold.load_state_dict({f"control.{key}": tensor for key, tensor in random_state(SHAPES, 4).items()})
+    scaffold.begin(start, random_state(SHAPES, 3))
     parameters = parameters_of(start)
     mean = {key: torch.zeros_like(tensor) for key, tensor in start.items()}
     for lr in lrs:
@@ -224,9 +225,9 @@ def test_next_client_control_is_the_mean_gradient_of_the_round(lrs: list[float])
 
 def test_scaffold_needs_a_step_with_a_learning_rate() -> None:
     scaffold = begun("scaffold")
-    scaffold.add_gradients(parameters_of(random_state(1)), lr=0.0)
+    scaffold.add_gradients(parameters_of(random_state(SHAPES, 1)), lr=0.0)
     with pytest.raises(ValueError, match=r"that is 0.0. Choose `warmup_steps` below the number of local steps"):
-        scaffold.finish(random_state(1))
+        scaffold.finish(random_state(SHAPES, 1))
 
 
 @pytest.mark.parametrize(
@@ -273,7 +274,7 @@ def test_scaffold_takes_plain_sgd() -> None:
 
 @pytest.mark.parametrize("zero", [("A",), ("B",), ("A", "B")])
 def test_zero_factors_give_no_nan(zero: tuple[str, ...]) -> None:
-    state = {key: torch.zeros_like(t) if key in zero else t for key, t in random_state(1).items()}
+    state = {key: torch.zeros_like(t) if key in zero else t for key, t in random_state(SHAPES, 1).items()}
     pruning, parameters = RankPruning(PAIRS, 0.5, 0.3), parameters_of(state)
     pruning.begin(state, {"rank": torch.tensor(4)})
     pruning.add_gradients(parameters, lr=0.1)
@@ -284,7 +285,7 @@ def test_zero_factors_give_no_nan(zero: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("factor, rank", [(0.9, 2), (1.0, 4), (1.1, 4)])
 def test_rank_shrinks_for_the_next_round_if_the_penalty_did(factor: float, rank: int) -> None:
-    start = random_state(0)
+    start = random_state(SHAPES, 0)
     pruning = RankPruning(PAIRS, 0.5, 0.3)
     pruning.begin(start, {"rank": torch.tensor(4)})
     state = pruning.finish({"A": (factor - 1) * start["A"], "B": torch.zeros_like(start["B"])})

@@ -3,30 +3,19 @@
 """Every aggregation method, server optimiser and local objective in the rounds of a trainer."""
 
 import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.aggregation import METHODS
+from helpers.comparison import same, weights_in
+from helpers.runs import DiesAtStep
 from peft_scl import FederaConfig, SclConfig
 
 
-LOCAL = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 32,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "eval_on_start": False,
-}
 LORA = {"r": 4, "lora_alpha": 6, "target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 NEEDED = {
     "norm_bounding": {"max_norm": 0.1},
@@ -45,31 +34,12 @@ def unequal(make_clients):
 
 
 @pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(output="out", clients=None, eval_dataset=None, peft_config=None, callbacks=None, **settings):
-        args = FederatedConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=args,
-            train_dataset=clients or unequal(make_clients),
-            eval_dataset=eval_dataset,
-            peft_config=peft_config or LoraConfig(**LORA),
-            callbacks=callbacks,
-        )
-
-    return make
+def make_trainer(make_trainer, make_clients):
+    return partial(make_trainer, clients=unequal(make_clients), adapter=LORA, eval_on_start=False)
 
 
 def needed(method):
     return {"aggregation": method, "aggregation_kwargs": NEEDED.get(method)}
-
-
-def adapter(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 @torch.no_grad()
@@ -226,14 +196,6 @@ VARIANTS = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_path, variant):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.steps = getattr(self, "steps", 0) + 1
-            if self.steps == 15:  # in the third round
-                raise KeyboardInterrupt
-
     clients = make_clients(num_clients=4)
     settings = {
         "clients": clients,
@@ -245,11 +207,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_p
     whole = make_trainer("whole", **settings)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer("killed", callbacks=[Dies()], **settings).train()
+        make_trainer("killed", callbacks=[DiesAtStep(15)], **settings).train()
     trainer = make_trainer("killed", **settings)
     trainer.train(resume_from_checkpoint=True)
 
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "killed"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "killed"))
     assert same(whole._global_state, trainer._global_state)
     for left, right in zip(whole._record["rounds"], trainer._record["rounds"], strict=True):
         assert left["client_eval"] == right["client_eval"]

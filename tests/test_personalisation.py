@@ -3,66 +3,30 @@
 """Shared, local and frozen tensors, clients that differ, and clients that are left out, in the rounds of a trainer."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, set_seed
 from trl import SFTTrainer
 
-from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer
 from fed_trainer.aggregation import TooFewClientsError
+from helpers.comparison import same, weights_in
+from helpers.models import tiny_bert
 from peft_scl import FederaConfig, SclConfig
 
 
-LOCAL = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "eval_on_start": False,
-}
 LORA = {"r": 4, "target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(output="out", clients=None, eval_dataset=None, peft_config=None, **settings):
-        args = FederatedConfig(
-            output_dir=str(tmp_path / output),
-            **{"num_rounds": 2, "max_length": 32, "gradient_checkpointing": False, **LOCAL, **settings},
-        )
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=args,
-            train_dataset=clients or make_clients(num_clients=3),
-            eval_dataset=eval_dataset,
-            peft_config=peft_config or LoraConfig(**LORA),
-        )
-
-    return make
+pytestmark = pytest.mark.trainer(adapter=LORA, eval_on_start=False)
 
 
 @pytest.fixture
-def make_classifier(tmp_path):
+def make_classifier(make_trainer):
     """A random BERT with a LoRA, a head and trained norms, over three clients of random tokens."""
 
     def make(output="out", modules_to_save=("classifier",), **settings):
-        set_seed(0)
-        config = BertConfig(
-            vocab_size=50,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=24,
-            num_labels=3,
-        )
-        model = BertForSequenceClassification(config)
         rows = {
             f"client_{c}": Dataset.from_dict(
                 {
@@ -72,23 +36,17 @@ def make_classifier(tmp_path):
             )
             for c in range(3)
         }
-        return FederatedTaskTrainer(
-            model=model,
-            args=FederatedTaskConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings}),
-            train_dataset=rows,
+        return make_trainer(
+            output,
+            LoraConfig(r=2, target_modules=["value"], modules_to_save=list(modules_to_save)),
+            kind="task",
+            model=tiny_bert(vocab_size=50, intermediate_size=24, max_position_embeddings=512),
+            clients=rows,
             eval_dataset={name: data.select(range(4)) for name, data in rows.items()},
-            peft_config=LoraConfig(r=2, target_modules=["value"], modules_to_save=list(modules_to_save)),
+            **settings,
         )
 
     return make
-
-
-def adapter(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def held_out(clients):
@@ -152,7 +110,7 @@ def test_the_model_of_a_client_can_be_saved(make_trainer, make_clients, tmp_path
     trainer = make_trainer(aggregation="fedsa_lora", clients=make_clients(num_clients=3))
     trainer.train()
     trainer.save_client_model("client_2", tmp_path / "personal")
-    assert same(adapter(tmp_path / "personal"), trainer.client_state("client_2"))
+    assert same(weights_in(tmp_path / "personal"), trainer.client_state("client_2"))
     assert same(trainer._live_adapter.read(), trainer._global_state)
     with pytest.raises(ValueError, match="There is no client 'client_9'"):
         trainer.save_client_model("client_9", tmp_path / "nobody")
@@ -528,7 +486,7 @@ def test_a_round_goes_on_without_a_client_whose_update_is_not_finite(
     del clients["client_1"]
     without = make_trainer("without", clients=clients, num_rounds=1)
     without.train()
-    assert same(adapter(tmp_path / "broken"), adapter(tmp_path / "without"))
+    assert same(weights_in(tmp_path / "broken"), weights_in(tmp_path / "without"))
 
 
 @pytest.mark.parametrize(
@@ -652,7 +610,7 @@ def test_too_few_usable_updates_end_the_run_and_keep_the_last_round(make_trainer
     breaks(trainer, monkeypatch, lambda round, client: round == 2 and client != "client_0")
     with pytest.raises(TooFewClientsError, match="Only 1 of at least 2 clients.*'client_1': .*'client_2': "):
         trainer.train()
-    assert same(trainer._live_adapter.read(include_frozen=True), adapter(tmp_path / "out" / "checkpoint-1"))
+    assert same(trainer._live_adapter.read(include_frozen=True), weights_in(tmp_path / "out" / "checkpoint-1"))
     # with healthy clients it goes on from there
     resumed = make_trainer(min_clients=2, num_rounds=2)
     resumed.train(resume_from_checkpoint=True)

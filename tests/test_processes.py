@@ -66,7 +66,7 @@ PARTS = (
 )
 
 
-def same(ours, theirs):
+def assert_same_parts(ours, theirs):
     assert [list(part) for part in ours] == [list(part) for part in theirs]
     for part, other in zip(ours, theirs, strict=True):
         for key, tensor in part.items():
@@ -91,7 +91,7 @@ def process(rank, address, folder):
         raise ValueError("no update")
 
     assert is_first() == (rank == 0)
-    same(from_first(slow), PARTS)
+    assert_same_parts(from_first(slow), PARTS)
     assert calls == [0] * (1 - rank)
     with pytest.raises(ValueError if rank == 0 else RuntimeError, match="no update"):
         from_first(broken)

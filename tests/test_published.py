@@ -14,34 +14,32 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
-from hub_server import HubServer
-from peft import LoraConfig
 from transformers.trainer_callback import TrainerState
 
-from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.agreement import AgreementMixin, FailedAloneError
 from fed_trainer.hub import model_card
 from fed_trainer.published import Openings, published_log, published_record
 from fed_trainer.record import read_record
 from fed_trainer.report import failures, main, round_table
+from helpers.hub import REPO
+from helpers.hub_server import HubServer
 
 
 SIZES = {"clinic-anna": 37, "clinic-bert": 41, "clinic-carl": 43, "clinic-dora": 47}
 LABELS = {"clinic-anna": "zoster", "clinic-bert": "ypsilon", "clinic-carl": "xanthoma", "clinic-dora": "walleye"}
 SECRET = "patient Melpomene has 3 days"
 BROKEN, NAMED = "clinic-dora", "clinic-bert"
-REPO = "user/adapter"
 NUMBERED = {f"client {number}" for number in range(1, 5)}
 
 
 @pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path, monkeypatch):
+def make_trainer(make_trainer, make_clients, monkeypatch):
     """
     Four clients of different sizes, one of which fails with a row in the message, and held-out sets of which one is called like a
     client.
     """
 
-    def make(output="adapter", clients=tuple(SIZES), held_out=None, **kwargs):
+    def make(output="adapter", clients=tuple(SIZES), held_out=None, **given):
         rows = make_clients(num_clients=1, rows=48)["client_0"].remove_columns("topic")
         data = {
             name: rows.select(range(SIZES[name])).add_column("diagnosis", [LABELS[name]] * SIZES[name])
@@ -49,15 +47,15 @@ def make_trainer(tiny_model_dir, make_clients, tmp_path, monkeypatch):
         }
         if held_out is None:
             held_out = {NAMED: rows.select(range(8)), "all": rows.select(range(12))}
-        settings = {"num_rounds": 2, "max_steps": 1, "per_device_train_batch_size": 2, "max_length": 32}
-        settings |= {"gradient_checkpointing": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
-        settings |= {"label_column": "diagnosis", "partition": "natural"}
+        settings = {
+            "max_steps": 1,
+            "per_device_train_batch_size": 2,
+            "label_column": "diagnosis",
+            "partition": "natural",
+        }
         settings |= {"client_settings": {name: {"max_steps": 2} for name in clients[:1]}}
-        args = FederatedConfig(output_dir=str(tmp_path / output), **settings | kwargs)
-        peft_config = (
-            None if args.initial_adapter else LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
-        )
-        trainer = FederatedTrainer(str(tiny_model_dir), args, data, held_out, peft_config=peft_config)
+        adapter = {"r": 2, "target_modules": ["q_proj"]}
+        trainer = make_trainer(output, adapter=adapter, clients=data, eval_dataset=held_out, **settings | given)
         prepare = trainer._prepare_client_dataset
 
         def failing(dataset: Dataset, client: str) -> Dataset:

@@ -3,37 +3,28 @@
 """Federations on a 4-bit base (QLoRA): the base stays, only the adapter travels."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from fed_trainer import (
-    FederatedConfig,
     FederatedDPOConfig,
     FederatedDPOTrainer,
     FederatedRewardConfig,
     FederatedRewardTrainer,
-    FederatedTrainer,
 )
 from fed_trainer.quantized_base import keep_differentiable
+from helpers.comparison import same, weights_in
+from helpers.runs import Dies
+from helpers.trainers import QUICK_TEXT
 from peft_scl import FederaConfig, SclConfig
 
 
 has_avx512bf16 = pytest.importorskip("bitsandbytes.functional").has_avx512bf16
 
-LOCAL = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 32,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
 LORA = {"r": 4, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 ADAPTERS = {
     "lora": LoraConfig(**LORA),
@@ -55,28 +46,9 @@ def base_dir(tiny_model_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def make_trainer(make_clients, base_dir, tmp_path):
-    def make(output, peft_config, callbacks=None, evaluates=True, **settings):
-        clients = make_clients(num_clients=2)
-        return FederatedTrainer(
-            model=str(base_dir),
-            args=FederatedConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings}),
-            train_dataset=clients,
-            eval_dataset=clients["client_0"] if evaluates else None,
-            peft_config=peft_config,
-            quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-            callbacks=callbacks,
-        )
-
-    return make
-
-
-def adapter(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+def make_trainer(make_trainer, base_dir):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    return partial(make_trainer, model=base_dir, num_clients=2, eval_rows=16, quantization_config=quantization)
 
 
 @torch.no_grad()
@@ -104,20 +76,13 @@ def test_the_4_bit_base_stays_and_the_adapter_learns(make_trainer, base_dir, tmp
 
 @each_adapter
 def test_a_run_on_a_4_bit_base_that_died_resumes_to_the_same_adapter(make_trainer, tmp_path, peft_config):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     whole = make_trainer("whole", peft_config)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
         make_trainer("died", peft_config, callbacks=[Dies()]).train()
     again = make_trainer("died", peft_config)
     again.train(resume_from_checkpoint=True)
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "died"))
     assert [entry["eval"]["eval_loss"] for entry in whole._record["rounds"]] == [
         entry["eval"]["eval_loss"] for entry in again._record["rounds"]
     ]
@@ -127,8 +92,8 @@ def test_a_run_on_a_4_bit_base_that_died_resumes_to_the_same_adapter(make_traine
 def test_evaluations_between_the_rounds_do_not_touch_what_is_trained(make_trainer, tmp_path, peft_config):
     """bitsandbytes repacks the base in the first evaluation on some CPUs, after which no gradient passed through it."""
     for output, evaluates in (("with", True), ("without", False)):
-        make_trainer(output, peft_config, evaluates=evaluates).train()
-    assert same(adapter(tmp_path / "with"), adapter(tmp_path / "without"))
+        make_trainer(output, peft_config, eval_rows=16 if evaluates else 0).train()
+    assert same(weights_in(tmp_path / "with"), weights_in(tmp_path / "without"))
 
 
 @pytest.mark.parametrize("reference", ["initial", "round"])
@@ -138,7 +103,7 @@ def test_the_reference_of_dpo_on_a_4_bit_base_is_the_policy_itself_at_the_start(
     pairs = make_clients(num_clients=1)["client_0"].rename_columns({"completion": "chosen", "topic": "rejected"})
     trainer = FederatedDPOTrainer(
         model=str(base_dir),
-        args=FederatedDPOConfig(output_dir=str(tmp_path), reference=reference, num_rounds=1, **LOCAL),
+        args=FederatedDPOConfig(output_dir=str(tmp_path), reference=reference, num_rounds=1, **QUICK_TEXT),
         train_dataset={"client_0": pairs},
         eval_dataset=pairs,
         peft_config=LoraConfig(**LORA, init_lora_weights=False),
@@ -154,7 +119,7 @@ def test_a_reward_model_on_a_4_bit_base_and_its_head(make_clients, base_dir, tmp
     trainer = FederatedRewardTrainer(
         model=str(base_dir),
         args=FederatedRewardConfig(
-            output_dir=str(tmp_path), num_rounds=2, model_init_kwargs={"dtype": "bfloat16"}, **LOCAL
+            output_dir=str(tmp_path), num_rounds=2, model_init_kwargs={"dtype": "bfloat16"}, **QUICK_TEXT
         ),
         train_dataset={"client_0": pairs},
         eval_dataset=pairs,
@@ -165,7 +130,7 @@ def test_a_reward_model_on_a_4_bit_base_and_its_head(make_clients, base_dir, tmp
     trainer.train()
     assert trainer._record["rounds"][-1]["eval"]["eval_loss"] < trainer._record["start"]["eval"]["eval_loss"]
     head = "base_model.model.score.weight"
-    assert not torch.equal(adapter(tmp_path)[head], start[head])
+    assert not torch.equal(weights_in(tmp_path)[head], start[head])
 
 
 def test_federa_on_a_4_bit_base_needs_the_base_kept(make_trainer):

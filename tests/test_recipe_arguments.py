@@ -4,16 +4,11 @@
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-from datasets import Dataset
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "recipes"))
 
 import compare_runs
 import federated_classification
+import pytest
+from datasets import Dataset
 from federated_sft import RecipeArguments, make_peft_config, prepare
 
 from fed_trainer import FederatedConfig

@@ -3,7 +3,7 @@
 """Federated reward models: the head travels with the adapter, and one client is the stock trainer."""
 
 import logging
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -15,25 +15,18 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from fed_trainer import FederatedRewardConfig, FederatedRewardTrainer
 from fed_trainer.clients import client_seed
+from helpers.comparison import same, weights_in
+from helpers.data import preferences_of
+from helpers.runs import Dies
+from helpers.trainers import QUICK_TEXT
 from peft_scl import SclConfig
 
 
-LOCAL = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 48,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+LOCAL = {**QUICK_TEXT, "max_steps": 3, "max_length": 48}
 ADAPTERS = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="SEQ_CLS"),
     "scl": SclConfig(r=4, task_type="SEQ_CLS"),
@@ -43,40 +36,14 @@ each_adapter = pytest.mark.parametrize("peft_config", ADAPTERS.values(), ids=ADA
 
 @pytest.fixture(scope="module")
 def clients(make_clients):
-    """The right answer is chosen, that of the next row rejected."""
-    pairs = {}
-    for name, dataset in make_clients(num_clients=3).items():
-        answers = dataset["completion"]
-        columns = {"prompt": dataset["prompt"], "chosen": answers, "rejected": answers[1:] + answers[:1]}
-        pairs[name] = Dataset.from_dict(columns).select(range(12 if name == "client_0" else 8))
-    return pairs
+    """Three, of which one has more pairs."""
+    rows = make_clients(num_clients=3)
+    return preferences_of(rows) | preferences_of({"client_0": rows["client_0"]}, 12)
 
 
 @pytest.fixture
-def make_trainer(clients, tiny_model_dir, tmp_path):
-    def make(
-        output="out", peft_config=None, model=None, clients=clients, eval_dataset=None, callbacks=None, **settings
-    ):
-        args = FederatedRewardConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
-        return FederatedRewardTrainer(
-            model=model if model is not None else str(tiny_model_dir),
-            args=args,
-            train_dataset=clients,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
-
-    return make
-
-
-def weights(folder):
-    (path,) = Path(folder).glob("*model.safetensors")
-    return load_file(path)
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+def make_trainer(make_trainer, clients):
+    return partial(make_trainer, kind="reward", adapter=None, clients=clients, **LOCAL)
 
 
 @each_adapter
@@ -105,7 +72,7 @@ def test_rounds_are_stock_trainers_averaged_in_float64(make_trainer, clients, ti
             after = get_peft_model_state_dict(stock.model)
             for key in mean:
                 mean[key] += len(rows) / 28 * after[key].double()
-        saved = weights(tmp_path / "out" / f"checkpoint-{entry['round']}")
+        saved = weights_in(tmp_path / "out" / f"checkpoint-{entry['round']}")
         for key in mean:
             torch.testing.assert_close(saved[key], mean[key].float(), rtol=1e-5, atol=1e-7)
         assert not torch.equal(saved["base_model.model.score.weight"], state["base_model.model.score.weight"])
@@ -134,13 +101,6 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
 
 @pytest.mark.parametrize("peft_config", [*ADAPTERS.values(), None], ids=[*ADAPTERS, "full"])
 def test_a_run_that_died_resumes_to_the_same_model(make_trainer, clients, tmp_path, peft_config):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     settings = {"peft_config": peft_config, "num_rounds": 3, "learning_rate": 1e-3, "clients_per_round": 2}
     settings["eval_dataset"] = clients["client_2"]
     whole = make_trainer("whole", **settings)
@@ -149,7 +109,7 @@ def test_a_run_that_died_resumes_to_the_same_model(make_trainer, clients, tmp_pa
         make_trainer("died", callbacks=[Dies()], **settings).train()
     again = make_trainer("died", **settings)
     again.train(resume_from_checkpoint=True)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "died"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "died"))
     figures = [[entry["eval"]["eval_accuracy"] for entry in t._record["rounds"]] for t in (whole, again)]
     assert figures[0] == figures[1]
 

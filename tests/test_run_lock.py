@@ -18,10 +18,8 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from peft import LoraConfig
 from transformers import TrainerCallback
 
-from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.run_lock import HOLDER_NAME, FolderInUseError, owning
 
 
@@ -40,29 +38,9 @@ class Call(TrainerCallback):
             action()
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(action=None, **settings):
-        defaults = {
-            "num_rounds": 1,
-            "max_steps": 1,
-            "per_device_train_batch_size": 4,
-            "max_length": 32,
-            "gradient_checkpointing": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "output_dir": str(tmp_path / "out"),
-        }
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=FederatedConfig(**{**defaults, **settings}),
-            train_dataset=make_clients(num_clients=1),
-            peft_config=LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"),
-            callbacks=[] if action is None else [Call(action)],
-        )
-
-    return make
+pytestmark = pytest.mark.trainer(
+    adapter={"r": 2, "target_modules": ["v_proj"]}, num_clients=1, num_rounds=1, max_steps=1
+)
 
 
 def can_be_owned(folder: Path) -> bool:
@@ -125,7 +103,7 @@ def test_the_lock_is_held_while_a_run_trains_and_let_go_when_it_ends_or_fails(ma
         seen.append(in_child(tmp_path / "out"))
 
     other = make_trainer()
-    make_trainer(try_another).train()
+    make_trainer(callbacks=[Call(try_another)]).train()
     assert seen == [False]
     assert in_child(tmp_path / "out") is True
 
@@ -134,7 +112,7 @@ def test_the_lock_is_held_while_a_run_trains_and_let_go_when_it_ends_or_fails(ma
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(interrupt, num_rounds=2).train(resume_from_checkpoint=True)
+        make_trainer(callbacks=[Call(interrupt)], num_rounds=2).train(resume_from_checkpoint=True)
     assert in_child(tmp_path / "out") is True
 
 

@@ -32,6 +32,7 @@ from fed_trainer import (
     FederatedTrainer,
 )
 from fed_trainer.run_lock import HOLDER_NAME, LOCK_NAME
+from helpers.comparison import assert_same, weights_in
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -78,15 +79,6 @@ def files_in(folder):
     return {path.relative_to(folder).as_posix() for path in files}
 
 
-def weights(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def assert_equal(ours, expected):
-    assert ours.keys() == expected.keys() and len(ours) > 0
-    assert all(torch.equal(ours[key], tensor) for key, tensor in expected.items())
-
-
 # Adapters that are not called "default"
 
 
@@ -96,7 +88,7 @@ def test_an_adapter_of_any_name_is_saved_resumed_and_published_like_default(kind
         make_sft(name, kind, name, push_to_hub=True, hub_model_id=name).train()
     assert files_in(tmp_path / "ward") == files_in(tmp_path / "default")
     for folder in ("", "checkpoint-1", "checkpoint-2"):
-        assert_equal(weights(tmp_path / "ward" / folder), weights(tmp_path / "default" / folder))
+        assert_same(weights_in(tmp_path / "ward" / folder), weights_in(tmp_path / "default" / folder))
         config = json.loads((tmp_path / "ward" / folder / "adapter_config.json").read_text())
         assert config == json.loads((tmp_path / "default" / folder / "adapter_config.json").read_text())
     for commit, expected in zip(hub.commits("user/ward"), hub.commits("user/default"), strict=True):
@@ -107,7 +99,7 @@ def test_an_adapter_of_any_name_is_saved_resumed_and_published_like_default(kind
     resumed = make_sft("resumed", kind, "ward", num_rounds=2)
     checkpoint = tmp_path / "ward" / "checkpoint-1"
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert_equal(weights(tmp_path / "resumed"), weights(tmp_path / "ward"))
+    assert_same(weights_in(tmp_path / "resumed"), weights_in(tmp_path / "ward"))
 
 
 @pytest.mark.parametrize("aggregation", ["flora", "fedex_lora", "slora"])
@@ -118,7 +110,7 @@ def test_rules_that_publish_another_lora_take_any_name(aggregation, make_sft, tm
     for name in ("default", "ward"):
         make_sft(name, "LoRA", name, **settings).train()
     assert files_in(tmp_path / "ward") == files_in(tmp_path / "default")
-    assert_equal(weights(tmp_path / "ward"), weights(tmp_path / "default"))
+    assert_same(weights_in(tmp_path / "ward"), weights_in(tmp_path / "default"))
 
 
 @pytest.mark.parametrize("trainer", ["task", "reward"])
@@ -146,7 +138,7 @@ def test_an_adapter_of_any_name_in_the_other_trainers(trainer, kind, tiny_model_
             args = FederatedRewardConfig(output, max_length=32, **COMMON)
             FederatedRewardTrainer(model, args, data, processing_class=tokenizer).train()
     assert files_in(tmp_path / "ward") == files_in(tmp_path / "default")
-    assert_equal(weights(tmp_path / "ward"), weights(tmp_path / "default"))
+    assert_same(weights_in(tmp_path / "ward"), weights_in(tmp_path / "default"))
 
 
 def test_dpo_refuses_another_name(tiny_model_dir, tmp_path):
@@ -361,16 +353,16 @@ def test_split_weights_are_found_resumed_and_published(hub, tmp_path):
     resumed = sharded(image_trainer(tmp_path / "out", **settings), "5KB")
     resumed.train(resume_from_checkpoint=True)
     loaded = ViTForImageClassification.from_pretrained(tmp_path / "out").state_dict()
-    assert_equal(loaded, expected)
+    assert_same(loaded, expected)
     again = image_trainer(tmp_path / "again", num_rounds=3)
     again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
-    assert_equal(ViTForImageClassification.from_pretrained(tmp_path / "again").state_dict(), expected)
+    assert_same(ViTForImageClassification.from_pretrained(tmp_path / "again").state_dict(), expected)
 
     published = hub.commits("user/model")[-1][2]
     assert {name for name in published if name.startswith("model")} == {
         name for name in files_in(tmp_path / "out") if name.startswith("model")
     }
-    assert_equal(ViTForImageClassification.from_pretrained("user/model").state_dict(), expected)
+    assert_same(ViTForImageClassification.from_pretrained("user/model").state_dict(), expected)
 
 
 @pytest.mark.parametrize("size", ["5KB", "1GB"])

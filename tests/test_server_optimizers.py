@@ -21,18 +21,14 @@ from fed_trainer.server_optimizers import (
     FedYogi,
     ServerOptimizer,
 )
+from helpers.states import random_state
 
 
 SHAPES = {"x.lora_A.weight": (2, 3), "x.lora_B.weight": (4, 2)}
 LR, B1, B2, TAU = 0.3, 0.8, 0.95, 0.02
 
 
-def random_state(seed: int, size: float = 1.0) -> AdapterState:
-    generator = torch.Generator().manual_seed(seed)
-    return {key: size * torch.randn(shape, generator=generator) for key, shape in SHAPES.items()}
-
-
-DELTAS = [random_state(10 + round, size=0.1 * round) for round in range(1, 6)]
+DELTAS = [random_state(SHAPES, 10 + round, size=0.1 * round) for round in range(1, 6)]
 
 
 def adagrad(v: float, d: float) -> float:
@@ -83,8 +79,8 @@ def run(optimizer: ServerOptimizer, state: AdapterState, deltas: list[AdapterSta
 
 @optimizers
 def test_several_rounds_follow_the_formula(build, formula) -> None:
-    ours = run(build(), random_state(0), DELTAS)
-    for key, start in random_state(0).items():
+    ours = run(build(), random_state(SHAPES, 0), DELTAS)
+    for key, start in random_state(SHAPES, 0).items():
         for index, w in enumerate(start.flatten().tolist()):
             expected = formula(w, [delta[key].flatten()[index].item() for delta in DELTAS])
             assert ours[key].flatten()[index].item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -124,9 +120,9 @@ def test_every_name_selects_the_optimiser_of_that_name() -> None:
         name: name for name in ("fedavgm", "fedadagrad", "fedadam", "fedyogi")
     }
     assert SERVER_OPTIMIZERS["sgd"] is ServerOptimizer
-    steps = {name: cls(lr=0.1).step(random_state(0), DELTAS[0]) for name, cls in SERVER_OPTIMIZERS.items()}
+    steps = {name: cls(lr=0.1).step(random_state(SHAPES, 0), DELTAS[0]) for name, cls in SERVER_OPTIMIZERS.items()}
     second = {
-        name: run(cls(lr=0.1), random_state(0), DELTAS[:3])["x.lora_A.weight"]
+        name: run(cls(lr=0.1), random_state(SHAPES, 0), DELTAS[:3])["x.lora_A.weight"]
         for name, cls in SERVER_OPTIMIZERS.items()
     }
     assert all(state.keys() == SHAPES.keys() for state in steps.values())
@@ -139,15 +135,15 @@ def test_feddyn_cannot_be_chosen_without_its_local_objective() -> None:
 
 
 def test_plain_step_with_rate_one_is_the_mean_itself() -> None:
-    stepped = ServerOptimizer().step(random_state(0), DELTAS[0])
-    assert all(torch.equal(stepped[key], tensor + DELTAS[0][key]) for key, tensor in random_state(0).items())
+    stepped = ServerOptimizer().step(random_state(SHAPES, 0), DELTAS[0])
+    assert all(torch.equal(stepped[key], tensor + DELTAS[0][key]) for key, tensor in random_state(SHAPES, 0).items())
 
 
 @optimizers
 def test_state_dict_continues_a_run_bit_for_bit(build, formula) -> None:
-    whole = run(build(), random_state(0), DELTAS)
+    whole = run(build(), random_state(SHAPES, 0), DELTAS)
     first = build()
-    state = run(first, random_state(0), DELTAS[:2])
+    state = run(first, random_state(SHAPES, 0), DELTAS[:2])
     saved = first.state_dict()
     run(first, state, DELTAS[2:])  # must not move what was saved
     second = build()
@@ -158,7 +154,7 @@ def test_state_dict_continues_a_run_bit_for_bit(build, formula) -> None:
 
 def test_state_of_another_optimiser_is_refused() -> None:
     adam = FedAdam()
-    adam.step(random_state(0), DELTAS[0])
+    adam.step(random_state(SHAPES, 0), DELTAS[0])
     with pytest.raises(ValueError, match="'second_moment.x.lora_A.weight', which FedAvgM does not keep"):
         FedAvgM().load_state_dict(adam.state_dict())
 
@@ -166,7 +162,7 @@ def test_state_of_another_optimiser_is_refused() -> None:
 def test_state_of_an_optimiser_with_fewer_moments_is_refused() -> None:
     """FedAvgM and FedAdam both have a momentum, but not the same."""
     momentum = FedAvgM()
-    momentum.step(random_state(0), DELTAS[0])
+    momentum.step(random_state(SHAPES, 0), DELTAS[0])
     with pytest.raises(
         ValueError, match="The state has no 'second_moment' for some of its tensors, which FedAdam keeps"
     ):
@@ -182,13 +178,13 @@ def test_integer_buffers_are_rounded_and_not_truncated() -> None:
 
 @optimizers
 def test_inputs_are_not_changed_and_outputs_are_new(build, formula) -> None:
-    state, delta = random_state(0), random_state(1)
+    state, delta = random_state(SHAPES, 0), random_state(SHAPES, 1)
     optimizer = build()
     stepped = optimizer.step(state, delta)
     for tensor in stepped.values():
         tensor.fill_(float("nan"))
-    assert all(torch.equal(tensor, random_state(0)[key]) for key, tensor in state.items())
-    assert all(torch.equal(tensor, random_state(1)[key]) for key, tensor in delta.items())
+    assert all(torch.equal(tensor, random_state(SHAPES, 0)[key]) for key, tensor in state.items())
+    assert all(torch.equal(tensor, random_state(SHAPES, 1)[key]) for key, tensor in delta.items())
     assert all(torch.isfinite(tensor).all() for tensor in optimizer.state_dict().values())
 
 
@@ -196,17 +192,17 @@ def test_inputs_are_not_changed_and_outputs_are_new(build, formula) -> None:
 def test_tensors_without_a_delta_stay_with_their_moments(build, formula) -> None:
     """RoLoRA trains the factors in turn: the momentum of one must wait while the other is trained."""
     key, other = SHAPES
-    alternating, state = build(), random_state(0)
+    alternating, state = build(), random_state(SHAPES, 0)
     for delta in DELTAS:
         state = alternating.step(state, {key: delta[key]})
         state = alternating.step(state, {other: delta[other]})
-    together = run(build(), random_state(0), DELTAS)
+    together = run(build(), random_state(SHAPES, 0), DELTAS)
     assert all(torch.equal(state[name], tensor) for name, tensor in together.items())
 
 
 @optimizers
 def test_dtype_of_the_state_is_kept_and_moments_are_float32(build, formula) -> None:
-    state = {key: tensor.to(torch.bfloat16) for key, tensor in random_state(0).items()}
+    state = {key: tensor.to(torch.bfloat16) for key, tensor in random_state(SHAPES, 0).items()}
     optimizer = build()
     assert {tensor.dtype for tensor in run(optimizer, state, DELTAS).values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in optimizer.state_dict().values()} <= {torch.float32}

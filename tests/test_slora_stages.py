@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -22,13 +21,14 @@ from transformers import (
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedModel,
-    TrainerCallback,
 )
 
-from fed_trainer import ClientUpdate, FederatedConfig, FederatedTrainer
+from fed_trainer import ClientUpdate, FederatedTrainer
 from fed_trainer.adapter_state import LiveAdapter, base_digest, subtract
 from fed_trainer.aggregation import FedAvg, factor_pairs, shared_mask
 from fed_trainer.sparse_change import LiveSparseChange, SparseChange
+from helpers.comparison import same
+from helpers.runs import DiesAtStep
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -78,10 +78,6 @@ def everything(model: nn.Module) -> dict[str, tuple[Any, ...]]:
 
 def bits(model: nn.Module) -> dict[str, list[int]]:
     return {key: tensor.contiguous().view(torch.uint8).tolist() for key, tensor in model.state_dict().items()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 # The sparse change
@@ -295,29 +291,14 @@ def test_what_has_no_sparse_stage_is_refused(
 # The engine
 
 
-@pytest.fixture
-def make_trainer(
-    tiny_model_dir: Path, make_clients: Callable[..., dict[str, Dataset]], tmp_path: Path
-) -> Callable[..., FederatedTrainer]:
-    def make(**settings: Any) -> FederatedTrainer:
-        args = FederatedConfig(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=4,
-            learning_rate=1e-2,
-            weight_decay=0.1,
-            max_length=32,
-            use_cpu=True,
-            report_to="none",
-            disable_tqdm=True,
-            **settings,
-        )
-        lora = LoraConfig(r=4, lora_dropout=0.1, task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"])
-        return FederatedTrainer(
-            model=str(tiny_model_dir), args=args, train_dataset=make_clients(num_clients=2), peft_config=lora
-        )
-
-    return make
+pytestmark = pytest.mark.trainer(
+    output=".",
+    adapter={"r": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]},
+    num_clients=2,
+    max_steps=3,
+    weight_decay=0.1,
+    gradient_checkpointing=True,
+)
 
 
 def hooks(model: nn.Module) -> int:
@@ -365,20 +346,6 @@ class Interruption(BaseException):  # an `Exception` would be a failure of the c
     pass
 
 
-class Interrupt(TrainerCallback):
-    """Stops a run in the midst of a local round, once."""
-
-    may_differ = True  # the resumed run has none
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Interruption
-
-
 # two rounds of two clients of three steps in either stage
 @pytest.mark.parametrize("step", [2, 8, 14, 20])
 def test_a_trainer_that_was_interrupted_in_either_stage_goes_on_itself(
@@ -390,7 +357,7 @@ def test_a_trainer_that_was_interrupted_in_either_stage_goes_on_itself(
     shutil.rmtree(tmp_path)
 
     trainer = make_trainer(**settings)
-    trainer.add_callback(Interrupt(step))
+    trainer.add_callback(DiesAtStep(step, Interruption))
     with pytest.raises(Interruption):
         trainer.train()
     trainer.train(resume_from_checkpoint=step > 6)

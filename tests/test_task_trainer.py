@@ -5,7 +5,7 @@
 import json
 import re
 from copy import deepcopy
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -15,10 +15,8 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     BertForSequenceClassification,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -30,18 +28,16 @@ from fed_trainer.clients import client_seed
 from fed_trainer.digests import write_digests
 from fed_trainer.live_model import LiveModel, load_model
 from fed_trainer.report import round_table, write_report
+from helpers.comparison import same, weights_in
+from helpers.data import token_rows
+from helpers.models import tiny_bert
+from helpers.runs import Dies, Stops
+from helpers.trainers import QUICK
 from peft_scl import SclConfig
 
 
 NUM_LABELS = 3
-LOCAL = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 3e-3,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+LOCAL = {**QUICK, "max_steps": 3, "learning_rate": 3e-3}
 LORA = LoraConfig(r=4, lora_dropout=0.1, target_modules=["query", "value"], task_type="SEQ_CLS")
 SCL = SclConfig(r=4, task_type="SEQ_CLS")
 HAS_FEDERA = hasattr(peft_scl, "FederaConfig")
@@ -49,32 +45,7 @@ FEDERA = peft_scl.FederaConfig(r=4, target_modules=["query", "value"], task_type
 federa = pytest.mark.skipif(not HAS_FEDERA, reason="peft_scl has no FederaConfig")
 
 
-def bert(trained=""):
-    """A random classifier, always the same; only the parameters whose names match `trained` require gradients."""
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=NUM_LABELS,
-    )
-    model = BertForSequenceClassification(config)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = re.search(trained, name) is not None
-    return model
-
-
 BIASES = r"bias$|^classifier\."
-
-
-def rows_of(client, number=16):
-    """The label is the first token, so it can be learnt; clients differ in their labels."""
-    labels = [(client if row % 2 else row // 2) % NUM_LABELS for row in range(number)]
-    tokens = [[label, 5 + row % 7, 12 + client, 20 + (row * 3) % 11] for row, label in enumerate(labels)]
-    return Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * 4] * number, "label": labels})
 
 
 def accuracy(prediction):
@@ -82,39 +53,10 @@ def accuracy(prediction):
 
 
 @pytest.fixture
-def make_trainer(tmp_path):
-    def make(
-        output="out",
-        model=None,
-        peft_config=None,
-        clients=None,
-        callbacks=None,
-        eval_dataset=None,
-        data_collator=None,
-        **settings,
-    ):
-        args = FederatedTaskConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
-        return FederatedTaskTrainer(
-            model=model if model is not None else bert(),
-            args=args,
-            train_dataset=clients or {f"client_{client}": rows_of(client) for client in range(3)},
-            eval_dataset=eval_dataset if eval_dataset is not None else rows_of(4, 12),
-            data_collator=data_collator,
-            compute_metrics=accuracy,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
-
-    return make
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-def weights(folder):
-    (path,) = Path(folder).glob("*model.safetensors")
-    return load_file(path)
+def make_trainer(make_trainer):
+    return partial(
+        make_trainer, kind="task", adapter=None, eval_dataset=token_rows(4, 12), compute_metrics=accuracy, **LOCAL
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,8 +66,8 @@ def weights(folder):
 )
 def test_rounds_equal_fresh_trainers_averaged_in_float64(make_trainer, tmp_path, peft_config, trained):
     """The kept model and optimiser against a new model and `Trainer` per client and round, averaged densely."""
-    clients = {"a": rows_of(0), "b": rows_of(1, 6), "c": rows_of(2)}  # unequal weights
-    trainer = make_trainer(model=bert(trained), clients=clients, peft_config=peft_config)
+    clients = {"a": token_rows(0), "b": token_rows(1, 6), "c": token_rows(2)}  # unequal weights
+    trainer = make_trainer(model=tiny_bert(trained), clients=clients, peft_config=peft_config)
     state = {key: tensor.clone() for key, tensor in trainer._global_state.items()}
     assert {"classifier.weight", "classifier.bias"} <= {key.removeprefix("base_model.model.") for key in state}
     trainer.train()
@@ -133,7 +75,7 @@ def test_rounds_equal_fresh_trainers_averaged_in_float64(make_trainer, tmp_path,
     for round in (1, 2):
         mean = {key: torch.zeros_like(tensor, dtype=torch.float64) for key, tensor in state.items()}
         for name, rows in clients.items():
-            model = bert(trained)
+            model = tiny_bert(trained)
             if peft_config is not None:
                 model = get_peft_model(model, deepcopy(peft_config))
                 set_peft_model_state_dict(model, {key: tensor.clone() for key, tensor in state.items()})
@@ -148,7 +90,7 @@ def test_rounds_equal_fresh_trainers_averaged_in_float64(make_trainer, tmp_path,
             after = get_peft_model_state_dict(model) if peft_config is not None else model.state_dict()
             for key in mean:
                 mean[key] += len(rows) / 38 * after[key].double()
-        saved = weights(tmp_path / "out" / f"checkpoint-{round}")
+        saved = weights_in(tmp_path / "out" / f"checkpoint-{round}")
         for key in mean:
             torch.testing.assert_close(
                 saved[key], mean[key].float(), rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}"
@@ -184,30 +126,23 @@ def test_metrics_reach_the_log_the_record_the_report_and_the_card(make_trainer, 
     ids=["lora", "scl", "federa", "full", "bitfit"],
 )
 def test_a_run_that_died_resumes_to_the_same_model(make_trainer, tmp_path, peft_config, trained):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:  # after the last client of the round, before its checkpoint
-                raise KeyboardInterrupt
-
     settings = {"peft_config": peft_config, "num_rounds": 3, "clients_per_round": 2}
-    whole = make_trainer("whole", model=bert(trained), **settings)
+    whole = make_trainer("whole", model=tiny_bert(trained), **settings)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
-        make_trainer("died", model=bert(trained), callbacks=[Dies()], **settings).train()
-    again = make_trainer("died", model=bert(trained), **settings)
+        make_trainer("died", model=tiny_bert(trained), callbacks=[Dies()], **settings).train()
+    again = make_trainer("died", model=tiny_bert(trained), **settings)
     again.train(resume_from_checkpoint=True)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "died"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "died"))
     assert [entry["eval"]["eval_accuracy"] for entry in whole._record["rounds"]] == [
         entry["eval"]["eval_accuracy"] for entry in again._record["rounds"]
     ]
 
 
 def test_frozen_parameters_of_a_plain_model_neither_travel_nor_change(make_trainer, tmp_path):
-    trainer = make_trainer(model=bert(BIASES), num_rounds=1)
+    trainer = make_trainer(model=tiny_bert(BIASES), num_rounds=1)
     trainer.train()
-    before, after = bert().state_dict(), weights(tmp_path / "out")
+    before, after = tiny_bert().state_dict(), weights_in(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert changed == trainer._global_state.keys() == {key for key in before if re.search(BIASES, key)}
@@ -224,7 +159,7 @@ def test_running_statistics_travel_and_tied_weights_travel_once():
             self.twin = torch.nn.Linear(16, NUM_LABELS)
             self.twin.weight = self.classifier.weight
 
-    model = Tied(bert().config)
+    model = Tied(tiny_bert().config)
     live = LiveModel(model)
     state = live.read()
     assert {"norm.running_mean", "norm.running_var", "classifier.weight", "twin.bias"} <= state.keys()
@@ -235,7 +170,7 @@ def test_running_statistics_travel_and_tied_weights_travel_once():
 
 
 def test_a_model_of_mixed_dtypes_is_loaded_bit_for_bit(tmp_path):
-    model = bert().to(torch.bfloat16)
+    model = tiny_bert().to(torch.bfloat16)
     model.classifier.float()
     with torch.no_grad():
         model.classifier.weight.add_(1e-5)  # no bfloat16
@@ -253,7 +188,7 @@ def test_a_model_of_mixed_dtypes_is_loaded_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("peft_config", [LORA, SCL, None], ids=["lora", "scl", "full"])
 def test_the_example_in_the_card_loads_what_was_trained(make_trainer, tmp_path, peft_config):
-    bert().save_pretrained(tmp_path / "base")
+    tiny_bert().save_pretrained(tmp_path / "base")
     model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
     trainer = make_trainer(model=model, peft_config=peft_config, num_rounds=1)
     trainer.train()
@@ -294,9 +229,9 @@ def test_running_statistics_outside_the_adapter_are_refused(make_trainer):
             self.norm = torch.nn.BatchNorm1d(4)
 
     with pytest.raises(ValueError, match="Training updates the running statistics of base_model.model.norm"):
-        make_trainer(model=Normed(bert().config), peft_config=LORA)
+        make_trainer(model=Normed(tiny_bert().config), peft_config=LORA)
     config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["norm"], task_type="SEQ_CLS")
-    trainer = make_trainer(model=Normed(bert().config), peft_config=config)
+    trainer = make_trainer(model=Normed(tiny_bert().config), peft_config=config)
     assert "base_model.model.norm.running_mean" in trainer._global_state
 
 
@@ -312,7 +247,7 @@ def test_running_statistics_that_are_a_cumulative_average_are_refused(make_train
             self.norm = torch.nn.BatchNorm1d(4, momentum=None)
 
     with pytest.raises(ValueError, match=r"norm.* has `momentum=None`: .* Set a momentum, such as 0.1"):
-        make_trainer(model=Normed(bert().config), peft_config=peft_config)
+        make_trainer(model=Normed(tiny_bert().config), peft_config=peft_config)
 
 
 def test_a_collator_may_tokenise(make_trainer):
@@ -342,7 +277,7 @@ def test_accumulated_batches_equal_one_whatever_the_loss_of_the_model_looks_at(
             return output
 
     for output, batch, batches in (("one", 4, 1), ("accumulated", 1, 4)):
-        model = bert()
+        model = tiny_bert()
         if looks_at_the_count:
             model.__class__ = Counting
         disable_dropout_in_model(model)
@@ -357,13 +292,13 @@ def test_accumulated_batches_equal_one_whatever_the_loss_of_the_model_looks_at(
     records = [json.loads((tmp_path / output / "federation.json").read_text()) for output in ("one", "accumulated")]
     losses = [[entry["train_loss"] for entry in record["rounds"]] for record in records]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    one, accumulated = (weights(tmp_path / output) for output in ("one", "accumulated"))
+    one, accumulated = (weights_in(tmp_path / output) for output in ("one", "accumulated"))
     for key, tensor in one.items():
         torch.testing.assert_close(accumulated[key], tensor, atol=1e-6, rtol=0)
 
 
 def test_a_plain_run_is_not_resumed_with_other_parameters_trained(make_trainer):
-    make_trainer(model=bert(BIASES), num_rounds=1).train()
+    make_trainer(model=tiny_bert(BIASES), num_rounds=1).train()
     with pytest.raises(ValueError, match="belongs to another run .*num_trainable_parameters: "):
         make_trainer(num_rounds=2).train(resume_from_checkpoint=True)
     with pytest.raises(FileExistsError, match="already holds a run"):
@@ -387,48 +322,42 @@ def test_the_same_seed_gives_the_same_adapter_and_a_peft_model_is_taken_as_it_is
     make_trainer("a", peft_config=LORA, num_rounds=1).train()
     make_trainer("b", peft_config=LORA, num_rounds=1).train()
     make_trainer("c", peft_config=LORA, num_rounds=1, seed=7).train()
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
-    model = bert()
+    assert same(weights_in(tmp_path / "a"), weights_in(tmp_path / "b"))
+    assert not same(weights_in(tmp_path / "a"), weights_in(tmp_path / "c"))
+    model = tiny_bert()
     set_seed(42)
     make_trainer("d", model=get_peft_model(model, deepcopy(LORA)), num_rounds=1).train()
-    assert same(weights(tmp_path / "a"), weights(tmp_path / "d"))
+    assert same(weights_in(tmp_path / "a"), weights_in(tmp_path / "d"))
 
 
 def test_a_published_classifier_is_a_start(make_trainer, tmp_path):
     make_trainer(peft_config=LORA, num_rounds=1).train()
     again = make_trainer("more", initial_adapter=str(tmp_path / "out"))
-    assert same(again._live_adapter.read(), weights(tmp_path / "out"))
+    assert same(again._live_adapter.read(), weights_in(tmp_path / "out"))
 
 
 def with_another_head():
-    model = bert()
+    model = tiny_bert()
     set_seed(1)
     model.classifier.reset_parameters()
-    assert not torch.equal(model.classifier.weight, bert().classifier.weight)
+    assert not torch.equal(model.classifier.weight, tiny_bert().classifier.weight)
     return model
 
 
 @pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "full"])
 def test_a_run_resumes_to_the_same_model_from_another_random_head(make_trainer, tmp_path, peft_config):
-    class Stops(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            control.should_training_stop = True
-
     make_trainer("whole", peft_config=peft_config).train()
     make_trainer("stopped", peft_config=peft_config, callbacks=[Stops()]).train()
     again = make_trainer("stopped", model=with_another_head(), peft_config=peft_config)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "stopped"))
 
 
 def test_a_published_classifier_is_a_start_for_a_model_with_another_random_head(make_trainer, tmp_path):
     make_trainer(peft_config=LORA, num_rounds=1).train()
     again = make_trainer("more", model=with_another_head(), initial_adapter=str(tmp_path / "out"))
-    assert same(again._live_adapter.read(), weights(tmp_path / "out"))
+    assert same(again._live_adapter.read(), weights_in(tmp_path / "out"))
 
 
 def test_a_published_whole_model_is_no_initial_adapter(make_trainer, tmp_path):
@@ -437,7 +366,7 @@ def test_a_published_whole_model_is_no_initial_adapter(make_trainer, tmp_path):
         make_trainer("more", initial_adapter=str(tmp_path / "out"))
     model = BertForSequenceClassification.from_pretrained(tmp_path / "out")
     again = make_trainer("more", model=model)
-    assert same(again._live_adapter.read(), weights(tmp_path / "out"))
+    assert same(again._live_adapter.read(), weights_in(tmp_path / "out"))
 
 
 def test_a_trainer_of_your_own_is_federated_by_the_mixin(tmp_path):
@@ -453,7 +382,7 @@ def test_a_trainer_of_your_own_is_federated_by_the_mixin(tmp_path):
         args = FederatedTaskConfig(
             output_dir=str(tmp_path / kind.__name__), num_rounds=1, **{**LOCAL, "learning_rate": 0}
         )
-        trainer = kind(model=bert(), args=args, train_dataset={"a": rows_of(0)}, peft_config=LORA)
+        trainer = kind(model=tiny_bert(), args=args, train_dataset={"a": token_rows(0)}, peft_config=LORA)
         losses.append(trainer.train().training_loss)
     assert losses[1] == pytest.approx(2 * losses[0])
 
@@ -469,20 +398,20 @@ def test_refusals_before_training(make_trainer, tmp_path):
     ):
         make_trainer(eval_dataset=raw)
     with pytest.raises(ValueError, match=r"but client 'a' has .* Give all clients the same columns"):
-        make_trainer(clients={"a": rows_of(0), "b": rows_of(1).remove_columns("label")})
+        make_trainer(clients={"a": token_rows(0), "b": token_rows(1).remove_columns("label")})
     with pytest.raises(TypeError, match="should be a `PreTrainedModel` or a `PeftModel` but is a str. Load it first"):
         make_trainer(model="some/model", remove_unused_columns=False)
     with pytest.raises(ValueError, match="is a `PeftModel` already, but a `peft_config` was given too"):
-        make_trainer(model=get_peft_model(bert(), deepcopy(LORA)), peft_config=LORA)
+        make_trainer(model=get_peft_model(tiny_bert(), deepcopy(LORA)), peft_config=LORA)
     with pytest.raises(ValueError, match="No parameter of the `BertForSequenceClassification` .* requires gradients"):
-        make_trainer(model=bert("^nothing$"))
+        make_trainer(model=tiny_bert("^nothing$"))
     with pytest.raises(ValueError, match="Client 'a' has 3 examples, fewer than one local batch of 4"):
-        make_trainer(clients={"a": rows_of(0, 3)})
+        make_trainer(clients={"a": token_rows(0, 3)})
     config = FederatedConfig(output_dir=str(tmp_path / "x"), **LOCAL)
     with pytest.raises(
         TypeError, match="should be a `FederatedTaskConfig` but is a FederatedConfig.* of `TrainingArguments`"
     ):
-        FederatedTaskTrainer(bert(), config, {"a": rows_of(0)})
+        FederatedTaskTrainer(tiny_bert(), config, {"a": token_rows(0)})
 
 
 def test_the_config_differs_from_training_arguments_where_it_says_so(tmp_path):

@@ -9,15 +9,13 @@ from datasets import Dataset
 from peft import AutoPeftModelForTokenClassification, LoraConfig
 from safetensors.torch import load_file
 from transformers import (
-    BertConfig,
     BertForTokenClassification,
     BertTokenizerFast,
     DataCollatorForTokenClassification,
-    TrainerCallback,
-    set_seed,
 )
 
-from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer
+from helpers.models import tiny_bert
+from helpers.runs import Dies
 from peft_scl import SclConfig
 
 
@@ -27,15 +25,6 @@ ADAPTERS = {
     "scl": SclConfig(r=4, task_type="TOKEN_CLS"),
 }
 each_adapter = pytest.mark.parametrize("peft_config", ADAPTERS.values(), ids=ADAPTERS)
-
-
-def tagger():
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=16, num_labels=NUM_LABELS,
-    )  # fmt: skip
-    return BertForTokenClassification(config)
 
 
 def rows_of(client, number=16):
@@ -63,25 +52,22 @@ def figures(prediction):
 
 
 @pytest.fixture
-def make_trainer(tmp_path):
+def make_trainer(make_trainer, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{n}" for n in range(28))]))
     tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
 
-    def make(output, peft_config, callbacks=None, **settings):
-        args = FederatedTaskConfig(
-            output_dir=str(tmp_path / output), max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
-            report_to="none", disable_tqdm=True, **settings,
-        )  # fmt: skip
-        return FederatedTaskTrainer(
-            model=tagger(),
-            args=args,
-            train_dataset={f"ward-{client}": rows_of(client) for client in range(3)},
+    def make(output, peft_config, **given):
+        return make_trainer(
+            output,
+            peft_config,
+            kind="task",
+            model=tiny_bert(kind=BertForTokenClassification),
+            clients={f"ward-{client}": rows_of(client) for client in range(3)},
             eval_dataset=rows_of(9, 32),
             data_collator=DataCollatorForTokenClassification(tokenizer),
             processing_class=tokenizer,
             compute_metrics=figures,
-            peft_config=peft_config,
-            callbacks=callbacks,
+            **{"max_steps": 4, **given},
         )
 
     return make
@@ -89,7 +75,7 @@ def make_trainer(tmp_path):
 
 @each_adapter
 def test_the_tagger_and_its_head_are_trained_and_published(make_trainer, tmp_path, peft_config):
-    tagger().save_pretrained(tmp_path / "base")
+    tiny_bert(kind=BertForTokenClassification).save_pretrained(tmp_path / "base")
     trainer = make_trainer("out", peft_config, num_rounds=3)
     start = trainer._global_state
     assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} <= start.keys()
@@ -110,13 +96,6 @@ def test_the_tagger_and_its_head_are_trained_and_published(make_trainer, tmp_pat
 
 @each_adapter
 def test_a_run_that_died_resumes_to_the_same_tagger(make_trainer, tmp_path, peft_config):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     settings = {"peft_config": peft_config, "num_rounds": 3, "clients_per_round": 2}
     whole = make_trainer("whole", **settings)
     whole.train()

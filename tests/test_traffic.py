@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from peft import LoraConfig
-
-from fed_trainer import FederatedConfig, FederatedTrainer
 
 
 # of the tiny model: the inputs and outputs of `v_proj` and `down_proj` in its two layers
@@ -116,33 +113,16 @@ CASES = {
 }
 
 
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(**settings: Any) -> FederatedTrainer:
-        args = FederatedConfig(
-            output_dir=str(tmp_path / "out"),
-            **{
-                "num_rounds": 4,
-                "clients_per_round": 2,
-                "max_steps": 1,
-                "per_device_train_batch_size": 2,
-                "max_length": 16,
-                "gradient_checkpointing": False,
-                "use_cpu": True,
-                "report_to": "none",
-                "disable_tqdm": True,
-                "save_rounds": 100,
-                **settings,
-            },
-        )
-        return FederatedTrainer(
-            model=str(tiny_model_dir),
-            args=args,
-            train_dataset=make_clients(num_clients=3, rows=4),
-            peft_config=LoraConfig(r=R, lora_alpha=6, target_modules=["v_proj", "down_proj"], task_type="CAUSAL_LM"),
-        )
-
-    return make
+pytestmark = pytest.mark.trainer(
+    adapter={"r": R, "lora_alpha": 6, "target_modules": ["v_proj", "down_proj"]},
+    rows=4,
+    num_rounds=4,
+    clients_per_round=2,
+    max_steps=1,
+    per_device_train_batch_size=2,
+    max_length=16,
+    save_rounds=100,
+)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,7 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,54 +12,21 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import FederatedTrainer
 from fed_trainer.clients import client_seed
+from helpers.comparison import same, weights_in
+from helpers.runs import Dies, Stops
+from helpers.trainers import QUICK_TEXT
 from peft_scl import FederaConfig, SclConfig, load_federa
 
 
-LOCAL = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "max_length": 32,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+LOCAL = {**QUICK_TEXT, "max_steps": 3}
 SCL = {"r": 4, "task_type": "CAUSAL_LM"}
 
-
-@pytest.fixture
-def make_trainer(tiny_model_dir, make_clients, tmp_path):
-    def make(output="out", clients=None, eval_dataset=True, peft_config=None, model=None, callbacks=None, **settings):
-        clients = clients or make_clients(num_clients=3)
-        if "initial_adapter" not in settings and peft_config is None and not isinstance(model, PeftModel):
-            peft_config = SclConfig(**SCL)
-        args = FederatedConfig(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings})
-        held_out = clients[next(iter(clients))].select(range(8)) if eval_dataset else None
-        return FederatedTrainer(
-            model=model if model is not None else str(tiny_model_dir),
-            args=args,
-            train_dataset=clients,
-            eval_dataset=held_out,
-            peft_config=peft_config,
-            callbacks=callbacks,
-        )
-
-    return make
-
-
-def adapter(folder):
-    return load_file(Path(folder) / "adapter_model.safetensors")
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+pytestmark = pytest.mark.trainer(adapter=SclConfig(**SCL), eval_rows=8, **LOCAL)
 
 
 @pytest.mark.parametrize("peft_config", [SclConfig(**SCL), LoraConfig(r=4, lora_dropout=0.1, task_type="CAUSAL_LM")])
@@ -94,7 +60,7 @@ def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(
             for key in mean:  # all but the frozen start of a compression
                 mean[key] += len(rows) / total * trained[key].double()
         state = {key: tensor.float() for key, tensor in mean.items()}
-        saved = adapter(tmp_path / "out" / f"checkpoint-{round}")
+        saved = weights_in(tmp_path / "out" / f"checkpoint-{round}")
         for key, tensor in state.items():
             torch.testing.assert_close(saved[key], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
 
@@ -103,7 +69,7 @@ def test_one_client_with_one_round_is_plain_fine_tuning(make_trainer, make_clien
     trainer = make_trainer(clients=make_clients(num_clients=1), num_rounds=1)
     before = trainer._global_state
     trainer.train()
-    after = adapter(tmp_path / "out")
+    after = weights_in(tmp_path / "out")
     assert not same(before, after)
     assert trainer._record["rounds"][0]["clients"]["client_0"]["num_steps"] == LOCAL["max_steps"]
 
@@ -112,15 +78,15 @@ def test_same_seed_gives_the_same_adapter_and_another_seed_another(make_trainer,
     make_trainer("a", clients_per_round=2, peft_config=SclConfig(**SCL, scl_dropout=0.1)).train()
     make_trainer("b", clients_per_round=2, peft_config=SclConfig(**SCL, scl_dropout=0.1)).train()
     make_trainer("c", clients_per_round=2, peft_config=SclConfig(**SCL, scl_dropout=0.1), seed=1).train()
-    assert same(adapter(tmp_path / "a"), adapter(tmp_path / "b"))
-    assert not same(adapter(tmp_path / "a"), adapter(tmp_path / "c"))
+    assert same(weights_in(tmp_path / "a"), weights_in(tmp_path / "b"))
+    assert not same(weights_in(tmp_path / "a"), weights_in(tmp_path / "c"))
 
 
 def test_data_seed_changes_the_order_and_every_round_has_another(make_trainer, make_clients):
     batches = []
 
     def run(output, **settings):
-        trainer = make_trainer(output, clients=make_clients(num_clients=1), eval_dataset=False, **settings)
+        trainer = make_trainer(output, clients=make_clients(num_clients=1), eval_rows=0, **settings)
         compute_loss = trainer.compute_loss
         trainer.compute_loss = lambda model, inputs, **kwargs: (
             batches.append(inputs["input_ids"].flatten().tolist()) or compute_loss(model, inputs, **kwargs)
@@ -136,24 +102,17 @@ def test_data_seed_changes_the_order_and_every_round_has_another(make_trainer, m
 
 
 def test_a_run_that_died_resumes_to_the_same_adapter_and_record(make_trainer, tmp_path):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     whole = make_trainer("whole", num_rounds=4, clients_per_round=2, round_lr_scheduler_type="cosine")
     whole.train()
     with pytest.raises(KeyboardInterrupt):
         make_trainer(
-            "died", num_rounds=4, clients_per_round=2, round_lr_scheduler_type="cosine", callbacks=[Dies()]
+            "died", num_rounds=4, clients_per_round=2, round_lr_scheduler_type="cosine", callbacks=[Dies("on_save")]
         ).train()
     assert not (tmp_path / "died" / "adapter_model.safetensors").exists()
     again = make_trainer("died", num_rounds=4, clients_per_round=2, round_lr_scheduler_type="cosine")
     again.train(resume_from_checkpoint=True)
 
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "died"))
     steps = [
         [entry["step"] for entry in t.state.log_history if "seconds_checkpoint" not in entry] for t in (whole, again)
     ]
@@ -190,12 +149,12 @@ def test_federa_resumes_exactly_and_ends_as_a_plain_lora(make_trainer, tiny_mode
     make("parts", 1).train()
     parts = make("parts", 3)
     parts.train(resume_from_checkpoint=True)
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "parts"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "parts"))
     assert same(whole.model.state_dict(), parts.model.state_dict())
     # clients and server exchange factors of rank 4; what is saved has their start beside them
     sent = sum(tensor.numel() * tensor.element_size() for tensor in whole._global_state.values())
     assert whole._record["rounds"][0]["bytes_up"] == 3 * (sent + 8)
-    assert sum(tensor.numel() for tensor in adapter(tmp_path / "whole").values()) * 4 == 2 * sent
+    assert sum(tensor.numel() for tensor in weights_in(tmp_path / "whole").values()) * 4 == 2 * sent
 
     loss = whole.evaluate()["eval_loss"]
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
@@ -216,7 +175,7 @@ def test_more_rounds_can_be_added_to_a_finished_run(make_trainer, tmp_path):
     make_trainer(num_rounds=1).train()
     make_trainer(num_rounds=2).train(resume_from_checkpoint=True)
     make_trainer("whole", num_rounds=2).train()
-    assert same(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
+    assert same(weights_in(tmp_path / "out"), weights_in(tmp_path / "whole"))
 
 
 def test_the_live_model_is_the_global_adapter_when_it_is_evaluated_and_afterwards(
@@ -229,7 +188,7 @@ def test_the_live_model_is_the_global_adapter_when_it_is_evaluated_and_afterward
 
     fresh = make_trainer("fresh", initial_adapter=str(tmp_path / "out"), model=str(tiny_model_dir))
     assert fresh.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-6)
-    assert same(fresh._live_adapter.read(include_frozen=True), adapter(tmp_path / "out"))
+    assert same(fresh._live_adapter.read(include_frozen=True), weights_in(tmp_path / "out"))
 
 
 def test_a_client_does_not_evaluate_save_or_report(make_trainer, tmp_path):
@@ -279,11 +238,7 @@ def test_a_client_does_not_evaluate_save_or_report(make_trainer, tmp_path):
 
 
 def test_early_stopping_ends_the_federation(make_trainer):
-    class Stops(TrainerCallback):
-        def on_evaluate(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 1
-
-    trainer = make_trainer(num_rounds=3, callbacks=[Stops()])
+    trainer = make_trainer(num_rounds=3, callbacks=[Stops("on_evaluate")])
     assert trainer.train().global_step == 1
 
 
@@ -331,7 +286,7 @@ def test_modules_to_save_travel_with_the_adapter(make_trainer, tmp_path):
     start = {key: tensor for key, tensor in trainer._global_state.items() if "norm" in key}
     assert start
     trainer.train()
-    saved = adapter(tmp_path / "out")
+    saved = weights_in(tmp_path / "out")
     assert all(not torch.equal(saved[key], tensor) for key, tensor in start.items())
 
 
@@ -395,8 +350,8 @@ def test_gradient_checkpointing_changes_nothing_and_hooks_do_not_pile_up(make_tr
     trainer = make_trainer("checkpointed", num_rounds=1, gradient_checkpointing=True)
     trainer.train()
     after_one = hooks(trainer)
-    for key, tensor in adapter(tmp_path / "plain").items():
-        torch.testing.assert_close(adapter(tmp_path / "checkpointed")[key], tensor, rtol=1e-4, atol=1e-6)
+    for key, tensor in weights_in(tmp_path / "plain").items():
+        torch.testing.assert_close(weights_in(tmp_path / "checkpointed")[key], tensor, rtol=1e-4, atol=1e-6)
     longer = make_trainer("longer", num_rounds=4, gradient_checkpointing=True)
     longer.train()
     assert hooks(longer) == after_one
@@ -407,14 +362,10 @@ def test_resuming_from_further_back_does_not_mix_with_later_rounds(make_trainer,
     with pytest.raises(ValueError, match=r"holds later rounds too \(checkpoint-2, checkpoint-3\)"):
         make_trainer(num_rounds=3).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
     make_trainer("other", num_rounds=3).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert same(adapter(tmp_path / "other"), adapter(tmp_path / "out"))
+    assert same(weights_in(tmp_path / "other"), weights_in(tmp_path / "out"))
 
 
 def test_a_stopped_run_leaves_its_last_round(make_trainer, tmp_path):
-    class Stops(TrainerCallback):
-        def on_log(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 1
-
     make_trainer(num_rounds=4, save_rounds=3, callbacks=[Stops()]).train()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
 
@@ -482,13 +433,6 @@ def test_more_refusals(make_trainer, make_clients, tiny_model_dir, tmp_path):
 
 
 def test_an_unfinished_run_without_a_checkpoint_is_not_overwritten(make_trainer, tmp_path):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         make_trainer(num_rounds=4, save_rounds=3, callbacks=[Dies()]).train()
     with pytest.raises(FileExistsError, match=r"already holds a run \(federation.json\).* Continue it"):
@@ -497,4 +441,4 @@ def test_an_unfinished_run_without_a_checkpoint_is_not_overwritten(make_trainer,
     again.train(resume_from_checkpoint=True)
     make_trainer("whole", num_rounds=4, save_rounds=3).train()
     assert len(again._record["rounds"]) == 4
-    assert same(adapter(tmp_path / "out"), adapter(tmp_path / "whole"))
+    assert same(weights_in(tmp_path / "out"), weights_in(tmp_path / "whole"))

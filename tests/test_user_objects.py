@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim import lr_scheduler as schedules
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import GreedyLR
 
-from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer
+from fed_trainer import FederatedTaskTrainer
 from fed_trainer.movement import Movement, NothingTrainedError
 from fed_trainer.user_optimizer import UserSchedule
+from helpers.data import token_rows
+from helpers.models import tiny_bert
+from helpers.trainers import QUICK
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -36,34 +38,16 @@ ADAPTERS: dict[str, PeftConfig] = {
 }
 
 
-def bert() -> BertForSequenceClassification:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return BertForSequenceClassification(BertConfig(vocab_size=32, max_position_embeddings=16, num_labels=3, **sizes))
-
-
-def rows(client: int) -> Dataset:
-    tokens = [[row % 3, 5 + row % 7, 12 + client, 20] for row in range(8)]
-    return Dataset.from_dict(
-        {"input_ids": tokens, "attention_mask": [[1] * 4] * 8, "label": [row % 3 for row in range(8)]}
-    )
-
-
-LOCAL = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "report_to": "none"}
-
-
 @pytest.fixture
-def make_trainer(tmp_path):
+def make_trainer(make_trainer):
     numbers = itertools.count()
 
-    def make(model: nn.Module, optimizers: Any = (None, None), kind: Any = FederatedTaskTrainer, **given: Any) -> Any:
-        arguments = {
-            key: given.pop(key) for key in ("peft_config", "callbacks", "optimizer_cls_and_kwargs") if key in given
-        }
-        settings = {"output_dir": str(tmp_path / str(next(numbers))), "disable_tqdm": True, **LOCAL, **given}
-        data = {f"client_{index}": rows(index) for index in range(2)}
-        args = FederatedTaskConfig(**{"num_rounds": 1, **settings})
-        return kind(model, args, train_dataset=data, optimizers=optimizers, **arguments)
+    def make(model: nn.Module, optimizers: Any = (None, None), peft_config: Any = None, **given: Any) -> Any:
+        clients = {f"client_{index}": token_rows(index, 8) for index in range(2)}
+        given = {"kind": "task", "num_rounds": 1, "max_steps": 3, **given}
+        return make_trainer(
+            str(next(numbers)), peft_config, model=model, clients=clients, optimizers=optimizers, **given
+        )
 
     return make
 
@@ -153,14 +137,14 @@ def test_a_schedule_starts_afresh_in_every_local_round_times_the_factor_of_the_r
 
 def test_a_schedule_of_the_user_in_rounds(make_trainer, tmp_path) -> None:
     def given(callbacks: list[TrainerCallback]) -> dict[str, Any]:
-        model = get_peft_model(bert(), ADAPTERS["LORA"])
+        model = get_peft_model(tiny_bert(), ADAPTERS["LORA"])
         optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
         schedule = schedules.LambdaLR(optimizer, lambda step: 1 / (1 + step))
         return {"model": model, "optimizers": (optimizer, schedule), "callbacks": callbacks}
 
     plain, federated = Rates(), Rates()
-    args = TrainingArguments(str(tmp_path / "plain"), **LOCAL, disable_tqdm=True, save_strategy="no")
-    Trainer(args=args, train_dataset=rows(0), **given([plain])).train()
+    args = TrainingArguments(str(tmp_path / "plain"), **{**QUICK, "max_steps": 3}, save_strategy="no")
+    Trainer(args=args, train_dataset=token_rows(0, 8), **given([plain])).train()
     assert plain.seen == [1e-3, 1e-3 / 2, 1e-3 / 3]
     make_trainer(**given([federated]), num_rounds=2, round_lr_scheduler_type="linear").train()
     assert federated.seen == [*plain.seen * 2, *[rate / 2 for rate in plain.seen] * 2]
@@ -196,7 +180,7 @@ def _uncopied(optimizer: torch.optim.Optimizer) -> Any:
     ],
 )
 def test_a_schedule_that_cannot_start_afresh(make_trainer, make, message: str) -> None:
-    model = get_peft_model(bert(), ADAPTERS["LORA"])
+    model = get_peft_model(tiny_bert(), ADAPTERS["LORA"])
     optimizer = torch.optim.SGD(trained(model), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=rf"The schedule of `optimizers` \(\w+\) {message}"):
         make_trainer(model, (optimizer, make(optimizer)))
@@ -204,7 +188,7 @@ def test_a_schedule_that_cannot_start_afresh(make_trainer, make, message: str) -
 
 def test_a_schedule_without_an_optimizer(make_trainer) -> None:
     with pytest.raises(ValueError, match="belongs to no optimiser of that pair"):
-        make_trainer(get_peft_model(bert(), ADAPTERS["LORA"]), (None, schedules.ExponentialLR(sgd(), 0.9)))
+        make_trainer(get_peft_model(tiny_bert(), ADAPTERS["LORA"]), (None, schedules.ExponentialLR(sgd(), 0.9)))
 
 
 # Optimisers
@@ -212,7 +196,7 @@ def test_a_schedule_without_an_optimizer(make_trainer) -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_optimizer_made_before_the_adapter(make_trainer, kind: str) -> None:
-    model = bert()
+    model = tiny_bert()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with pytest.raises(
         ValueError, match=r"lacks \d+ of the \d+ tensors that are trained .* `optimizer_cls_and_kwargs`"
@@ -221,7 +205,7 @@ def test_an_optimizer_made_before_the_adapter(make_trainer, kind: str) -> None:
 
 
 def test_an_optimizer_that_lacks_some_or_holds_others(make_trainer) -> None:
-    model = get_peft_model(bert(), ADAPTERS["LORA"])
+    model = get_peft_model(tiny_bert(), ADAPTERS["LORA"])
     some = trained(model)
     with pytest.raises(ValueError, match=rf"\(AdamW\) lacks 1 of the {len(some)} tensors that are trained"):
         make_trainer(model, (torch.optim.AdamW(some[1:]), None))
@@ -294,14 +278,14 @@ def _frozen(model: Any) -> None:
     ],
 )
 def test_an_adapter_that_training_does_not_reach(make_trainer, kind: str, spoil, message: str) -> None:
-    model = get_peft_model(bert(), ADAPTERS[kind])
+    model = get_peft_model(tiny_bert(), ADAPTERS[kind])
     spoil(model)
     with pytest.raises(ValueError, match=message):
         make_trainer(model)
 
 
 def test_an_adapter_that_is_merged_after_the_trainer_was_made(make_trainer) -> None:
-    model = get_peft_model(bert(), ADAPTERS["LORA"])
+    model = get_peft_model(tiny_bert(), ADAPTERS["LORA"])
     trainer = make_trainer(model)
     model.merge_adapter()
     with pytest.raises(ValueError, match="is merged into the base weights"):
@@ -311,7 +295,7 @@ def test_an_adapter_that_is_merged_after_the_trainer_was_made(make_trainer) -> N
 @pytest.mark.parametrize("kind", ["LORA", "SCL", "FEDERA"])
 def test_a_part_of_an_adapter_that_is_frozen_stays(make_trainer, kind: str) -> None:
     """Freezing the `A` is LoRA-FA: what does not require gradients neither trains nor travels."""
-    model = get_peft_model(bert(), ADAPTERS[kind])
+    model = get_peft_model(tiny_bert(), ADAPTERS[kind])
     frozen = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "_A" in name}
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
@@ -324,7 +308,7 @@ def test_a_part_of_an_adapter_that_is_frozen_stays(make_trainer, kind: str) -> N
 
 @pytest.mark.parametrize("gives_config", [True, False])
 def test_an_adapter_of_transformers_own(make_trainer, gives_config: bool) -> None:
-    model = bert()
+    model = tiny_bert()
     model.add_adapter(LoraConfig(r=2, target_modules=TARGETS))
     with pytest.raises(
         ValueError, match=r"has an adapter already \(at .*query\) without a `PeftModel`.* give a `peft_config`"
@@ -348,7 +332,7 @@ class Detached(FederatedTaskTrainer):
     "aggregation", ["fedavg", "fednova", "ffa_lora", "rolora", "fedsa_lora", "flora", "fedex_lora", "median"]
 )
 def test_a_run_in_which_nothing_moves_ends_with_an_error(make_trainer, kind: str, aggregation: str) -> None:
-    trainer = make_trainer(bert(), kind=Detached, peft_config=ADAPTERS[kind], aggregation=aggregation)
+    trainer = make_trainer(tiny_bert(), kind=Detached, peft_config=ADAPTERS[kind], aggregation=aggregation)
     with pytest.raises(
         NothingTrainedError, match="In round 1 no client has changed what it trains .* nothing would be learnt"
     ):
@@ -361,7 +345,9 @@ def test_a_run_in_which_little_moves_ends_as_it_should(
     make_trainer, aggregation: str, settings: dict[str, Any]
 ) -> None:
     """One step moves `B` alone, and an intended rate of zero nothing."""
-    trainer = make_trainer(bert(), peft_config=ADAPTERS["LORA"], aggregation=aggregation, num_rounds=2, **settings)
+    trainer = make_trainer(
+        tiny_bert(), peft_config=ADAPTERS["LORA"], aggregation=aggregation, num_rounds=2, **settings
+    )
     assert trainer.train().global_step == 2
 
 
@@ -393,7 +379,7 @@ def test_movement_by_rounds(caplog) -> None:
 def test_weights_that_were_written_after_the_trainer_was_made_are_not_overwritten_without_a_word(
     make_trainer, adapter
 ):
-    model = bert()
+    model = tiny_bert()
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
     trainer = make_trainer(model)

@@ -9,7 +9,6 @@ from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     CLIPVisionConfig,
@@ -17,27 +16,19 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    TrainerCallback,
     set_seed,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
 from fed_trainer.clients import client_seed
+from helpers.comparison import same, weights_in
+from helpers.runs import Dies
+from helpers.trainers import QUICK_TEXT
 
 
 SIDE, PATCH = 16, 8
-LOCAL = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "learning_rate": 1e-2,
-    "max_length": None,
-    "gradient_checkpointing": False,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-}
+LOCAL = {**QUICK_TEXT, "per_device_train_batch_size": 2, "max_length": None}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 # messages hold text, or a list with the places of images
 TEMPLATE = (
@@ -103,31 +94,19 @@ def make_clients(is_preference):
 
 
 @pytest.fixture
-def make_trainer(processor, tmp_path):
-    def make(output, is_preference=False, callbacks=None, **settings):
-        config_class, trainer_class = (
-            (FederatedDPOConfig, FederatedDPOTrainer) if is_preference else (FederatedConfig, FederatedTrainer)
-        )
+def make_trainer(make_trainer, processor):
+    def make(output, is_preference=False, **given):
         clients = make_clients(is_preference)
-        return trainer_class(
-            model=make_model(processor),
-            args=config_class(output_dir=str(tmp_path / output), **{"num_rounds": 2, **LOCAL, **settings}),
-            train_dataset=clients,
-            eval_dataset=clients["camera-0"],
-            processing_class=processor,
-            peft_config=LORA,
-            callbacks=callbacks,
-        )
+        given = {
+            "clients": clients,
+            "eval_dataset": clients["camera-0"],
+            "processing_class": processor,
+            **LOCAL,
+            **given,
+        }
+        return make_trainer(output, LORA, kind="dpo" if is_preference else "sft", model=make_model(processor), **given)
 
     return make
-
-
-def adapter(folder):
-    return load_file(folder / "adapter_model.safetensors")
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_the_second_client_is_trained_as_by_the_stock_trainer(make_trainer, processor, tmp_path):
@@ -156,19 +135,12 @@ def test_the_second_client_is_trained_as_by_the_stock_trainer(make_trainer, proc
 
 @pytest.mark.parametrize("is_preference", [False, True], ids=["sft", "dpo"])
 def test_a_run_with_images_that_died_resumes_to_the_same_adapter(make_trainer, tmp_path, is_preference):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise KeyboardInterrupt
-
     whole = make_trainer("whole", is_preference)
     whole.train()
     with pytest.raises(KeyboardInterrupt):
         make_trainer("died", is_preference, callbacks=[Dies()]).train()
     make_trainer("died", is_preference).train(resume_from_checkpoint=True)
-    assert same(adapter(tmp_path / "whole"), adapter(tmp_path / "died"))
-    assert any(".vision_tower." in key for key in adapter(tmp_path / "whole"))
+    assert same(weights_in(tmp_path / "whole"), weights_in(tmp_path / "died"))
+    assert any(".vision_tower." in key for key in weights_in(tmp_path / "whole"))
     losses = [whole._record["start"]["eval"]["eval_loss"], whole._record["rounds"][-1]["eval"]["eval_loss"]]
     assert losses[1] < losses[0]

@@ -4,12 +4,12 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from huggingface_hub import ModelCard
 from peft import (
     PeftModel,
@@ -27,15 +27,18 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer, invite, join
+from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer, invite, join
 from fed_trainer.clients import client_seed
 from fed_trainer.live_state import live_state
+from helpers.comparison import same
+from helpers.data import token_rows
+from helpers.runs import Dies
+from helpers.trainers import QUICK_TEXT
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -49,7 +52,7 @@ COMMON = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-LOCAL = {**COMMON, "max_length": 32}
+LOCAL = QUICK_TEXT
 TASK = {"task_type": "CAUSAL_LM"}
 QV = {"target_modules": ["q_proj", "v_proj"], **TASK}
 PROMPT = {"num_virtual_tokens": 3, **TASK}
@@ -121,21 +124,10 @@ def tied_dir(tiny_model_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def make_trainer(biased_dir, make_clients, tmp_path):
-    def make(output="out", peft_config=None, model=None, callbacks=None, eval_dataset=None, **settings):
-        clients = make_clients(num_clients=2, rows=12)
-        clients["client_1"] = clients["client_1"].select(range(8))  # unequal weights
-        args = FederatedConfig(output_dir=str(tmp_path / output), **{"num_rounds": 1, **LOCAL, **settings})
-        return FederatedTrainer(
-            model if model is not None else str(biased_dir),
-            args,
-            clients,
-            eval_dataset,
-            peft_config,
-            callbacks=callbacks,
-        )
-
-    return make
+def make_trainer(make_trainer, biased_dir, make_clients):
+    clients = make_clients(num_clients=2, rows=12)
+    clients["client_1"] = clients["client_1"].select(range(8))  # unequal weights
+    return partial(make_trainer, adapter=None, model=biased_dir, clients=clients, num_rounds=1)
 
 
 def make_config(kind, folder):
@@ -143,10 +135,6 @@ def make_config(kind, folder):
     ids = AutoTokenizer.from_pretrained(folder)("What is 0 plus 0?")["input_ids"]
     fields = {key: sorted(set(ids)) if value == "of the data" else value for key, value in fields.items()}
     return {"SclConfig": SclConfig, "FederaConfig": FederaConfig}.get(name, getattr(peft, name, None))(**fields)
-
-
-def same(left, right):
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
 def trained_parameters(model):
@@ -354,12 +342,6 @@ def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(make_trainer, biase
         torch.testing.assert_close(tensor, state[key], rtol=1e-4, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
-def rows_of(client, number):
-    labels = [(client + row) % 3 for row in range(number)]
-    tokens = [[label, 5 + row % 7, 12 + client, 20 + (row * 3) % 11] for row, label in enumerate(labels)]
-    return Dataset.from_dict({"input_ids": tokens, "attention_mask": [[1] * 4] * number, "label": labels})
-
-
 @pytest.mark.parametrize(
     "peft_config",
     [
@@ -384,7 +366,7 @@ def test_a_prompt_and_the_head_of_a_classifier_equal_fresh_trainers(tmp_path, pe
         )
         return BertForSequenceClassification(config)
 
-    clients = {"a": rows_of(0, 12), "b": rows_of(1, 8)}
+    clients = {"a": token_rows(0, 12), "b": token_rows(1, 8)}
     args = FederatedTaskConfig(output_dir=str(tmp_path / "out"), num_rounds=1, **COMMON)
     trainer = FederatedTaskTrainer(model(), args, clients, peft_config=peft_config)
     start = trainer._live_adapter.read()
@@ -444,13 +426,6 @@ def test_a_whole_model_is_saved_recorded_and_loaded_as_the_card_says(make_traine
 def test_a_run_of_a_whole_model_that_died_resumes_to_the_same_model(
     make_trainer, biased_dir, tied_dir, tmp_path, kind
 ):
-    class Dies(TrainerCallback):
-        may_differ = True  # the resumed run has none
-
-        def on_log(self, args, state, control, **kwargs):
-            if state.global_step == 2:  # after the last client of the round, before its checkpoint
-                raise KeyboardInterrupt
-
     def make(output, callbacks=None):
         model = plain_model(tied_dir if kind == "tied" else biased_dir, BIASES if kind == "bitfit" else "")
         return make_trainer(output, model=model, num_rounds=3, callbacks=callbacks)

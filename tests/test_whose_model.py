@@ -10,8 +10,6 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from transformers import (
     AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
     DataCollatorForSeq2Seq,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -30,22 +28,15 @@ from fed_trainer import (
     FederatedDPOTrainer,
     FederatedRewardConfig,
     FederatedRewardTrainer,
-    FederatedTaskConfig,
-    FederatedTaskTrainer,
     FederatedTrainer,
 )
 from fed_trainer.config import FederationArguments
 from fed_trainer.trainer import FederatedMixin
+from helpers.models import tiny_bert
+from helpers.trainers import QUICK, QUIET
 
 
-LOCAL = {
-    "num_rounds": 1,
-    "max_steps": 4,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 3e-2,
-    "eval_on_start": False,
-}
-ANY = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+LOCAL = {**QUICK, "num_rounds": 1, "max_steps": 4, "learning_rate": 3e-2, "eval_on_start": False}
 LORA = {"r": 2, "target_modules": ["query"], "modules_to_save": ["classifier"]}
 MODELS = {
     "shared": {},
@@ -53,14 +44,6 @@ MODELS = {
     "ditto": {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}},
 }
 PERSONAL = [kind for kind in MODELS if kind != "shared"]
-
-
-def bert():
-    set_seed(0)
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=2
-    )
-    return BertForSequenceClassification(config)
 
 
 def rows_of(shift, number=8):
@@ -89,16 +72,12 @@ class Counts(TrainerCallback):
 
 
 @pytest.fixture
-def make_trainer(tmp_path):
-    def make(kind="shared", held_out=HELD_OUT, compute_metrics=None, callbacks=None, output="out", **settings):
-        return FederatedTaskTrainer(
-            bert(),
-            FederatedTaskConfig(output_dir=str(tmp_path / output), **LOCAL, **ANY, **MODELS[kind], **settings),
-            CLIENTS,
-            eval_dataset=held_out,
-            compute_metrics=compute_metrics,
-            callbacks=callbacks,
-            peft_config=LoraConfig(**LORA),
+def make_trainer(make_trainer):
+    def make(kind="shared", output="out", held_out=HELD_OUT, **given):
+        settings = {**LOCAL, **MODELS[kind], **given}
+        model = tiny_bert(num_labels=2)
+        return make_trainer(
+            output, adapter=LORA, kind="task", model=model, clients=CLIENTS, eval_dataset=held_out, **settings
         )
 
     return make
@@ -115,7 +94,7 @@ def trained(make_trainer):
 
 
 def model_of(state):
-    model = get_peft_model(bert(), LoraConfig(**LORA))
+    model = get_peft_model(tiny_bert(num_labels=2), LoraConfig(**LORA))
     set_peft_model_state_dict(model, {key: tensor.clone() for key, tensor in state.items()})
     return model.eval()
 
@@ -263,7 +242,7 @@ def test_held_out_data_of_a_client_that_cannot_be_prepared_is_named_and_left_out
     broken = Dataset.from_dict({**clients["client_1"].to_dict(), "completion": [None] * 16})
     trainer = FederatedTrainer(
         str(tiny_model_dir),
-        FederatedConfig(output_dir=str(tmp_path), **LOCAL, **ANY),
+        FederatedConfig(output_dir=str(tmp_path), **LOCAL),
         clients,
         eval_dataset={**clients, "client_1": broken},
         peft_config=LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"),
@@ -319,7 +298,7 @@ def test_evaluation_by_client_is_that_of_trainer_for_each(trained, tmp_path, kin
     for client, figures in trainer.client_evaluation.items():
         plain = Trainer(
             model_of(trainer.client_state(client)),
-            TrainingArguments(output_dir=str(tmp_path / "plain"), **ANY, **options),
+            TrainingArguments(output_dir=str(tmp_path / "plain"), **QUIET, **options),
             compute_metrics=figures_of,
         )
         expected = without_speed(plain.evaluate(HELD_OUT[client]))
@@ -388,7 +367,7 @@ def test_evaluation_by_client_is_that_of_trl_for_each(tiny_model_dir, make_clien
         lora = {"r": 2, "target_modules": ["v_proj"], "task_type": task}
         trainer = federated(
             str(tiny_model_dir),
-            config(output_dir=str(tmp_path / "out"), **LOCAL, **ANY, **base),
+            config(output_dir=str(tmp_path / "out"), **LOCAL, **base),
             clients,
             eval_dataset=clients,
             peft_config=LoraConfig(**lora),
@@ -397,7 +376,7 @@ def test_evaluation_by_client_is_that_of_trl_for_each(tiny_model_dir, make_clien
         for client, figures in trainer.client_evaluation.items():
             alone = plain(
                 str(tiny_model_dir),
-                args=plain_config(output_dir=str(tmp_path / "plain"), **ANY, **base),
+                args=plain_config(output_dir=str(tmp_path / "plain"), **QUIET, **base),
                 train_dataset=clients[client],
                 eval_dataset=clients[client],
                 peft_config=LoraConfig(**lora),
@@ -452,7 +431,7 @@ def test_every_form_of_evaluation_generates_what_it_is_asked_for(tiny_model_dir,
     )
     tokenizer, lengths = AutoTokenizer.from_pretrained(tiny_model_dir), []
     args = GenerationConfig(
-        str(tmp_path), **LOCAL, **ANY, predict_with_generate=True, generation_max_length=9,
+        str(tmp_path), **LOCAL, predict_with_generate=True, generation_max_length=9,
         tensor_roles=None if kind == "shared" else {"local": ["lora_B"]},
     )  # fmt: skip
     trainer = GenerationTrainer(

@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from dense_clients import HEAD, LORA, add, aggregate, assert_close, randn, random_state, updates_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +33,7 @@ from fed_trainer.aggregation import (
     factor_pairs,
     truncate_ranks,
 )
+from helpers.dense_clients import HEAD, LORA, add, aggregate, assert_close, randn, random_state, updates_of
 from peft_scl import FederaConfig, SclConfig
 
 

@@ -8,21 +8,6 @@ import math
 
 import pytest
 import torch
-from dense_clients import (
-    ADAPTERS,
-    HEAD,
-    LORA,
-    Layer,
-    add,
-    aggregate,
-    assert_close,
-    mean_of,
-    mean_of_changes,
-    randn,
-    random_state,
-    shares_of,
-    updates_of,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +25,21 @@ from fed_trainer.aggregation import (
     HetLoRA,
     LoRAFair,
     truncate_ranks,
+)
+from helpers.dense_clients import (
+    ADAPTERS,
+    HEAD,
+    LORA,
+    Layer,
+    add,
+    aggregate,
+    assert_close,
+    mean_of,
+    mean_of_changes,
+    randn,
+    random_state,
+    shares_of,
+    updates_of,
 )
 
 

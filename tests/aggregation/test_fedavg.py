@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fed_trainer.adapter_state import AdapterState
 from fed_trainer.aggregation import METHODS, ClientUpdate, FedAvg
+from helpers.states import random_state
 
 
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -20,21 +21,16 @@ NUM_EXAMPLES = (3, 50, 1000)
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=5)
 
 
-def random_state(seed: int, dtype: torch.dtype = torch.float32) -> AdapterState:
-    generator = torch.Generator().manual_seed(seed)
-    return {key: torch.randn(shape, generator=generator).to(dtype) for key, shape in SHAPES.items()}
-
-
 def updates_of(num_examples: list[int] | tuple[int, ...], seed: int = 0, dtype=torch.float32) -> list[ClientUpdate]:
     return [
-        ClientUpdate(f"client_{index}", number, random_state(1000 * seed + index, dtype))
+        ClientUpdate(f"client_{index}", number, random_state(SHAPES, 1000 * seed + index, dtype=dtype))
         for index, number in enumerate(num_examples)
     ]
 
 
 def aggregate(updates: list[ClientUpdate], aggregator: FedAvg | None = None, dtype=torch.float32) -> AdapterState:
     aggregator = aggregator or FedAvg()
-    aggregator.begin(random_state(999, dtype))
+    aggregator.begin(random_state(SHAPES, 999, dtype=dtype))
     for update in updates:
         aggregator.add(update)
     return aggregator.finish()
@@ -75,7 +71,7 @@ def test_rounds_are_independent() -> None:
 
 def test_abandoned_round_leaves_nothing_behind() -> None:
     aggregator = FedAvg()
-    aggregator.begin(random_state(999))
+    aggregator.begin(random_state(SHAPES, 999))
     aggregator.add(updates_of([100], seed=7)[0])
     updates = updates_of(NUM_EXAMPLES)
     assert_equal(aggregate(updates, aggregator), formula(updates))
@@ -95,7 +91,9 @@ def test_many_small_updates_are_not_swallowed() -> None:
     assert_equal(mean, ones, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("updates", [[], [ClientUpdate("empty", 0, random_state(0))]], ids=["none", "no examples"])
+@pytest.mark.parametrize(
+    "updates", [[], [ClientUpdate("empty", 0, random_state(SHAPES, 0))]], ids=["none", "no examples"]
+)
 def test_nothing_to_average(updates: list[ClientUpdate]) -> None:
     with pytest.raises(ValueError, match="No client update with examples arrived in this round"):
         aggregate(updates)
@@ -114,14 +112,14 @@ def test_metrics_are_not_read() -> None:
 
 
 def test_state_and_updates_are_not_modified() -> None:
-    state, updates = random_state(1), updates_of(NUM_EXAMPLES)
+    state, updates = random_state(SHAPES, 1), updates_of(NUM_EXAMPLES)
     aggregator = FedAvg()
     aggregator.begin(state)
     for update in updates:
         aggregator.add(update)
     for tensor in aggregator.finish().values():
         tensor.fill_(float("nan"))  # the caller's from now on
-    assert_equal(state, random_state(1), rtol=0, atol=0)
+    assert_equal(state, random_state(SHAPES, 1), rtol=0, atol=0)
     for update, fresh in zip(updates, updates_of(NUM_EXAMPLES), strict=True):
         assert update.num_examples == fresh.num_examples
         assert_equal(update.delta, fresh.delta, rtol=0, atol=0)
@@ -140,7 +138,7 @@ def test_update_may_be_freed_after_add() -> None:
     updates = updates_of(NUM_EXAMPLES)
     expected = formula(updates)
     aggregator = FedAvg()
-    aggregator.begin(random_state(999))
+    aggregator.begin(random_state(SHAPES, 999))
     for update in updates:
         aggregator.add(update)
         for tensor in update.delta.values():
@@ -191,7 +189,7 @@ def test_only_relative_weights_matter(num_examples: list[int], seed: int, factor
 
 @given(num_examples=weights, seed=st.integers(0, 1000))
 def test_equal_updates_give_that_update(num_examples: list[int], seed: int) -> None:
-    delta = random_state(seed)
+    delta = random_state(SHAPES, seed)
     assert_equal(aggregate([ClientUpdate(str(i), n, delta) for i, n in enumerate(num_examples)]), delta)
 
 
@@ -217,7 +215,7 @@ def test_fedit_averages_factors_not_products() -> None:
     The documented error of FedIT: the product of the mean factors misses the covariance of the clients' factors,
     `sum_k p_k B_k A_k = B A + sum_k p_k (B_k - B)(A_k - A)` with the means `A`, `B`.
     """
-    start, updates = random_state(1), updates_of(NUM_EXAMPLES)
+    start, updates = random_state(SHAPES, 1), updates_of(NUM_EXAMPLES)
     aggregator = FedAvg()
     aggregator.begin(start)
     for update in updates:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_clients import HEAD, LORA, aggregate, assert_close, random_state, shares_of, updates_of
 
 from fed_trainer.aggregation import ClientUpdate, FedAvg, FedNova
+from helpers.dense_clients import HEAD, LORA, aggregate, assert_close, random_state, shares_of, updates_of
 
 
 NUM_EXAMPLES, NUM_STEPS = (3, 50, 200), (1, 4, 9)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_clients import assert_close, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fed_trainer.aggregation.low_rank import LowRank, LowRankSum, product_norm, product_svd, truncate
+from helpers.dense_clients import assert_close, randn
 
 
 sizes = st.integers(1, 7)

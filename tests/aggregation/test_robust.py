@@ -9,7 +9,6 @@ import statistics
 
 import pytest
 import torch
-from dense_clients import assert_close, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +25,7 @@ from fed_trainer.aggregation import (
     TrimmedMean,
     robust,
 )
+from helpers.dense_clients import assert_close, randn
 
 
 SHAPES = {"lora_A.weight": (2, 7), "lora_B.weight": (5, 2), "head.bias": (3,)}

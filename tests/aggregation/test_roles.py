@@ -8,12 +8,23 @@ import inspect
 
 import pytest
 import torch
-from dense_clients import HEAD, LORA, SCL, Layer, assert_close, mean_of, randn, random_state, shares_of, updates_of
 
 from fed_trainer.adapter_state import AdapterState
 from fed_trainer.aggregation import METHODS, ClientUpdate, state_digest
 from fed_trainer.server_optimizers import FedAvgM
 from fed_trainer.tensor_roles import A_FACTORS, B_FACTORS, NORMS, TensorRoles
+from helpers.dense_clients import (
+    HEAD,
+    LORA,
+    SCL,
+    Layer,
+    assert_close,
+    mean_of,
+    randn,
+    random_state,
+    shares_of,
+    updates_of,
+)
 
 
 NUM_EXAMPLES = (3, 50, 200)

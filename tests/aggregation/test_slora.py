@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dense_clients import assert_close, randn
 
 from fed_trainer.aggregation import ClientUpdate, FedAvg, pruned_rank, pruning_penalty
 from fed_trainer.aggregation.slora import densify, lora_start, shared_mask
+from helpers.dense_clients import assert_close, randn
 
 
 def test_mask_is_the_same_on_every_machine_and_differs_by_weight_and_seed() -> None:

@@ -4,10 +4,11 @@
 
 import pytest
 import torch
-from federa_reference import TOKENS, build, config_for, federa_layers, logits, move
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from helpers.federa_reference import build, config_for, federa_layers
+from helpers.models import TOKENS, logits, move
 from peft_scl import FederaConfig, load_federa
 from peft_scl.federa import layer as federa_layer
 

@@ -8,11 +8,14 @@ import pickle
 
 import pytest
 import torch
-from federa_reference import (
+from peft import get_peft_model
+from peft.helpers import rescale_adapter_scale
+from torch import nn
+
+from helpers.federa_reference import (
     IDS,
     MODELS,
     TARGETS,
-    TOKENS,
     Net,
     adapted,
     both_modes,
@@ -20,15 +23,10 @@ from federa_reference import (
     config_for,
     factors,
     federa_layers,
-    logits,
-    move,
     net_output,
     net_weights,
 )
-from peft import get_peft_model
-from peft.helpers import rescale_adapter_scale
-from torch import nn
-
+from helpers.models import TOKENS, logits, move
 from peft_scl import FederaConfig
 
 

@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from federa_reference import MODELS, adapted, both_modes, build, factors, federa_layers, logits, move
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model_state_dict
 from safetensors.torch import load_file
 
+from helpers.federa_reference import MODELS, adapted, both_modes, build, factors, federa_layers
+from helpers.models import logits, move
 from peft_scl import FederaConfig, to_lora
 from peft_scl.convert import main
 

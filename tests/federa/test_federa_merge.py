@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from federa_reference import (
+from peft import get_peft_model
+
+from helpers.federa_reference import (
     IDS,
     MODELS,
     TARGETS,
@@ -18,13 +20,10 @@ from federa_reference import (
     config_for,
     factors,
     federa_layers,
-    logits,
-    move,
     net_output,
     net_weights,
 )
-from peft import get_peft_model
-
+from helpers.models import logits, move
 from peft_scl import FederaConfig
 
 

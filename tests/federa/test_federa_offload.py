@@ -5,9 +5,10 @@
 import accelerate
 import pytest
 import torch
-from federa_reference import TOKENS, adapted, build, config_for, factors, federa_layers, logits, move
 from peft import get_peft_model
 
+from helpers.federa_reference import adapted, build, config_for, factors, federa_layers
+from helpers.models import TOKENS, logits, move
 from peft_scl import load_federa
 
 

@@ -6,23 +6,14 @@ import copy
 
 import pytest
 import torch
-from federa_reference import TOKENS, dense_start, factors, federa_layers, move
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.federa_reference import dense_start, factors, federa_layers
+from helpers.models import TOKENS, move
+from helpers.quantization import INPUT_ERROR, QUANTIZATIONS, quantized_logits
 from peft_scl import FederaConfig, load_federa
 
-
-pytest.importorskip("bitsandbytes")
-Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
-
-QUANTIZATIONS = {
-    "bnb 4bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "bnb 8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "torchao": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
-}
-# bitsandbytes quantises the input of an 8-bit layer too, to one part in 127 of the largest entry of each row
-INPUT_ERROR = {"bnb 4bit": 1e-5, "bnb 8bit": 2e-2, "torchao": 1e-5}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -55,12 +46,6 @@ def _config(**values):
     )
 
 
-@torch.no_grad()
-def _logits(model):
-    # no dropout here; in eval mode, bitsandbytes repacks 4-bit layers on some CPUs
-    return model.train()(input_ids=TOKENS).logits
-
-
 def test_a_residual_is_refused(load, backend):
     with pytest.raises(ValueError, match=f"quantised by {backend}: quantising again .* Set `keep_base=True`"):
         get_peft_model(load(), _config(keep_base=False))
@@ -74,11 +59,11 @@ def test_the_start_is_that_of_the_dequantised_weight(load):
         torch.testing.assert_close(found["B0"], start_B, rtol=2**-7, atol=1e-4)  # representable in bfloat16
         torch.testing.assert_close(found["A0"], start_A, rtol=2**-7, atol=1e-4)
         assert torch.equal(found["A"], found["A"].bfloat16().double())
-    assert torch.equal(_logits(model), _logits(load()))
+    assert torch.equal(quantized_logits(model), quantized_logits(load()))
     for parameter in model.parameters():  # TRL's choice for quantised bases
         if parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
-    assert torch.equal(_logits(model), _logits(load()))
+    assert torch.equal(quantized_logits(model), quantized_logits(load()))
 
 
 def test_the_forward_is_that_of_the_changed_weight(load, backend):
@@ -108,16 +93,16 @@ def test_training_changes_the_factors_only_and_the_adapter_loads(load, tmp_path)
     for key, value in model.state_dict().items():
         if ".lora_" in key:
             assert torch.equal(value, before[key]) == (".lora_start_" in key), key
-    expected = _logits(model)
+    expected = quantized_logits(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(_logits(load_federa(prepare_model_for_kbit_training(load()), tmp_path)), expected)
+    assert torch.equal(quantized_logits(load_federa(prepare_model_for_kbit_training(load()), tmp_path)), expected)
     stock = PeftModel.from_pretrained(prepare_model_for_kbit_training(load()), tmp_path)
-    torch.testing.assert_close(_logits(stock), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(quantized_logits(stock), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_merging_rounds_to_the_grid_and_is_undone_bit_for_bit(load, backend):
     model = move(get_peft_model(load(), _config()))
-    separate = _logits(model)
+    separate = quantized_logits(model)
     before = {name: layer.get_base_weight().clone() for name, layer in federa_layers(model).items()}
     with pytest.warns(UserWarning, match=f"FeDeRA into weights quantised by {backend} rounds the result"):
         model.merge_adapter()
@@ -125,7 +110,7 @@ def test_merging_rounds_to_the_grid_and_is_undone_bit_for_bit(load, backend):
         exact = before[name].double() + layer.get_delta_weight("default").double()
         error = (layer.get_base_weight().double() - exact).abs().max()
         assert 0 < error < {"bnb 4bit": 0.2, "bnb 8bit": 0.01, "torchao": 0.01}[backend] * exact.abs().max()
-    assert not torch.equal(_logits(model), separate)
+    assert not torch.equal(quantized_logits(model), separate)
     model.unmerge_adapter()
     assert all(torch.equal(layer.get_base_weight(), before[name]) for name, layer in federa_layers(model).items())
-    assert torch.equal(_logits(model), separate)
+    assert torch.equal(quantized_logits(model), separate)

@@ -4,10 +4,11 @@
 
 import pytest
 import torch
-from federa_reference import Net, adapted, build, config_for, federa_layers, logits
 from peft import EvaConfig, LoraConfig, PeftType, get_peft_model
 from torch import nn
 
+from helpers.federa_reference import Net, adapted, build, config_for, federa_layers
+from helpers.models import logits
 from peft_scl import FederaConfig, FederaModel
 
 

@@ -12,23 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from federa_reference import (
-    MODELS,
-    TOKENS,
-    adapted,
-    both_modes,
-    build,
-    config_for,
-    factors,
-    federa_layers,
-    logits,
-    move,
-    scaling_of,
-)
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from helpers.federa_reference import MODELS, adapted, both_modes, build, config_for, factors, federa_layers, scaling_of
+from helpers.models import TOKENS, logits, move
 from peft_scl import FederaConfig, federa_state_dict, load_federa
 
 

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 import torch
-from federa_reference import (
+from peft import get_peft_model
+
+from helpers.federa_reference import (
     IDS,
     MODELS,
     TARGETS,
@@ -21,13 +23,12 @@ from federa_reference import (
     dense_start,
     factors,
     federa_layers,
-    logits,
     net_output,
     net_weights,
     scaling_of,
 )
-from peft import get_peft_model
-
+from helpers.models import logits
+from helpers.paths import TESTS
 from peft_scl import FederaConfig
 
 
@@ -178,7 +179,7 @@ import sys
 import torch
 sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(2)
-from federa_reference import adapted
+from helpers.federa_reference import adapted
 torch.save(dict(adapted("llama").state_dict()), sys.argv[2])
 """
 
@@ -186,7 +187,7 @@ torch.save(dict(adapted("llama").state_dict()), sys.argv[2])
 def test_a_process_with_another_number_of_threads_agrees(tmp_path):
     """To 1e-6 of the largest entry of each tensor: factors, start and residual base. This process has one thread."""
     path = tmp_path / "state"
-    command = [sys.executable, "-c", _OTHER_PROCESS, os.path.dirname(__file__), str(path)]
+    command = [sys.executable, "-c", _OTHER_PROCESS, str(TESTS), str(path)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     other, state = torch.load(path), adapted("llama").state_dict()
     assert other.keys() == state.keys()

@@ -5,46 +5,21 @@
 import pytest
 import torch
 from datasets import Dataset
-from federa_reference import both_modes
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+from helpers.data import ALL_ROWS, sums_with_answers
+from helpers.federa_reference import both_modes
+from helpers.models import logits_of_text
 from peft_scl import FederaConfig
 
 
 modes = pytest.mark.parametrize("keep_base", both_modes.values(), ids=both_modes)
-ARGUMENTS = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 8,  # all rows in every step, so that the losses compare
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "max_length": 32,
-}
 
 
 def _config(keep_base):
     return FederaConfig(r=4, target_modules=["q_proj", "down_proj"], keep_base=keep_base, task_type="CAUSAL_LM")
-
-
-def _preferences():
-    return Dataset.from_dict(
-        {
-            "prompt": [f"What is {number} plus 1?" for number in range(8)],
-            "chosen": [f" {number + 1}" for number in range(8)],
-            "rejected": [f" {number + 2}" for number in range(8)],
-        }
-    )
-
-
-@torch.no_grad()
-def _logits(model, tokenizer):
-    return model.eval()(**tokenizer(["What is 3 plus 1? 4"], return_tensors="pt")).logits
 
 
 def _losses(trainer):
@@ -58,7 +33,7 @@ def test_sft(keep_base, gradient_checkpointing, tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     trainer = SFTTrainer(
         str(tiny_model_dir),
-        args=SFTConfig(str(tmp_path / "run"), gradient_checkpointing=gradient_checkpointing, **ARGUMENTS),
+        args=SFTConfig(str(tmp_path / "run"), gradient_checkpointing=gradient_checkpointing, **ALL_ROWS),
         train_dataset=Dataset.from_dict({"text": [f"What is {n} plus 1? {n + 1}" for n in range(8)]}),
         processing_class=tokenizer,
         peft_config=_config(keep_base),
@@ -67,7 +42,9 @@ def test_sft(keep_base, gradient_checkpointing, tiny_model_dir, tmp_path):
     assert losses[-1] < losses[0]
     trainer.save_model(tmp_path / "adapter")
     restored = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tmp_path / "adapter")
-    torch.testing.assert_close(_logits(restored, tokenizer), _logits(trainer.model, tokenizer), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        logits_of_text(restored, tokenizer), logits_of_text(trainer.model, tokenizer), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_sft_on_a_4_bit_base_starts_at_the_base_model(tiny_model_dir, tmp_path):
@@ -80,7 +57,7 @@ def test_sft_on_a_4_bit_base_starts_at_the_base_model(tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     trainer = SFTTrainer(
         load(),
-        args=SFTConfig(str(tmp_path / "run"), **ARGUMENTS),
+        args=SFTConfig(str(tmp_path / "run"), **ALL_ROWS),
         train_dataset=Dataset.from_dict({"text": [f"What is {n} plus 1? {n + 1}" for n in range(8)]}),
         processing_class=tokenizer,
         peft_config=_config(True),
@@ -97,21 +74,21 @@ def test_sft_on_a_4_bit_base_starts_at_the_base_model(tiny_model_dir, tmp_path):
 @modes
 def test_dpo_refers_to_the_original_model(keep_base, tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    args = DPOConfig(str(tmp_path / "run"), precompute_ref_log_probs=False, **ARGUMENTS)
+    args = DPOConfig(str(tmp_path / "run"), precompute_ref_log_probs=False, **ALL_ROWS)
     trainer = DPOTrainer(
         str(tiny_model_dir),
         args=args,
-        train_dataset=_preferences(),
+        train_dataset=sums_with_answers(),
         processing_class=tokenizer,
         peft_config=_config(keep_base),
     )
     losses = _losses(trainer)
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # the model is its own reference
     assert losses[-1] < losses[0]
-    original = _logits(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tokenizer)
-    assert not torch.allclose(_logits(trainer.model, tokenizer), original, rtol=1e-2)
+    original = logits_of_text(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tokenizer)
+    assert not torch.allclose(logits_of_text(trainer.model, tokenizer), original, rtol=1e-2)
     with trainer.model.disable_adapter():
-        torch.testing.assert_close(_logits(trainer.model, tokenizer), original, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(logits_of_text(trainer.model, tokenizer), original, rtol=1e-4, atol=1e-5)
 
 
 def test_dpo_on_a_trained_adapter_refers_to_it_as_it_was(tiny_model_dir, tmp_path):
@@ -124,8 +101,8 @@ def test_dpo_on_a_trained_adapter_refers_to_it_as_it_was(tiny_model_dir, tmp_pat
                 parameter.data += 0.05
         return DPOTrainer(
             model,
-            args=DPOConfig(str(tmp_path / "run"), precompute_ref_log_probs=False, **ARGUMENTS),
-            train_dataset=_preferences(),
+            args=DPOConfig(str(tmp_path / "run"), precompute_ref_log_probs=False, **ALL_ROWS),
+            train_dataset=sums_with_answers(),
             processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
         )
 

@@ -15,9 +15,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS
-from scl_reference import CONFIGS, TOKENS, Block, D, config_id, scl_layers, wrapped_block
 
+from helpers.models import TOKENS, logits
+from helpers.scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS
+from helpers.scl_reference import CONFIGS, Block, D, config_id, scl_layers, wrapped_block
 from peft_scl import SclConfig
 
 
@@ -27,11 +28,6 @@ CONFIGS = [*CONFIGS, {"r": 4, "variant": "compress", "activation": "gelu", "scl_
 def _llama(**config):
     torch.manual_seed(1)
     return get_peft_model(ARCHITECTURES["llama"].build(), SclConfig(init_weights=False, **config)).eval()
-
-
-@torch.no_grad()
-def _logits(model):
-    return model(TOKENS).logits
 
 
 def test_switching_adapters_and_disabling_them():
@@ -173,19 +169,19 @@ def test_a_layer_without_the_active_adapter_is_the_base_layer():
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_saving_and_loading(config, low_cpu_mem_usage, tmp_path):
     model = _llama(**config)
-    expected = _logits(model)
+    expected = logits(model)
     model.save_pretrained(tmp_path)
     restored = PeftModel.from_pretrained(
         ARCHITECTURES["llama"].build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage
     ).eval()
-    assert torch.equal(_logits(restored), expected)
+    assert torch.equal(logits(restored), expected)
     assert not any(parameter.is_meta or parameter.requires_grad for parameter in restored.parameters())
 
     # next to an adapter that is there already, and to be trained further
     other = _llama(r=2)
     other.load_adapter(tmp_path, adapter_name="other", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
     other.set_adapter("other")
-    assert torch.equal(_logits(other), expected)
+    assert torch.equal(logits(other), expected)
 
 
 def test_the_saved_file_holds_the_adapter_and_nothing_else(tmp_path):
@@ -214,7 +210,7 @@ def test_a_fresh_process_needs_the_import_and_then_gives_the_same_logits(tmp_pat
         ).eval()
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         model.save_pretrained(tmp_path / str(index))
-        expected[index] = _logits(model)
+        expected[index] = logits(model)
     torch.save({"tokens": TOKENS, "expected": expected}, tmp_path / "expected.pt")
     script = f"""
         import sys, torch
@@ -262,13 +258,13 @@ def test_auto_class_in_this_process(tmp_path):
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     restored = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    assert torch.equal(_logits(restored), _logits(model))
+    assert torch.equal(logits(restored), logits(model))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_pickling_a_model(config):
     model = _llama(**config)
-    assert torch.equal(_logits(pickle.loads(pickle.dumps(model))), _logits(model))
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), logits(model))
 
 
 @torch.no_grad()
@@ -285,8 +281,8 @@ def test_a_spawned_process_computes_the_same():
     outputs = queue.get(timeout=120)
     process.join()
     assert process.exitcode == 0
-    for model, logits in zip(models, outputs, strict=True):
-        assert torch.equal(torch.from_numpy(logits), _logits(model))
+    for model, output in zip(models, outputs, strict=True):
+        assert torch.equal(torch.from_numpy(output), logits(model))
 
 
 def test_a_state_dict_from_elsewhere_can_be_saved_and_empty_tensors_cannot(tmp_path):
@@ -307,15 +303,15 @@ def test_a_state_dict_from_elsewhere_can_be_saved_and_empty_tensors_cannot(tmp_p
 
 def test_a_checkpoint_without_the_start_needs_a_model_that_has_computed_it(tmp_path):
     model = _llama(r=4)
-    expected = _logits(model)
+    expected = logits(model)
     model.save_pretrained(tmp_path)
     changes = {key: t for key, t in get_peft_model_state_dict(model).items() if ".scl_start_" not in key}
     save_file(changes, tmp_path / "adapter_model.safetensors")
 
     restored = PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path).eval()
-    assert torch.equal(_logits(restored), expected)
+    assert torch.equal(logits(restored), expected)
     set_peft_model_state_dict(restored, changes)
-    assert torch.equal(_logits(restored), expected)
+    assert torch.equal(logits(restored), expected)
     with pytest.raises(ValueError, match="lacks the tensors `scl_start_A` and `scl_start_B`"):
         PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path, low_cpu_mem_usage=True)
 

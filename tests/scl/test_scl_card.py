@@ -10,11 +10,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
-from scl_models import ARCHITECTURES
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
+from helpers.hub import REPO
+from helpers.scl_models import ARCHITECTURES
 from peft_scl import SclConfig
 from peft_scl.card import IMPORT_LINE, update_model_card
 
@@ -37,7 +38,6 @@ What I found, and
 
 Good.
 """
-REPO = "user/adapter"
 
 
 def _model(task_type="CAUSAL_LM", adapter_name="default"):

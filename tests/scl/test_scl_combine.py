@@ -7,8 +7,11 @@ import itertools
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import (
+from transformers.activations import ACT2FN
+
+from helpers.models import TOKENS
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import (
     ACTIVATIONS,
     D,
     M,
@@ -18,12 +21,9 @@ from scl_reference import (
     scl_layers,
     wrapped_block,
 )
-from transformers.activations import ACT2FN
-
 from peft_scl import SclConfig
 
 
-TOKENS = torch.arange(1, 13).view(2, 6)
 DELTAS = ("none", "low_rank", "full")
 
 

@@ -8,20 +8,20 @@ import importlib
 import json
 import pickle
 import re
-from pathlib import Path
 
 import peft
 import pytest
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from scl_reference import Block
 
 import peft_scl
+from helpers.paths import ROOT
+from helpers.scl_reference import Block
 from peft_scl import SclConfig, SclModel
 from peft_scl.registration import register_tuner
 
 
-DOCS = Path(__file__).parents[2] / "docs" / "scl.md"
+DOCS = ROOT / "docs" / "scl.md"
 
 
 @pytest.mark.parametrize(

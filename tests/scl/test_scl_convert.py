@@ -18,8 +18,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file
-from scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS
-from scl_reference import (
+from torch import nn
+
+from helpers.scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS
+from helpers.scl_reference import (
     BASES,
     Block,
     D,
@@ -31,8 +33,6 @@ from scl_reference import (
     scl_layers,
     wrapped_block,
 )
-from torch import nn
-
 from peft_scl import SclConfig, to_lora
 from peft_scl.convert import main
 

@@ -11,13 +11,15 @@ import time
 import pytest
 import torch
 from peft import get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import CONFIGS, TOKENS
 from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from helpers.models import TOKENS
+from helpers.paths import TESTS
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import CONFIGS
 from peft_scl import SclConfig
 
 
@@ -63,7 +65,7 @@ def _losses(model):
 def reported():
     """Losses by kind and config of two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    paths = os.pathsep.join([str(TESTS), *sys.path])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr

@@ -7,8 +7,11 @@ import itertools
 import pytest
 import torch
 from peft import get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import (
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import (
     ACTIVATIONS,
     BASES,
     Block,
@@ -21,9 +24,6 @@ from scl_reference import (
     scl_layers,
     wrapped_block,
 )
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from peft_scl import SclConfig
 
 

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from scl_reference import M, config_id, reference_forward, scl_layers, wrapped_block
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.scl_reference import M, config_id, reference_forward, scl_layers, wrapped_block
 from peft_scl import linear
 from peft_scl.fused import changed_linear
 

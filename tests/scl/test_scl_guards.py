@@ -9,15 +9,13 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from scl_models import ARCHITECTURES, FFN, HIDDEN
-from scl_reference import Block, D, scl_layers
 from torch import distributed, nn
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from helpers.models import TOKENS
+from helpers.scl_models import ARCHITECTURES, FFN, HIDDEN
+from helpers.scl_reference import Block, D, scl_layers
 from peft_scl import SclConfig
-
-
-TOKENS = torch.arange(1, 13).view(2, 6)
 
 
 def _llama(**changes):

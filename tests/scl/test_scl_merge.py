@@ -7,8 +7,10 @@ import itertools
 import pytest
 import torch
 from peft import get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import (
+from torch import nn
+
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import (
     BASES,
     Block,
     D,
@@ -20,8 +22,6 @@ from scl_reference import (
     scl_layers,
     wrapped_block,
 )
-from torch import nn
-
 from peft_scl import SclConfig
 
 

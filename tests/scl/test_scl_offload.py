@@ -6,9 +6,10 @@ import accelerate
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import CONFIGS, TOKENS, Block, config_id, scl_layers
 
+from helpers.models import TOKENS, logits
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import CONFIGS, Block, config_id, scl_layers
 from peft_scl import SclConfig
 
 
@@ -24,11 +25,6 @@ def _randomise(model):
         if ".scl_" in key:
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-@torch.no_grad()
-def _logits(model):
-    return model(input_ids=TOKENS).logits
 
 
 def _offloaded():
@@ -48,7 +44,7 @@ def test_an_adapter_on_an_offloaded_base_is_in_memory_and_can_be_trained(config)
         assert torch.equal(parameter, expected.get_parameter(key)), (
             key
         )  # for `compress`, read from the offloaded weight
-    assert torch.equal(_logits(model), _logits(expected))
+    assert torch.equal(logits(model), logits(expected))
 
     for each in (_randomise(model), _randomise(expected)):
         each.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
@@ -65,30 +61,30 @@ def test_an_adapter_loads_onto_an_offloaded_base(config, tmp_path):
         model = PeftModel.from_pretrained(_offloaded(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
         assert not any(parameter.is_meta for parameter in _adapter_parameters(model).values())
         # one operation at hand, several through the hooks of the offloaded layer: the rounding differs
-        torch.testing.assert_close(_logits(model), _logits(expected))
+        torch.testing.assert_close(logits(model), logits(expected))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_an_adapted_model_can_be_offloaded(config):
     model = _randomise(_adapted(ARCHITECTURES["llama"].build(), **config))
-    expected = _logits(model)
+    expected = logits(model)
     accelerate.cpu_offload(model.get_base_model(), execution_device="cpu")
     assert all(parameter.is_meta for parameter in model.parameters())
-    torch.testing.assert_close(_logits(model), expected)
+    torch.testing.assert_close(logits(model), expected)
 
 
 def test_merging_into_an_offloaded_base_is_undone_bit_for_bit():
     model = _randomise(_adapted(_offloaded(), r=4))
-    expected = _logits(model)
+    expected = logits(model)
     with model.disable_adapter():
-        base = _logits(model)
+        base = logits(model)
     model.merge_adapter()
-    torch.testing.assert_close(_logits(model), expected)
+    torch.testing.assert_close(logits(model), expected)
     model.unmerge_adapter()
-    assert torch.equal(_logits(model), expected)
+    assert torch.equal(logits(model), expected)
     with model.disable_adapter():
-        assert torch.equal(_logits(model), base)
-    torch.testing.assert_close(_logits(model.merge_and_unload()), expected)
+        assert torch.equal(logits(model), base)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected)
 
 
 def test_a_device_map_over_several_devices_keeps_the_outputs(tmp_path):
@@ -100,7 +96,7 @@ def test_a_device_map_over_several_devices_keeps_the_outputs(tmp_path):
     base = accelerate.dispatch_model(base, device_map, main_device="cpu", offload_dir=tmp_path / "disk")
     model = _randomise(_adapted(base, r=4))
     assert not any(parameter.is_meta for parameter in _adapter_parameters(model).values())
-    torch.testing.assert_close(_logits(model), _logits(expected))
+    torch.testing.assert_close(logits(model), logits(expected))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)

@@ -5,9 +5,10 @@
 import pytest
 import torch
 from peft import get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import CONFIGS, TOKENS, Block, D, M, config_id, scl_layers
 
+from helpers.models import TOKENS
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import CONFIGS, Block, D, M, config_id, scl_layers
 from peft_scl import SclConfig
 
 

@@ -5,9 +5,10 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import BASES, TOKENS, Block, D, M, scl_layers
 
+from helpers.models import TOKENS
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import BASES, Block, D, M, scl_layers
 from peft_scl import SclConfig, to_lora
 
 

@@ -8,30 +8,21 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from scl_reference import config_id, dense_maps, reference_forward, scl_layers
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.models import TOKENS
+from helpers.quantization import INPUT_ERROR, QUANTIZATIONS, quantized_logits
+from helpers.scl_reference import config_id, dense_maps, reference_forward, scl_layers
 from peft_scl import SclConfig
 
 
-pytest.importorskip("bitsandbytes")
-Int8WeightOnlyConfig = pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig
-
 HIDDEN, FFN = 64, 128  # multiples of the block size of 4-bit quantisation
-TOKENS = torch.arange(1, 13).view(2, 6)
-QUANTIZATIONS = {
-    "bnb 4bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "bnb 8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
-    "torchao": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
-}
 LINEAR = [
     *({"r": 4, "variant": "bottleneck", "train_down_proj": delta} for delta in ("none", "low_rank", "full")),
     {"r": 4, "variant": "compress", "keep_residual": False, "scl_bias": True},
     {"r": 4, "variant": "compress"},
 ]
 CONFIGS = [*LINEAR, {"r": 4, "variant": "bottleneck", "activation": "gelu", "scaling": 0.5}]
-# bitsandbytes quantises the input of an 8-bit layer too, to one part in 127 of the largest entry of each row
-INPUT_ERROR = {"bnb 4bit": 1e-5, "bnb 8bit": 2e-2, "torchao": 1e-5}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -70,13 +61,6 @@ def _random(model, **config):
         if ".scl_" in key:
             parameter.data.normal_(std=0.1)
     return model
-
-
-@torch.no_grad()
-def _logits(model):
-    return model.train()(
-        TOKENS
-    ).logits  # no dropout here; in eval mode, bitsandbytes repacks 4-bit layers on some CPUs
 
 
 def _dense(layer):
@@ -140,9 +124,9 @@ def _same(one, other):
 @pytest.mark.parametrize("config", CONFIGS, ids=config_id)
 def test_an_adapter_loads_onto_a_freshly_quantised_base(config, load, tmp_path):
     model = _random(load(), **config)
-    expected = _logits(model)
+    expected = quantized_logits(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(_logits(PeftModel.from_pretrained(load(), tmp_path)), expected)
+    assert torch.equal(quantized_logits(PeftModel.from_pretrained(load(), tmp_path)), expected)
 
 
 def _stored(layer):
@@ -154,7 +138,7 @@ def _stored(layer):
 @pytest.mark.parametrize("config", LINEAR, ids=config_id)
 def test_merging_rounds_once_more_and_is_undone_bit_for_bit(config, load, backend):
     model = _random(load(), **config)
-    separate = _logits(model)
+    separate = quantized_logits(model)
     stored = [_stored(layer) for layer in scl_layers(model)]
     exact = [_exact_merge(layer, config) for layer in scl_layers(model)]
     with pytest.warns(UserWarning, match=f"weights quantised by {backend} rounds the result to the quantisation grid"):
@@ -167,19 +151,19 @@ def test_merging_rounds_once_more_and_is_undone_bit_for_bit(config, load, backen
         assert 0 < error < 1.001 * rounding + 1e-6
         assert rounding < {"bnb 4bit": 0.2, "bnb 8bit": 0.006, "torchao": 0.006}[backend] * weight.abs().max()
         torch.testing.assert_close(layer.bias.double(), bias, rtol=1e-5, atol=1e-6)
-    merged = _logits(model)
+    merged = quantized_logits(model)
     assert not torch.equal(merged, separate)
     model.unmerge_adapter()
     for layer, before in zip(scl_layers(model), stored, strict=True):
         after = _stored(layer)
         assert after.keys() == before.keys()
         assert all(_same(after[key], before[key]) for key in before)
-    torch.testing.assert_close(_logits(model), separate, rtol=0, atol=0)
+    torch.testing.assert_close(quantized_logits(model), separate, rtol=0, atol=0)
 
     with pytest.warns(UserWarning, match="rounds the result"):
         plain = model.merge_and_unload()
     assert not scl_layers(plain)
-    assert torch.equal(_logits(plain), merged)
+    assert torch.equal(quantized_logits(plain), merged)
 
 
 def _exact_merge(layer, config):

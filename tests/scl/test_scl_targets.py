@@ -9,10 +9,10 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS, as_unknown, moe_model
-from scl_reference import Block, scl_layers
 from torch import nn
 
+from helpers.scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS, as_unknown, moe_model
+from helpers.scl_reference import Block, scl_layers
 from peft_scl import SclConfig, SclLayer
 from peft_scl.targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections
 

@@ -5,27 +5,23 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from scl_models import ARCHITECTURES
-from scl_reference import CONFIGS, TOKENS, config_id
 
+from helpers.models import TOKENS, logits
+from helpers.scl_models import ARCHITECTURES
+from helpers.scl_reference import CONFIGS, config_id
 from peft_scl import SclConfig
 
 
 def _with_two(config):
     """A model with the adapters "x" and "y", and its outputs with none and with either of them."""
     model = ARCHITECTURES["llama"].build()
-    outputs = {"none": _logits(model)}
+    outputs = {"none": logits(model)}
     for seed, name in enumerate("xy"):
         torch.manual_seed(seed)
         model.add_adapter(SclConfig(init_weights=False, **config), adapter_name=name)
-        outputs[name] = _logits(model)
+        outputs[name] = logits(model)
     assert not any(torch.allclose(outputs[one], outputs[other]) for one, other in ("xy", ("x", "none"), ("y", "none")))
     return model, outputs
-
-
-@torch.no_grad()
-def _logits(model):
-    return model(input_ids=TOKENS).logits
 
 
 def _trainable(model):
@@ -38,21 +34,21 @@ def test_switching_disabling_and_deleting(config):
     assert model.active_adapters() == ["y"]
     for name in ("x", "y", "x"):
         model.set_adapter(name)
-        assert torch.equal(_logits(model), outputs[name])
+        assert torch.equal(logits(model), outputs[name])
         assert _trainable(model) == {name}
     model.disable_adapters()
-    assert torch.equal(_logits(model), outputs["none"])
+    assert torch.equal(logits(model), outputs["none"])
     model.enable_adapters()
-    assert torch.equal(_logits(model), outputs["x"])
+    assert torch.equal(logits(model), outputs["x"])
     model.set_adapter(["x", "y"])
-    assert not torch.allclose(_logits(model), outputs["x"])
+    assert not torch.allclose(logits(model), outputs["x"])
 
     model.set_adapter("y")
     model.delete_adapter("x")
-    assert torch.equal(_logits(model), outputs["y"])
+    assert torch.equal(logits(model), outputs["y"])
     assert not any(".x." in key for key in model.state_dict())
     model.delete_adapter("y")
-    assert torch.equal(_logits(model), outputs["none"])
+    assert torch.equal(logits(model), outputs["none"])
     assert not any(".scl_" in key for key in model.state_dict())
 
 
@@ -63,7 +59,7 @@ def test_saving_and_loading_either_way(config, tmp_path):
         model.set_adapter(name)
         model.save_pretrained(tmp_path / name)  # saves the active adapter
         assert torch.equal(
-            _logits(PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path / name)), outputs[name]
+            logits(PeftModel.from_pretrained(ARCHITECTURES["llama"].build(), tmp_path / name)), outputs[name]
         )
     restored = ARCHITECTURES["llama"].build()
     for name in "xy":
@@ -74,7 +70,7 @@ def test_saving_and_loading_either_way(config, tmp_path):
         assert not _trainable(restored)
     for name in "xy":
         restored.set_adapter(name)
-        assert torch.equal(_logits(restored), outputs[name])
+        assert torch.equal(logits(restored), outputs[name])
 
     trainable = ARCHITECTURES["llama"].build()
     trainable.load_adapter(str(tmp_path / "x"), adapter_name="x", is_trainable=True)
@@ -87,7 +83,7 @@ def test_an_adapter_saved_by_peft_loads(tmp_path):
     model.save_pretrained(tmp_path)
     restored = ARCHITECTURES["llama"].build()
     restored.load_adapter(str(tmp_path))
-    assert torch.equal(_logits(restored), _logits(model))
+    assert torch.equal(logits(restored), logits(model))
 
 
 def test_only_the_active_adapter_is_trained():

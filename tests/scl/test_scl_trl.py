@@ -14,6 +14,8 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from helpers.data import ALL_ROWS, sums_with_answers
+from helpers.models import logits_of_text
 from peft_scl import SclConfig
 
 
@@ -23,38 +25,11 @@ CONFIGS = {
     "compress": {"r": 4, "variant": "compress"},
     "replace": {"r": 4, "variant": "compress", "keep_residual": False},
 }
-ARGUMENTS = {
-    "max_steps": 3,
-    "per_device_train_batch_size": 8,  # all rows in every step, so that the losses compare
-    "learning_rate": 1e-2,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "disable_tqdm": True,
-    "max_length": 32,
-}
 
 
 @pytest.fixture(params=CONFIGS)
 def peft_config(request):
     return SclConfig(**CONFIGS[request.param])
-
-
-def _preferences():
-    return Dataset.from_dict(
-        {
-            "prompt": [f"What is {number} plus 1?" for number in range(8)],
-            "chosen": [f" {number + 1}" for number in range(8)],
-            "rejected": [f" {number + 2}" for number in range(8)],
-        }
-    )
-
-
-def _logits(model, tokenizer):
-    with torch.no_grad():
-        return model.eval()(**tokenizer(["What is 3 plus 1? 4"], return_tensors="pt")).logits
 
 
 def _train(trainer, trained=(".scl_",)):
@@ -75,7 +50,7 @@ def test_sft(peft_config, gradient_checkpointing, tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     trainer = SFTTrainer(
         str(tiny_model_dir),
-        args=SFTConfig(str(tmp_path / "run"), gradient_checkpointing=gradient_checkpointing, **ARGUMENTS),
+        args=SFTConfig(str(tmp_path / "run"), gradient_checkpointing=gradient_checkpointing, **ALL_ROWS),
         train_dataset=Dataset.from_dict({"text": [f"What is {n} plus 1? {n + 1}" for n in range(8)]}),
         processing_class=tokenizer,
         peft_config=peft_config,
@@ -86,7 +61,7 @@ def test_sft(peft_config, gradient_checkpointing, tiny_model_dir, tmp_path):
     trainer.save_model(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     restored = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert torch.equal(_logits(restored, tokenizer), _logits(trainer.model, tokenizer))
+    assert torch.equal(logits_of_text(restored, tokenizer), logits_of_text(trainer.model, tokenizer))
 
 
 def test_sft_on_a_4_bit_base(peft_config, tiny_model_dir, tmp_path):
@@ -94,7 +69,7 @@ def test_sft_on_a_4_bit_base(peft_config, tiny_model_dir, tmp_path):
     quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_model_dir, quantization_config=quantization_config),
-        args=SFTConfig(str(tmp_path / "run"), **ARGUMENTS),
+        args=SFTConfig(str(tmp_path / "run"), **ALL_ROWS),
         train_dataset=Dataset.from_dict({"text": [f"What is {n} plus 1? {n + 1}" for n in range(8)]}),
         processing_class=AutoTokenizer.from_pretrained(tiny_model_dir),
         peft_config=peft_config,
@@ -106,11 +81,11 @@ def test_sft_on_a_4_bit_base(peft_config, tiny_model_dir, tmp_path):
 
 def test_dpo_refers_to_the_base_model(peft_config, tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    args = DPOConfig(str(tmp_path / "run"), precompute_ref_log_probs=False, **ARGUMENTS)
+    args = DPOConfig(str(tmp_path / "run"), precompute_ref_log_probs=False, **ALL_ROWS)
     trainer = DPOTrainer(
         str(tiny_model_dir),
         args=args,
-        train_dataset=_preferences(),
+        train_dataset=sums_with_answers(),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
@@ -138,7 +113,7 @@ def test_dpo_refers_to_the_base_model(peft_config, tiny_model_dir, tmp_path):
 
     trainer.save_model(tmp_path / "adapter")
     restored = PeftModel.from_pretrained(reference, tmp_path / "adapter")
-    assert torch.equal(_logits(restored, tokenizer), _logits(trainer.model, tokenizer))
+    assert torch.equal(logits_of_text(restored, tokenizer), logits_of_text(trainer.model, tokenizer))
 
 
 def test_reward(peft_config, tiny_model_dir, tmp_path):
@@ -149,8 +124,8 @@ def test_reward(peft_config, tiny_model_dir, tmp_path):
     base.save_pretrained(tmp_path / "base")
     trainer = RewardTrainer(
         base,
-        args=RewardConfig(str(tmp_path / "run"), **ARGUMENTS),
-        train_dataset=_preferences(),
+        args=RewardConfig(str(tmp_path / "run"), **ALL_ROWS),
+        train_dataset=sums_with_answers(),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
@@ -158,4 +133,4 @@ def test_reward(peft_config, tiny_model_dir, tmp_path):
     trainer.save_model(tmp_path / "adapter")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     restored = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert torch.equal(_logits(restored, tokenizer), _logits(trainer.model, tokenizer))
+    assert torch.equal(logits_of_text(restored, tokenizer), logits_of_text(trainer.model, tokenizer))

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub_server import HubServer
 from huggingface_hub import close_session, constants, hf_api
+
+from helpers.hub_server import USER, HubServer
+
+
+REPO = f"{USER}/adapter"
 
 
 def hub_environment(endpoint: str, cache_dir: str | Path) -> dict[str, str]:

@@ -23,7 +23,6 @@ CONFIGS = [
     {"r": 4, "variant": "compress", "keep_residual": False},
     {"r": 4, "variant": "compress"},
 ]
-TOKENS = torch.arange(1, 13).view(2, 6)
 
 ACTIVATIONS = {
     "linear": lambda x: x,

@@ -19,7 +19,6 @@ from peft_scl import FederaConfig, FederaLayer
 VOCAB, WIDTH, INNER, OUT = 11, 6, 9, 5  # all different, so that a transposed weight cannot pass
 IDS = torch.tensor([[1, 4, 0, 10], [7, 7, 2, 3]])
 TARGETS = ["embed", "lin", "conv"]
-TOKENS = torch.arange(1, 13).view(2, 6)
 both_modes = {"residual": False, "keep_base": True}
 
 _SIZES = {
@@ -78,21 +77,6 @@ def config_for(name: str, **values: Any) -> FederaConfig:
 
 def adapted(name: str, dtype: torch.dtype = torch.float32, **values: Any) -> Any:
     return get_peft_model(build(name, dtype), config_for(name, **values)).eval()
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> torch.Tensor:
-    return model(input_ids=TOKENS).logits
-
-
-@torch.no_grad()
-def move(model: nn.Module, seed: int = 1, size: float = 0.05) -> Any:
-    """What training does to the trained parameters, roughly."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter)
-    return model
 
 
 class Net(nn.Module):
