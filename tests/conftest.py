@@ -38,6 +38,24 @@ hypothesis.settings.register_profile("deterministic", derandomize=True, deadline
 hypothesis.settings.load_profile("deterministic")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked with `fast`, all parametrisations but those named there are slow."""
+    unseen: dict[str, set[str]] = {}
+    for item in items:
+        mark = item.get_closest_marker("fast")
+        if mark is None:
+            continue
+        function, given = item.nodeid.split("[")[0], item.callspec.params
+        unseen.setdefault(function, set(mark.args)).discard(item.callspec.id)
+        is_fast = item.callspec.id in mark.args or any(given[name] in values for name, values in mark.kwargs.items())
+        if not is_fast:
+            item.add_marker(pytest.mark.slow)
+    wrong = {function: ids for function, ids in unseen.items() if ids}
+    if wrong and not any("[" in argument for argument in config.args):
+        raise pytest.UsageError(f"`pytest.mark.fast` names parametrisations that do not exist: {wrong}")
+
+
 @pytest.fixture(scope="session")
 def make_clients() -> Callable[..., dict[str, Dataset]]:
     """

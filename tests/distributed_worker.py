@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every process of tests/test_distributed.py does: `distributed_worker.py <kind> <model> <folder>` writes `<rank>.json`."""
+"""What every process of tests/test_distributed.py does: see `launch` there. Writes `<rank>.json`."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ from helpers.runs import Stops
 from peft_scl import FederaConfig, FederaLayer
 
 
-KIND, MODEL, FOLDER = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+KIND, MODEL, FOLDER, SCOPE = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 SPLIT = ("zero3", "zero3_offload", "fsdp2")  # kinds that split the weights
-SWAPS = 200
+SWAPS = {"short": 30, "whole": 200}[SCOPE]
 LOCAL = {
     "max_steps": 2,
     "learning_rate": 1e-2,
@@ -293,13 +293,8 @@ def clients_that_fail() -> dict[str, Any]:
     return report
 
 
-def main() -> None:
-    if KIND == "fsdp2":
-        pretend_that_accelerate_found_gpus()
-    report = {"engine": one_engine(), "fedavg": federation(make_trainer("fedavg"))}
-    report["fedsa_lora"] = federation(make_trainer("fedsa_lora", aggregation="fedsa_lora", evaluates_clients=True))
-    make_trainer("resumed", callbacks=[Stops()]).train()
-    report["resumed"] = federation(make_trainer("resumed"), resume=True)
+def all_methods() -> dict[str, Any]:
+    report = {}
     if KIND not in SPLIT:  # refused there
         report["fedex_lora"] = federation(make_trainer("fedex_lora", aggregation="fedex_lora"))
     if KIND in ("cpu", "ddp"):
@@ -317,7 +312,19 @@ def main() -> None:
     if KIND != "fsdp2":
         report["dpo"] = federation(make_dpo_trainer())
         report["classifier"] = federation(make_classifier_trainer())
+    return report
+
+
+def main() -> None:
+    if KIND == "fsdp2":
+        pretend_that_accelerate_found_gpus()
+    report = {"engine": one_engine(), "fedavg": federation(make_trainer("fedavg"))}
+    report["fedsa_lora"] = federation(make_trainer("fedsa_lora", aggregation="fedsa_lora", evaluates_clients=True))
+    make_trainer("resumed", callbacks=[Stops()]).train()
+    report["resumed"] = federation(make_trainer("resumed"), resume=True)
     report["failing"] = clients_that_fail()
+    if SCOPE == "whole":
+        report |= all_methods()
     if KIND not in ("cpu", "ddp"):
         report["bfloat16"] = in_bfloat16()
     (FOLDER / f"{os.environ.get('RANK', 0)}.json").write_text(json.dumps(report))

@@ -111,6 +111,7 @@ def result(trainer):
     return trainer._global_state, losses
 
 
+@pytest.mark.fast(place=["first"], name=["sft"])
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_a_broken_client_is_named_and_left_out_and_the_others_do_not_notice(make_trainer, without, name, kind, place):

@@ -32,6 +32,7 @@ def run(tiny_model_dir, make_clients, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.fast("round")
 @pytest.mark.parametrize("reference", ["initial", "base", "round"])
 def test_the_policy_learns_to_prefer_what_was_chosen(run, reference):
     run(reference=reference, num_rounds=1)

@@ -134,6 +134,7 @@ def test_the_loss_of_every_step_and_evaluation_compares_with_the_reference(
     assert {"eval_rewards/accuracies", "eval_rewards/margins"} <= evaluation.keys()
 
 
+@pytest.mark.fast("lora-initial", "scl-base")
 @pytest.mark.parametrize("reference", ["initial", "base"])
 @pytest.mark.parametrize("kind", ["lora", "scl"])
 def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
@@ -168,6 +169,7 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
         torch.testing.assert_close(tensor, after[key], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.fast("lora-initial", "federa, residual-base", "lora-round")
 @pytest.mark.parametrize(
     ("kind", "reference"),
     [
@@ -192,6 +194,7 @@ def test_a_run_that_died_resumes_to_the_same_adapter_and_reference(make_trainer,
         assert same(whole._reference.read(include_frozen=True), again._reference.read(include_frozen=True))
 
 
+@pytest.mark.fast("round")
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_a_finished_run_is_evaluated_as_it_was_after_it_is_resumed(make_trainer, clients, reference):
     settings = {"peft_config": ADAPTERS["lora"], "reference": reference, "eval_dataset": clients["client_0"]}
@@ -262,6 +265,7 @@ def test_what_a_client_does_not_train_stays_as_it_is(make_trainer, reference):
     assert {key for key in start if not torch.equal(local[key], start[key])} == trained
 
 
+@pytest.mark.fast("round")
 @pytest.mark.parametrize("reference", REFERENCES)
 def test_gradient_checkpointing_changes_nothing(make_trainer, tmp_path, reference):
     for checkpointing in (False, True):

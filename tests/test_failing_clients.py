@@ -99,6 +99,7 @@ def test_a_client_that_is_too_slow_is_left_out(make_trainer):
     assert patient._record["rounds"][0]["refused"] == {}
 
 
+@pytest.mark.fast("nan-False", "inf-True")
 @pytest.mark.parametrize("hides", [False, True])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_a_failure(value, hides, make_trainer, monkeypatch):

@@ -18,7 +18,12 @@ ZERO2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": 
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("launched", "kills"), [({}, 4), pytest.param(ZERO2, 2, marks=needs_deepspeed)], ids=["ddp", "zero2"]
+    ("launched", "kills"),
+    [
+        pytest.param({}, 2, id="ddp, twice"),
+        pytest.param({}, 4, id="ddp", marks=pytest.mark.slow),
+        pytest.param(ZERO2, 2, id="zero2", marks=[needs_deepspeed, pytest.mark.slow]),
+    ],
 )
 def test_processes_that_are_killed_go_on_to_the_same_bits(launched, kills, tiny_model_dir, tmp_path):
     """SIGKILL of the process that writes, or of the other, while rounds are trained and written."""

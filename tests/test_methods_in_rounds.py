@@ -107,6 +107,7 @@ ADAPTERS = {
 }
 
 
+@pytest.mark.fast(adapter_kind=["lora", "federa", "scl"])
 @pytest.mark.parametrize("adapter_kind", ADAPTERS)
 @pytest.mark.parametrize("method", ["ffa_lora", "rolora", "flora", "fedex_lora"])
 def test_the_model_of_every_round_is_the_mean_of_the_clients_models(make_trainer, monkeypatch, method, adapter_kind):
@@ -150,6 +151,7 @@ def test_flexlora_keeps_the_best_approximation_of_the_mean(make_trainer, monkeyp
         torch.testing.assert_close(weight - base[name], best, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.fast(adapter_kind=["lora", "federa"])
 @pytest.mark.parametrize("adapter_kind", ADAPTERS)
 @pytest.mark.parametrize("method", ["flora", "fedex_lora"])
 def test_what_was_added_to_the_base_is_in_the_published_adapter(
@@ -194,6 +196,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.fast("fedavg", "fedsa_lora", "slora", "fedadam", "scaffold", "ditto")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_path, variant):
     clients = make_clients(num_clients=4)

@@ -566,6 +566,7 @@ def spoils(trainer, monkeypatch, part, times):
     monkeypatch.setattr(trainer, "_check_finite", spoilt)
 
 
+@pytest.mark.fast("local", "personal_optimizer")
 @pytest.mark.parametrize("part", KEPT)
 def test_what_a_client_keeps_is_checked_in_its_turn_and_the_turn_tried_again(make_trainer, monkeypatch, part):
     received = []

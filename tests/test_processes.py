@@ -78,13 +78,13 @@ def process(rank, address, folder):
     (folder / f"{rank} is here").touch()
     while not all((folder / f"{other} is here").exists() for other in (0, 1)):
         time.sleep(0.01)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=6))
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=4))
     rest_at_exit()
     calls = []
 
     def slow():
         calls.append(rank)
-        time.sleep(7)
+        time.sleep(4.5)
         return PARTS
 
     def broken():
@@ -99,7 +99,7 @@ def process(rank, address, folder):
     with owning(folder), refused, owning(folder):
         pass
     if rank == 0:
-        time.sleep(7)
+        time.sleep(4.5)
         (folder / "written").touch()
     wait_for_first()
     assert (folder / "written").exists()

@@ -366,6 +366,7 @@ def warnings_of(caplog):
     return [line.getMessage() for line in caplog.records if "the update of a" in line.getMessage()]
 
 
+@pytest.mark.fast("settings0-expected0", "settings1-expected1", "settings5-expected5")
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [

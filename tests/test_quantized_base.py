@@ -74,6 +74,7 @@ def test_the_4_bit_base_stays_and_the_adapter_learns(make_trainer, base_dir, tmp
     assert (logits - expected).abs().max() < 0.2 * expected.abs().max()
 
 
+@pytest.mark.fast("lora")
 @each_adapter
 def test_a_run_on_a_4_bit_base_that_died_resumes_to_the_same_adapter(make_trainer, tmp_path, peft_config):
     whole = make_trainer("whole", peft_config)
@@ -88,6 +89,7 @@ def test_a_run_on_a_4_bit_base_that_died_resumes_to_the_same_adapter(make_traine
     ]
 
 
+@pytest.mark.fast("scl")
 @each_adapter
 def test_evaluations_between_the_rounds_do_not_touch_what_is_trained(make_trainer, tmp_path, peft_config):
     """bitsandbytes repacks the base in the first evaluation on some CPUs, after which no gradient passed through it."""

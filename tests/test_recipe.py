@@ -1,17 +1,19 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The recipe as a user runs it: a process of its own, data in a folder, a YAML and overrides."""
+"""The recipe as a user runs it: data in a folder, a YAML and overrides, and once in a process of its own."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 
+import federated_sft
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.paths import ROOT
+from helpers.paths import RECIPES
 
 
 @pytest.fixture
@@ -28,21 +30,37 @@ def workspace(tmp_path, make_clients):
     return tmp_path
 
 
-def run(workspace, tiny_model_dir, *arguments, launcher=(sys.executable,), check=True):
-    command = [
-        *launcher,
-        str(ROOT / "recipes/federated_sft.py"),
-        *("--config", str(ROOT / "recipes/configs/medquad_scl.yaml")),
+def arguments_of(workspace, tiny_model_dir, *arguments):
+    return [
+        str(RECIPES / "federated_sft.py"),
+        *("--config", str(RECIPES / "configs/medquad_scl.yaml")),
         *("--model_name_or_path", str(tiny_model_dir), "--dataset_name", str(workspace / "data")),
         *("--num_rounds", "2", "--max_steps", "2", "--max_length", "48", "--output_dir", str(workspace / "out")),
         *arguments,
     ]
+
+
+def launch(workspace, tiny_model_dir, *arguments, launcher=(sys.executable,)):
+    command = [*launcher, *arguments_of(workspace, tiny_model_dir, *arguments)]
     environment = {**os.environ, "HF_HOME": str(workspace / "hf"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=workspace, env=environment, check=check)
+    return subprocess.run(command, capture_output=True, text=True, cwd=workspace, env=environment, check=True)
+
+
+@pytest.fixture
+def run(workspace, tiny_model_dir, monkeypatch):
+    """Runs `main` of the recipe in this process."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(workspace / "cache"))
+    monkeypatch.chdir(workspace)
+
+    def main(*arguments):
+        monkeypatch.setattr(sys, "argv", arguments_of(workspace, tiny_model_dir, "--use_cpu", *arguments))
+        federated_sft.main()
+
+    return main
 
 
 def test_recipe_trains_reports_and_reloads_in_a_fresh_process(workspace, tiny_model_dir, make_clients):
-    output = run(workspace, tiny_model_dir).stdout
+    output = launch(workspace, tiny_model_dir).stdout
     assert "client_2" in output and "train loss" in output
     out = workspace / "out"
     record = json.loads((out / "federation.json").read_text())
@@ -77,8 +95,9 @@ def test_recipe_trains_reports_and_reloads_in_a_fresh_process(workspace, tiny_mo
     assert not torch.equal(untouched, there)
 
 
-def test_recipe_fine_tunes_the_whole_model_without_a_peft_config(workspace, tiny_model_dir):
-    output = run(workspace, tiny_model_dir, "--peft_config", "null", "--num_rounds", "1").stdout
+def test_recipe_fine_tunes_the_whole_model_without_a_peft_config(run, workspace, tiny_model_dir, capsys):
+    run("--peft_config", "null", "--num_rounds", "1")
+    output = capsys.readouterr().out
     before = load_file(tiny_model_dir / "model.safetensors")
     after = load_file(workspace / "out" / "model.safetensors")
     assert f"trainable parameters: {sum(tensor.numel() for tensor in before.values()):,}" in output
@@ -86,11 +105,11 @@ def test_recipe_fine_tunes_the_whole_model_without_a_peft_config(workspace, tiny
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_recipe_resumes_and_overrides_any_adapter_and_split(workspace, tiny_model_dir):
+def test_recipe_resumes_and_overrides_any_adapter_and_split(run, workspace):
     lora = json.dumps({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]})
     arguments = ("--peft_config", lora, "--partition_method", "iid", "--num_clients", "2", "--clients_per_round", "1")
-    run(workspace, tiny_model_dir, *arguments, "--num_rounds", "1")
-    run(workspace, tiny_model_dir, *arguments, "--num_rounds", "2", "--resume_from_checkpoint", "True")
+    run(*arguments, "--num_rounds", "1")
+    run(*arguments, "--num_rounds", "2", "--resume_from_checkpoint", "True")
     record = json.loads((workspace / "out" / "federation.json").read_text())
     assert record["peft_type"] == "LORA"
     assert [len(entry["clients"]) for entry in record["rounds"]] == [1, 1]
@@ -100,7 +119,7 @@ def test_recipe_resumes_and_overrides_any_adapter_and_split(workspace, tiny_mode
 
 def test_recipe_runs_under_accelerate_launch(workspace, tiny_model_dir):
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
-    run(workspace, tiny_model_dir, "--num_rounds", "1", launcher=launcher)
+    launch(workspace, tiny_model_dir, "--num_rounds", "1", launcher=launcher)
     assert (workspace / "out" / "adapter_model.safetensors").is_file()
 
 
@@ -111,8 +130,7 @@ def test_recipe_runs_under_accelerate_launch(workspace, tiny_model_dir):
         (("--clients_per_round", "9"), "`clients_per_round` is 9, but there are only 3 clients"),
     ],
 )
-def test_recipe_refuses_in_a_sentence(workspace, tiny_model_dir, arguments, message):
-    result = run(workspace, tiny_model_dir, *arguments, check=False)
-    assert result.returncode != 0
-    assert message in result.stderr
+def test_recipe_refuses_in_a_sentence(run, workspace, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(*arguments)
     assert not (workspace / "out" / "checkpoint-1").exists()

@@ -46,6 +46,7 @@ def make_trainer(make_trainer, clients):
     return partial(make_trainer, kind="reward", adapter=None, clients=clients, **LOCAL)
 
 
+@pytest.mark.fast("lora")
 @each_adapter
 def test_rounds_are_stock_trainers_averaged_in_float64(make_trainer, clients, tiny_model_dir, tmp_path, peft_config):
     trainer = make_trainer(peft_config=peft_config)
@@ -99,6 +100,7 @@ def test_the_first_local_round_is_the_stock_trainer_bit_for_bit(
     assert all(torch.equal(local[key], after[key]) for key in local)
 
 
+@pytest.mark.fast("scl")
 @pytest.mark.parametrize("peft_config", [*ADAPTERS.values(), None], ids=[*ADAPTERS, "full"])
 def test_a_run_that_died_resumes_to_the_same_model(make_trainer, clients, tmp_path, peft_config):
     settings = {"peft_config": peft_config, "num_rounds": 3, "learning_rate": 1e-3, "clients_per_round": 2}

@@ -441,6 +441,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fast("fedavg", "local tensors")
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_rounds_of_which_nothing_was_saved_are_not_gone_on_from(kind, tmp_path):
     settings = {"num_rounds": 3, "save_rounds": 3, "learning_rate": 0.1, **kind}

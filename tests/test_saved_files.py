@@ -82,6 +82,7 @@ def files_in(folder):
 # Adapters that are not called "default"
 
 
+@pytest.mark.fast("SCL", "prompt", "FeDeRA")
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_an_adapter_of_any_name_is_saved_resumed_and_published_like_default(kind, make_sft, hub, tmp_path):
     for name in ("default", "ward"):
@@ -113,6 +114,7 @@ def test_rules_that_publish_another_lora_take_any_name(aggregation, make_sft, tm
     assert_same(weights_in(tmp_path / "ward"), weights_in(tmp_path / "default"))
 
 
+@pytest.mark.fast("SCL-task", "LoRA-reward")
 @pytest.mark.parametrize("trainer", ["task", "reward"])
 @pytest.mark.parametrize("kind", TASK)
 def test_an_adapter_of_any_name_in_the_other_trainers(trainer, kind, tiny_model_dir, tmp_path):

@@ -347,6 +347,7 @@ class Interruption(BaseException):  # an `Exception` would be a failure of the c
 
 
 # two rounds of two clients of three steps in either stage
+@pytest.mark.fast("2", "14")
 @pytest.mark.parametrize("step", [2, 8, 14, 20])
 def test_a_trainer_that_was_interrupted_in_either_stage_goes_on_itself(
     make_trainer: Callable[..., FederatedTrainer], tmp_path: Path, step: int

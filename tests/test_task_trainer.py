@@ -59,6 +59,7 @@ def make_trainer(make_trainer):
     )
 
 
+@pytest.mark.fast("lora", "full")
 @pytest.mark.parametrize(
     ("peft_config", "trained"),
     [(LORA, ""), (SCL, ""), (None, ""), (None, BIASES)],
@@ -120,6 +121,7 @@ def test_metrics_reach_the_log_the_record_the_report_and_the_card(make_trainer, 
     assert write_report(tmp_path / "out")[0].stat().st_size > 1000
 
 
+@pytest.mark.fast("scl", "bitfit")
 @pytest.mark.parametrize(
     ("peft_config", "trained"),
     [(LORA, ""), (SCL, ""), pytest.param(FEDERA, "", marks=federa), (None, ""), (None, BIASES)],
@@ -344,6 +346,7 @@ def with_another_head():
     return model
 
 
+@pytest.mark.fast("lora")
 @pytest.mark.parametrize("peft_config", [LORA, None], ids=["lora", "full"])
 def test_a_run_resumes_to_the_same_model_from_another_random_head(make_trainer, tmp_path, peft_config):
     make_trainer("whole", peft_config=peft_config).train()

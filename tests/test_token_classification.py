@@ -94,6 +94,7 @@ def test_the_tagger_and_its_head_are_trained_and_published(make_trainer, tmp_pat
         assert torch.equal(loaded(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
+@pytest.mark.fast("lora")
 @each_adapter
 def test_a_run_that_died_resumes_to_the_same_tagger(make_trainer, tmp_path, peft_config):
     settings = {"peft_config": peft_config, "num_rounds": 3, "clients_per_round": 2}

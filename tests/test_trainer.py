@@ -29,6 +29,7 @@ SCL = {"r": 4, "task_type": "CAUSAL_LM"}
 pytestmark = pytest.mark.trainer(adapter=SclConfig(**SCL), eval_rows=8, **LOCAL)
 
 
+@pytest.mark.fast("peft_config0")
 @pytest.mark.parametrize("peft_config", [SclConfig(**SCL), LoraConfig(r=4, lora_dropout=0.1, task_type="CAUSAL_LM")])
 def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(
     make_trainer, make_clients, tiny_model_dir, tmp_path, peft_config
@@ -138,6 +139,7 @@ def test_resuming_refuses_another_run_and_leaves_it_alone(make_trainer, tmp_path
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
 
+@pytest.mark.fast("False")
 @pytest.mark.parametrize("keep_base", [False, True])
 def test_federa_resumes_exactly_and_ends_as_a_plain_lora(make_trainer, tiny_model_dir, tmp_path, keep_base):
     def make(output, num_rounds):

@@ -327,6 +327,7 @@ class Detached(FederatedTaskTrainer):
         return loss * 0
 
 
+@pytest.mark.fast(kind=["LORA"])
 @pytest.mark.parametrize("kind", ["LORA", "SCL", "FEDERA"])
 @pytest.mark.parametrize(
     "aggregation", ["fedavg", "fednova", "ffa_lora", "rolora", "fedsa_lora", "flora", "fedex_lora", "median"]
@@ -339,6 +340,7 @@ def test_a_run_in_which_nothing_moves_ends_with_an_error(make_trainer, kind: str
         trainer.train()
 
 
+@pytest.mark.fast(aggregation=["fedavg", "rolora", "fedex_lora"])
 @pytest.mark.parametrize("aggregation", ["fedavg", "ffa_lora", "rolora", "fedsa_lora", "flora", "fedex_lora"])
 @pytest.mark.parametrize("settings", [{"max_steps": 1}, {"round_lr_scheduler_type": "linear"}, {"learning_rate": 0.0}])
 def test_a_run_in_which_little_moves_ends_as_it_should(

@@ -133,6 +133,7 @@ def test_the_second_client_is_trained_as_by_the_stock_trainer(make_trainer, proc
     assert not same(local, trainer._global_state)
 
 
+@pytest.mark.fast("sft")
 @pytest.mark.parametrize("is_preference", [False, True], ids=["sft", "dpo"])
 def test_a_run_with_images_that_died_resumes_to_the_same_adapter(make_trainer, tmp_path, is_preference):
     whole = make_trainer("whole", is_preference)

@@ -264,6 +264,7 @@ def test_a_published_prompt_without_its_encoder_is_no_start(make_trainer, tmp_pa
         make_trainer("more", initial_adapter=str(tmp_path / "out"))
 
 
+@pytest.mark.fast("p_tuning")
 @pytest.mark.parametrize(
     "peft_config",
     [PromptEncoderConfig(**PROMPT, encoder_hidden_size=8), PrefixTuningConfig(**PROJECTED)],
@@ -304,6 +305,7 @@ def plain_model(folder, trained=""):
     return model
 
 
+@pytest.mark.fast("full", "prefix_projection")
 @pytest.mark.parametrize("kind", ["full", "tied", "bitfit", "prompt", "prefix_projection", "p_tuning_lstm"])
 def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(make_trainer, biased_dir, tied_dir, tmp_path, kind):
     folder = tied_dir if kind == "tied" else biased_dir
@@ -342,6 +344,7 @@ def test_rounds_equal_fresh_trl_trainers_averaged_in_float64(make_trainer, biase
         torch.testing.assert_close(tensor, state[key], rtol=1e-4, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.fast("prompt")
 @pytest.mark.parametrize(
     "peft_config",
     [
@@ -422,6 +425,7 @@ def test_a_whole_model_is_saved_recorded_and_loaded_as_the_card_says(make_traine
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template is not None
 
 
+@pytest.mark.fast("full")
 @pytest.mark.parametrize("kind", ["full", "tied", "bitfit"])
 def test_a_run_of_a_whole_model_that_died_resumes_to_the_same_model(
     make_trainer, biased_dir, tied_dir, tmp_path, kind

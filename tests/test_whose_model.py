@@ -289,6 +289,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.fast("shared-{}", kind=["local tensors"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", ["shared", "local tensors"])
 def test_evaluation_by_client_is_that_of_trainer_for_each(trained, tmp_path, kind, options):
@@ -407,6 +408,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.fast("by client", "several sets")
 @pytest.mark.parametrize(
     ("kind", "held_out"),
     [
