@@ -3,6 +3,7 @@
 """Quantised base models, which keep their weights."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -78,8 +79,8 @@ def test_the_forward_is_that_of_the_changed_weight(load, backend):
 
 
 def test_training_changes_the_factors_only_and_the_adapter_loads(load, tmp_path):
-    model = prepare_model_for_kbit_training(load(), gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = get_peft_model(model, _config()).train()
+    prepare = partial(prepare_model_for_kbit_training, gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(prepare(load()), _config()).train()
     before = {key: copy.deepcopy(value) for key, value in model.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
@@ -95,8 +96,8 @@ def test_training_changes_the_factors_only_and_the_adapter_loads(load, tmp_path)
             assert torch.equal(value, before[key]) == (".lora_start_" in key), key
     expected = quantized_logits(model)
     model.save_pretrained(tmp_path)
-    assert torch.equal(quantized_logits(load_federa(prepare_model_for_kbit_training(load()), tmp_path)), expected)
-    stock = PeftModel.from_pretrained(prepare_model_for_kbit_training(load()), tmp_path)
+    assert torch.equal(quantized_logits(load_federa(prepare(load()), tmp_path)), expected)
+    stock = PeftModel.from_pretrained(prepare(load()), tmp_path)
     torch.testing.assert_close(quantized_logits(stock), expected, rtol=1e-2, atol=1e-2)
 
 

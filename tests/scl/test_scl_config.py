@@ -100,6 +100,7 @@ def test_only_a_linear_adapter_is_mergeable():
     assert not SclConfig(activation="gelu").is_mergeable
 
 
+@pytest.mark.filterwarnings("ignore:.*have no effect with `variant='compress'`:UserWarning")
 def test_config_survives_saving_pickling_and_copying(tmp_path):
     config = SclConfig(
         r=4, variant="compress", activation="gelu", scaling=0.5, scl_dropout=0.1, scl_bias=True, down_proj_r=2,

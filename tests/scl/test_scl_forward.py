@@ -299,6 +299,7 @@ def test_compress_does_not_compute_the_projection_it_replaces():
     assert layer(torch.randn(3, M, dtype=torch.float64)).isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.*have no effect with `variant='compress'`:UserWarning")
 def test_parameter_counts():
     r, delta_r = 4, 3
     bottleneck = 2 * r * M
