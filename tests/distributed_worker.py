@@ -186,7 +186,9 @@ def one_engine() -> dict[str, Any]:
 
 
 def in_bfloat16() -> dict[str, Any]:
-    """As `one_engine`, with `bf16`, which the arguments refuse without a GPU; what is gathered takes several messages."""
+    """
+    As `one_engine`, with `bf16`, which the arguments refuse without a GPU; what is gathered takes several messages.
+    """
     pretended = patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True)
     with pretended, patch("fed_trainer.engine_deepspeed.ELEMENTS_PER_MESSAGE", 500):
         trainer = make_trainer("bfloat16", bf16=True)
@@ -242,7 +244,9 @@ def move_start(trainer: FederatedTrainer) -> None:
 
 
 def fail_in_last_process(trainer: FederatedTrainer, forward: bool) -> None:
-    """There `client_1` cannot do a forward pass with gradients accumulated; or the collator fails, once, for some client."""
+    """
+    There `client_1` cannot do a forward pass with gradients accumulated; or the collator fails, once, for some client.
+    """
     if int(os.environ.get("RANK", 0)) + 1 != trainer.accelerator.num_processes:
         return
     turn = {"client": "", "passes": 0, "batches": 0}

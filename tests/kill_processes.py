@@ -5,8 +5,8 @@ As kill_run.py, with two processes: one is killed with SIGKILL, and the other wi
 
     python tests/kill_processes.py MODEL FOLDER NUM_KILLS
 
-Under DeepSpeed if the variables of its launch are set. Prints a JSON line: the names of the runs that did not end like one that was
-not interrupted, and where runs were killed.
+Under DeepSpeed if the variables of its launch are set. Prints a JSON line: the names of the runs that did not end like
+one that was not interrupted, and where runs were killed.
 """
 
 import json
@@ -29,7 +29,10 @@ SETTINGS = {
 
 
 def in_children(model: str, folder: Path, killed: int | None = None, kill_at: int | None = None) -> list[int]:
-    """The statuses of both processes; the run goes on if there is one. The process `killed` is at its event number `kill_at`."""
+    """
+    The statuses of both processes; the run goes on if there is one. The process `killed` is at its event number
+    `kill_at`.
+    """
     resume = any(folder.glob("*"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,12 +1,13 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Kills a federation with SIGKILL at many places and lets it go on, in forked children of one process that has imported all.
+Kills a federation with SIGKILL at many places and lets it go on, in forked children of one process that has imported
+all.
 
     python tests/kill_run.py MODEL FOLDER NUM_KILLS
 
-Prints a JSON line: the names of the runs that did not end like one that was not interrupted, and where runs were killed. Those of
-the last setting publish every round, and are killed before and after requests to the Hub too.
+Prints a JSON line: the names of the runs that did not end like one that was not interrupted, and where runs were
+killed. Those of the last setting publish every round, and are killed before and after requests to the Hub too.
 """
 
 import json
@@ -28,7 +29,8 @@ from helpers.hub_server import HubServer
 from helpers.trainers import new_trainer
 
 
-# What a run does to the disk; `open` counts when it is for writing. Not `os.mkdir`: which process makes a folder is up to chance.
+# What a run does to the disk; `open` counts when it is for writing. Not `os.mkdir`: which process makes a folder is up
+# to chance.
 EVENTS = {"os.rename", "os.link", "os.remove", "os.rmdir"}
 SETTINGS = (
     {"aggregation": "fedex_lora", "save_total_limit": 1},

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""SCL and FeDeRA adapters are saved whole, whatever they are called: like a module of the model, a layer, a part of an adapter."""
+"""
+SCL and FeDeRA adapters are saved whole, whatever they are called: like a module of the model, a layer, a part of an
+adapter.
+"""
 
 import warnings
 
@@ -52,7 +55,9 @@ def parts_of_keys(kind):
 
 
 def is_refused(kind, name):
-    """Whether torch or PEFT itself refuses the name: what is no entry of a `ModuleDict`, or a module that is saved along."""
+    """
+    Whether torch or PEFT itself refuses the name: what is no entry of a `ModuleDict`, or a module that is saved along.
+    """
     try:
         adapted(kind, "default", name)
     except (KeyError, ValueError) as error:

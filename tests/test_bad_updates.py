@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""One client that sends anything at all: it is named and left out, and the round is, bit for bit, the round without it."""
+"""
+One client that sends anything at all: it is named and left out, and the round is, bit for bit, the round without it.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,9 @@ class Rounds:
     def play(
         self, spoil: Callable[[ClientUpdate], Any] | None
     ) -> tuple[list[AdapterState], list[Any], dict[str, str]]:
-        """The states, what went into the base, and who was refused, with a client that spoils its update or sends none."""
+        """
+        The states, what went into the base, and who was refused, with a client that spoils its update or sends none.
+        """
         states, bases, refused = [], [], {}
         for round in (1, 2, 3):
             self.server.begin(self.state, round, CLIENTS)
@@ -242,7 +246,10 @@ def test_a_client_that_sends_what_cannot_be_used_changes_nothing(kind: str, hone
 
 
 def named_or_missing(name: str, spoil: Callable[[ClientUpdate], Any], rounds: Rounds) -> Callable[[ClientUpdate], Any]:
-    """An update under no name, or another one's, is not the bad client's own: for the rules it then has sent nothing usable."""
+    """
+    An update under no name, or another one's, is not the bad client's own: for the rules it then has sent nothing
+    usable.
+    """
 
     def spoiled(update: ClientUpdate) -> Any:
         rounds.server._faulty.add(BAD)

@@ -393,7 +393,9 @@ def load(model: PeftModel, changes: BaseChanges, folder: Path) -> None:
 @rules
 @pytest.mark.parametrize("name", RESUMED)
 def test_adapter_and_base_resume_bit_for_bit(name: str, rule: str, tmp_path: Path) -> None:
-    """Also where PEFT saves base weights with the adapter, those of embedding and head: they must not be changed twice."""
+    """
+    Also where PEFT saves base weights with the adapter, those of embedding and head: they must not be changed twice.
+    """
     base, config = RUNS[name]
     model, resumed = (get_peft_model(base(), config()).eval() for _ in range(2))
     pairs, changes, others = factor_pairs(model), begun(model), begun(resumed)

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of the engine and of many clients run, and print the keys that are documented; their figures are not looked at."""
+"""
+The benchmarks of the engine and of many clients run, and print the keys that are documented; their figures are not
+looked at.
+"""
 
 from __future__ import annotations
 

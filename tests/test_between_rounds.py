@@ -72,13 +72,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "load_best_model_at_end",
     ),
 }
-# Read between rounds too, but other tests try them out: several processes, a GPU, kernels that are not installed, another trainer.
+# Read between rounds too, but other tests try them out: several processes, a GPU, kernels that are not installed,
+# another trainer.
 ELSEWHERE = {
     "activation_offloading", "data_seed", "deepspeed", "disable_dropout", "fsdp", "full_determinism",
     "max_length", "parallelism_config", "precompute_ref_batch_size", "precompute_ref_log_probs", "router_aux_loss_coef",
     "sync_ref_model", "torch_compile", "use_cpu", "use_liger_kernel",
 }  # fmt: skip
-# Read while a client trains, or where files, logs and processes are set up: they do not touch the model between rounds.
+# Read while a client trains, or where files, logs and processes are set up: they do not touch the model between
+# rounds.
 INERT = {
     "accelerator_config", "activation_checkpointing", "activation_checkpointing_kwargs", "adam_beta1", "adam_beta2", "adam_epsilon",
     "assistant_only_loss", "beta", "center_rewards_coefficient", "chat_template_path", "completion_only_loss", "dataset_kwargs",

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A client whose data is broken, whichever it is and however: it is named and left out, and the others never notice."""
+"""
+A client whose data is broken, whichever it is and however: it is named and left out, and the others never notice.
+"""
 
 import random
 

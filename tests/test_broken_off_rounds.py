@@ -1,9 +1,11 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Wherever a local round breaks off, and whatever is switched on, the clients after it give the bits that they give without it.
+Wherever a local round breaks off, and whatever is switched on, the clients after it give the bits that they give
+without it.
 
-A federation runs with clients that each fail somewhere else, and a healthy one after each; then without those that fail.
+A federation runs with clients that each fail somewhere else, and a healthy one after each; then without those that
+fail.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from helpers.trainers import QUICK_TEXT
 
 
 class Exchanging(torch.optim.SGD):
-    """Trains at twice the weights that are to be used, as far as it has trained them: schedule-free optimisers do the like."""
+    """
+    Trains at twice the weights that are to be used, as far as it has trained them: schedule-free optimisers do the
+    like.
+    """
 
     def train(self) -> None:
         self._exchange(True, 2.0)

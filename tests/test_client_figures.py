@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Figures are the clients' own: odd values of a metric, names of the user's, clients that learnt nothing, TRL's own metrics."""
+"""
+Figures are the clients' own: odd values of a metric, names of the user's, clients that learnt nothing, TRL's own
+metrics.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Names of clients: those that cannot stand in files and logs are refused before anything starts, all others work everywhere."""
+"""
+Names of clients: those that cannot stand in files and logs are refused before anything starts, all others work
+everywhere.
+"""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def test_sampling_is_uniform(seed: int) -> None:
     sampler = ClientSampler(TEN, sampled, seed)
     counts = Counter(client for round in range(1, num_rounds + 1) for client in sampler.sample(round))
     expected = num_rounds * sampled / len(TEN)
-    # without replacement the counts vary less than multinomial ones, by (1 - sampled / all); 27.9 is the 99.9 % quantile
-    # of chi-square with 9 degrees of freedom
+    # without replacement the counts vary less than multinomial ones, by (1 - sampled / all); 27.9 is the 99.9 %
+    # quantile of chi-square with 9 degrees of freedom
     chi_square = sum((counts[client] - expected) ** 2 for client in TEN) / expected / (1 - sampled / len(TEN))
     assert 0.5 < chi_square < 27.9
 

@@ -306,7 +306,9 @@ def test_what_was_put_aside_earlier_stays(run):
 
 
 def test_a_checkpoint_of_the_first_versions_is_resumed(finished, make_trainer, run):
-    """They had the sizes of clients' files in place of digests, no rounds in them, and the live files in `clients/`."""
+    """
+    They had the sizes of clients' files in place of digests, no rounds in them, and the live files in `clients/`.
+    """
     shutil.rmtree(run / "checkpoint-3")
     folder = run / "checkpoint-2"
     digests = read_digests(folder)

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""All places in the code that delete, rename or empty files, each with its reason: a new one has to be entered here."""
+"""
+All places in the code that delete, rename or empty files, each with its reason: a new one has to be entered here.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,10 @@ def deletions(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_path_method(call: ast.Call) -> bool:
-    """`path.rename(target)` and `path.replace(target)`; a string's `replace` takes two arguments, a data set's `rename_column` is another."""
+    """
+    `path.rename(target)` and `path.replace(target)`; a string's `replace` takes two arguments, a data set's
+    `rename_column` is another.
+    """
     assert isinstance(call.func, ast.Attribute)
     is_module = isinstance(call.func.value, ast.Name) and call.func.value.id in MODULES | {"dataclasses"}
     return call.func.attr in ("rename", "replace") and len(call.args) == 1 and not call.keywords and not is_module

@@ -3,9 +3,9 @@
 """
 One engine serves a whole federation: plain, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2, with two processes on the CPU.
 
-Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the processes do. FSDP2
-has to be forced on the CPU, see `helpers/fsdp_on_cpu.py`. Where slow tests are left out, DDP, ZeRO-2 and FSDP2 stand for all kinds,
-in a launch that is shorter: fewer clients, and two methods.
+Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the
+processes do. FSDP2 has to be forced on the CPU, see `helpers/fsdp_on_cpu.py`. Where slow tests are left out, DDP,
+ZeRO-2 and FSDP2 stand for all kinds, in a launch that is shorter: fewer clients, and two methods.
 """
 
 from __future__ import annotations

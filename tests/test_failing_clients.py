@@ -22,7 +22,9 @@ pytestmark = pytest.mark.trainer(
 
 
 def fail(trainer, monkeypatch, times, client="client_1", error=OUT_OF_MEMORY):
-    """Of the given client the first `times` local rounds fail in the second micro-batch, with gradients accumulated."""
+    """
+    Of the given client the first `times` local rounds fail in the second micro-batch, with gradients accumulated.
+    """
     turn = {"client": None, "left": times, "batches": 0}
     client_round, training_step = trainer._client_round, trainer.training_step
 

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every reader of files that others may have written, against every kind of damage: a sentence with the file's name, each time."""
+"""
+Every reader of files that others may have written, against every kind of damage: a sentence with the file's name, each
+time.
+"""
 
 from __future__ import annotations
 

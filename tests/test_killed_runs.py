@@ -15,8 +15,8 @@ from helpers.paths import ROOT, TESTS
 @pytest.mark.parametrize("kills", [8, pytest.param(28, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(kills, tiny_model_dir: Path, tmp_path: Path) -> None:
     """
-    SIGKILL at many places: in local rounds, while the record, a checkpoint, a client's file or the final adapter is written, and while a
-    round is published.
+    SIGKILL at many places: in local rounds, while the record, a checkpoint, a client's file or the final adapter is
+    written, and while a round is published.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
     result = subprocess.run(

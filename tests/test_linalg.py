@@ -58,7 +58,9 @@ def make(name: str) -> torch.Tensor:
 
 
 def check_against_lapack(weight: torch.Tensor, r: int, floor: float = 1e-6) -> None:
-    """Reconstruction within 1.001 of the optimum or `floor` of the norm; what belongs to non-zero values is orthonormal."""
+    """
+    Reconstruction within 1.001 of the optimum or `floor` of the norm; what belongs to non-zero values is orthonormal.
+    """
     left, values, right = (part.double() for part in truncated_svd(weight, r))
     reference, norm = torch.linalg.svdvals(weight.double()), weight.double().norm()
     distance = (weight.double() - (left * values) @ right).norm()

@@ -44,7 +44,9 @@ def loss_of(parameters: dict[str, nn.Parameter]) -> torch.Tensor:
 
 
 def term_of(objective: LocalObjective, parameters: dict[str, nn.Parameter]) -> torch.Tensor:
-    """What the objective adds to the loss, for `start` 0 and the client's state 2 (of random_state), by its definition."""
+    """
+    What the objective adds to the loss, for `start` 0 and the client's state 2 (of random_state), by its definition.
+    """
     start, own = random_state(SHAPES, 0), random_state(SHAPES, 2)
     distance = sum((parameter - start[key]).square().sum() for key, parameter in parameters.items())
     linear = sum((own[key] * parameter).sum() for key, parameter in parameters.items())

@@ -169,8 +169,8 @@ def test_parameters_that_are_frozen_in_a_round_stay(make_federation) -> None:
 
 def test_scaffold_equals_option_two_in_float64_over_rounds(make_federation) -> None:
     """
-    With a schedule, client sampling and refused clients. The reference takes the mean of the gradients themselves as the
-    client's control, weighted by learning rate, and the mean over all clients as the server's.
+    With a schedule, client sampling and refused clients. The reference takes the mean of the gradients themselves as
+    the client's control, weighted by learning rate, and the mean over all clients as the server's.
     """
     federation = make_federation(lr_scheduler_type="linear")
     lrs = [LR, 0.75 * LR, 0.5 * LR, 0.25 * LR]

@@ -35,8 +35,8 @@ NUMBERED = {f"client {number}" for number in range(1, 5)}
 @pytest.fixture
 def make_trainer(make_trainer, make_clients, monkeypatch):
     """
-    Four clients of different sizes, one of which fails with a row in the message, and held-out sets of which one is called like a
-    client.
+    Four clients of different sizes, one of which fails with a row in the message, and held-out sets of which one is
+    called like a client.
     """
 
     def make(output="adapter", clients=tuple(SIZES), held_out=None, **given):
@@ -88,7 +88,10 @@ def leaves(content, path=()):
 
 
 def figures_of_clients(record):
-    """Every number that is surely that of one client: sizes, bytes, and what is no integer (losses, seconds, evaluations)."""
+    """
+    Every number that is surely that of one client: sizes, bytes, and what is no integer (losses, seconds,
+    evaluations).
+    """
     yield from (client["num_examples"] for client in record["clients"].values())
     for entry in record["rounds"]:
         for figures in [*entry["clients"].values(), *(entry["client_eval"] or {}).values()]:
@@ -476,7 +479,9 @@ def test_text_that_is_no_utf8_does_not_keep_the_card_from_being_written(run, fie
 
 
 def test_the_error_that_ends_a_run_does_not_carry_that_of_the_client(caplog):
-    """Of several processes one has failed where the others wait: its traceback, and a log of it, would hold the row."""
+    """
+    Of several processes one has failed where the others wait: its traceback, and a log of it, would hold the row.
+    """
     trainer = AgreementMixin.__new__(AgreementMixin)
     trainer.accelerator = SimpleNamespace(num_processes=2, process_index=1)
     with caplog.at_level(logging.WARNING, "fed_trainer"), pytest.raises(FailedAloneError) as caught:

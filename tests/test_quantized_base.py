@@ -92,7 +92,9 @@ def test_a_run_on_a_4_bit_base_that_died_resumes_to_the_same_adapter(make_traine
 @pytest.mark.fast("scl")
 @each_adapter
 def test_evaluations_between_the_rounds_do_not_touch_what_is_trained(make_trainer, tmp_path, peft_config):
-    """bitsandbytes repacks the base in the first evaluation on some CPUs, after which no gradient passed through it."""
+    """
+    bitsandbytes repacks the base in the first evaluation on some CPUs, after which no gradient passed through it.
+    """
     for output, evaluates in (("with", True), ("without", False)):
         make_trainer(output, peft_config, eval_rows=16 if evaluates else 0).train()
     assert same(weights_in(tmp_path / "with"), weights_in(tmp_path / "without"))

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A resumed run is the run that was begun: whatever decides the result is recorded, compared, and refused by its name."""
+"""
+A resumed run is the run that was begun: whatever decides the result is recorded, compared, and refused by its name.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a run writes: adapters of any name, nothing that lacks what is trained, and all that is needed to load the result."""
+"""
+What a run writes: adapters of any name, nothing that lacks what is trained, and all that is needed to load the result.
+"""
 
 from __future__ import annotations
 

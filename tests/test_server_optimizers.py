@@ -87,7 +87,10 @@ def test_several_rounds_follow_the_formula(build, formula) -> None:
 
 
 def test_second_moment_is_that_of_the_delta_and_not_of_the_momentum() -> None:
-    """Trap: OpenFedLLM squares the momentum. After a first delta of 0 and a second of 1, only `D^2` tells them apart fully."""
+    """
+    Trap: OpenFedLLM squares the momentum. After a first delta of 0 and a second of 1, only `D^2` tells them apart
+    fully.
+    """
     delta = [{"w": torch.tensor([value])} for value in (1.0, 0.0)]
     ours = run(FedAdam(1.0, 0.9, 0.99, 1e-3), {"w": torch.zeros(1)}, delta)["w"].item()
     m1, v1 = 0.1, 0.99 * 1e-6 + 0.01
@@ -115,7 +118,9 @@ def test_momentum_is_a_sum_and_not_an_average() -> None:
 
 
 def test_every_name_selects_the_optimiser_of_that_name() -> None:
-    """Trap: OpenFedLLM knows FedAdagrad by two spellings, of which the right one raises and the wrong one runs FedAvg."""
+    """
+    Trap: OpenFedLLM knows FedAdagrad by two spellings, of which the right one raises and the wrong one runs FedAvg.
+    """
     assert {name: cls.__name__.lower() for name, cls in SERVER_OPTIMIZERS.items() if name != "sgd"} == {
         name: name for name in ("fedavgm", "fedadagrad", "fedadam", "fedyogi")
     }

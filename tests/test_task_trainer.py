@@ -269,7 +269,10 @@ def test_a_collator_may_tokenise(make_trainer):
 def test_accumulated_batches_equal_one_whatever_the_loss_of_the_model_looks_at(
     make_trainer, tmp_path, looks_at_the_count
 ):
-    """BERT computes a mean over its rows, but takes any keyword, from which `Trainer` concludes that it divides by the count."""
+    """
+    BERT computes a mean over its rows, but takes any keyword, from which `Trainer` concludes that it divides by the
+    count.
+    """
 
     class Counting(BertForSequenceClassification):
         def forward(self, input_ids, labels, num_items_in_batch=None, **inputs):

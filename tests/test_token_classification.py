@@ -28,7 +28,9 @@ each_adapter = pytest.mark.parametrize("peft_config", ADAPTERS.values(), ids=ADA
 
 
 def rows_of(client, number=16):
-    """Words 10 to 14 are of class 1 and 15 to 19 of class 2; the first and last token have no label. Lengths differ."""
+    """
+    Words 10 to 14 are of class 1 and 15 to 19 of class 2; the first and last token have no label. Lengths differ.
+    """
     draw = np.random.default_rng(client)
     rows = {"input_ids": [], "attention_mask": [], "labels": []}
     for _ in range(number):

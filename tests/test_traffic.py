@@ -39,7 +39,9 @@ class Case:
 
 
 def adds(columns: Callable[[int], int]) -> Callable[[int, int], int]:
-    """What went into the base since then: a round's factors have so many columns, up to the smaller side of the weight."""
+    """
+    What went into the base since then: a round's factors have so many columns, up to the smaller side of the weight.
+    """
 
     def missed(round: int, since: int) -> int:
         pairs = [(min(columns(2), d_in, d_out), d_in, d_out) for d_in, d_out in SHAPES]

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Optimisers, schedules and adapters that the user brings: they train what is federated, or are refused in a sentence."""
+"""
+Optimisers, schedules and adapters that the user brings: they train what is federated, or are refused in a sentence.
+"""
 
 from __future__ import annotations
 

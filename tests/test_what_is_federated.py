@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""FedPEFT: any small part of a model can be federated, or all of it. Adapters of many types, prompts, biases, whole models."""
+"""
+FedPEFT: any small part of a model can be federated, or all of it. Adapters of many types, prompts, biases, whole
+models.
+"""
 
 import json
 import re

@@ -1,11 +1,12 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Every method on live models, against its formula in float64 on dense matrices, written out here with none of the rules' code.
+Every method on live models, against its formula in float64 on dense matrices, written out here with none of the rules'
+code.
 
-The layers are an `nn.Linear` and a `Conv1D`, not square, beside a head in `modules_to_save`. Clients have unequal numbers of
-examples and `alpha / r` is not 1. A method is played for three rounds by what `METHODS` says of it, and after each round the
-weights that the model computes with are compared.
+The layers are an `nn.Linear` and a `Conv1D`, not square, beside a head in `modules_to_save`. Clients have unequal
+numbers of examples and `alpha / r` is not 1. A method is played for three rounds by what `METHODS` says of it, and
+after each round the weights that the model computes with are compared.
 """
 
 from __future__ import annotations

@@ -307,7 +307,10 @@ def test_hetlora_averages_what_clients_of_other_scalings_do() -> None:
 
 
 def test_hetlora_sum_starts_from_zero_and_not_from_the_old_global() -> None:
-    """Trap: a sum that starts from the old global adapter keeps directions that no client has any more, and doubles others."""
+    """
+    Trap: a sum that starts from the old global adapter keeps directions that no client has any more, and doubles
+    others.
+    """
     layer = Layer("q_proj", 7, 5, 3, 1.5)
     state = random_state((layer,), "global")
     updates = [ClientUpdate(str(i), 1, random_state((layer,), i, rank=2)) for i in range(2)]
@@ -545,7 +548,9 @@ EMBED = FactorPair("embed", "e.lora_embedding_A", "e.lora_embedding_B", 0.5, tra
 
 
 def test_flora_restarts_embeddings_as_peft_starts_them() -> None:
-    """With `A` of 1 / sqrt(vocabulary) and `B = 0`, each token would read a column of tiny entries, and hardly learn."""
+    """
+    With `A` of 1 / sqrt(vocabulary) and `B = 0`, each token would read a column of tiny entries, and hardly learn.
+    """
     state = {EMBED.key_A: torch.zeros(2, 1000), EMBED.key_B: randn((6, 2), "B")}
     delta = {EMBED.key_A: randn((2, 1000), "delta"), EMBED.key_B: torch.zeros(6, 2)}
     new, base = aggregate(FLoRA([EMBED]), state, [ClientUpdate("a", 5, delta)])

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Factor pairs read off live models, and rules on them, against the dense changes of weight that PEFT and SCL compute."""
+"""
+Factor pairs read off live models, and rules on them, against the dense changes of weight that PEFT and SCL compute.
+"""
 
 from __future__ import annotations
 
@@ -181,8 +183,8 @@ def test_model_has_the_mean_of_the_clients_weights_after_every_round(name: str, 
 
 def test_fedex_residual_is_not_transposed_on_square_linear_layers() -> None:
     """
-    Trap: the repository of FedEx-LoRA adds the transposed residual, right for the `Conv1D` of GPT-2, wrong for `nn.Linear`, and
-    silent on square weights, where the shapes agree. There it is worse than not correcting at all.
+    Trap: the repository of FedEx-LoRA adds the transposed residual, right for the `Conv1D` of GPT-2, wrong for
+    `nn.Linear`, and silent on square weights, where the shapes agree. There it is worse than not correcting at all.
     """
     model = lora(target_modules=["square", "square_conv"])
     adapter, pairs = LiveAdapter(model), factor_pairs(model)

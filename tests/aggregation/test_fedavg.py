@@ -196,8 +196,8 @@ def test_equal_updates_give_that_update(num_examples: list[int], seed: int) -> N
 def test_fedit_baseline_is_not_client_0_alone() -> None:
     """
     The averaging code of FLoRA's repository assigns the sum of its FedIT branch to a misspelt variable
-    (`weighted_sindgle_weights`), so that the baseline is client 0 times its share, whatever the others sent. Here every
-    client moves the mean, by its own share.
+    (`weighted_sindgle_weights`), so that the baseline is client 0 times its share, whatever the others sent. Here
+    every client moves the mean, by its own share.
     """
     updates = updates_of(NUM_EXAMPLES)
     mean = aggregate(updates)

@@ -33,8 +33,8 @@ METHODS_BY_ROLES = ("ffa_lora", "fedsa_lora", "rolora")
 
 def one_round(name: str, round: int, states: list[AdapterState]) -> list[AdapterState]:
     """
-    What the clients hold after a round of a method: each trains at random what is not frozen, from its own local tensors and
-    the shared ones, and gets the new shared ones.
+    What the clients hold after a round of a method: each trains at random what is not frozen, from its own local
+    tensors and the shared ones, and gets the new shared ones.
     """
     method = METHODS[name]
     roles, rule = method.roles(round), method.build()
@@ -171,8 +171,8 @@ def test_ffa_lora_is_the_mean_of_the_products(layers: tuple[Layer, ...]) -> None
 
 def test_ffa_lora_needs_the_same_frozen_factor_everywhere() -> None:
     """
-    Trap: in the repository of the SCL authors every client draws its own `A`. The mean of `B` then fits none of them; the digest
-    of the frozen tensors tells.
+    Trap: in the repository of the SCL authors every client draws its own `A`. The mean of `B` then fits none of them;
+    the digest of the frozen tensors tells.
     """
     layer = LORA[0]
     states = [random_state((layer,), f"client {index}") for index in range(2)]

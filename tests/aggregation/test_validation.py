@@ -164,7 +164,10 @@ def test_digest_covers_names_shapes_dtypes_and_every_value() -> None:
 @pytest.mark.parametrize("key", [A, B])
 @pytest.mark.parametrize("exponent", range(39))
 def test_of_values_that_are_taken_the_weighted_product_is_a_float32(exponent: int, key: str) -> None:
-    """Rules multiply two factors and weight them by the examples, which may be a million; what is ordinary is never refused."""
+    """
+    Rules multiply two factors and weight them by the examples, which may be a million; what is ordinary is never
+    refused.
+    """
     million = 10**6
     for mantissa in (1.0, 1.9, 3.0):
         value = mantissa * 10.0**exponent

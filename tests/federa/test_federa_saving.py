@@ -172,7 +172,9 @@ def test_loading_into_the_live_model_goes_back_to_what_was_saved(keep_base, tmp_
 
 @modes
 def test_another_start_moves_the_base_along(keep_base, tmp_path):
-    """A file from a machine with other singular vectors: the model computes what was saved, up to one more rounding."""
+    """
+    A file from a machine with other singular vectors: the model computes what was saved, up to one more rounding.
+    """
     model = move(adapted("llama", keep_base=keep_base))
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -234,7 +236,9 @@ def test_biases_modules_and_tokens_that_are_trained_come_along(tmp_path):
 
 @modes
 def test_a_residual_is_never_saved(keep_base, tmp_path):
-    """PEFT saves the weight of a targeted embedding with the adapter, for the base model that it will be loaded onto."""
+    """
+    PEFT saves the weight of a targeted embedding with the adapter, for the base model that it will be loaded onto.
+    """
     model = move(adapted("llama_embedding", keep_base=keep_base))
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")

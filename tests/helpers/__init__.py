@@ -5,6 +5,7 @@
 import logging
 
 
-# Transformers and PEFT, which come after this, import what quantises where they can; it tells of kernels for GPUs that it misses
+# Transformers and PEFT, which come after this, import what quantises where they can; it tells of kernels for GPUs that
+# it misses
 for _name in ("bitsandbytes", "torch.utils._pytree", "torchao"):
     logging.getLogger(_name).setLevel(logging.ERROR)

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Clients with small random factors, and what they amount to as dense float64 matrices; uses none of the rules' helpers."""
+"""
+Clients with small random factors, and what they amount to as dense float64 matrices; uses none of the rules' helpers.
+"""
 
 from __future__ import annotations
 

@@ -124,7 +124,9 @@ def scaling_of(r: int, alpha: float, rslora: bool = False) -> float:
 
 
 def dense_start(weight: torch.Tensor, r: int, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`B0 = U_r sqrt(S_r / s)` and `A0 = sqrt(S_r / s) V_r^T` by the dense SVD, the signs fixed by each left vector."""
+    """
+    `B0 = U_r sqrt(S_r / s)` and `A0 = sqrt(S_r / s) V_r^T` by the dense SVD, the signs fixed by each left vector.
+    """
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     for column in range(r):
         if left[left[:, column].abs().argmax(), column] < 0:

@@ -3,8 +3,9 @@
 """
 FSDP2 on the CPU, for the processes of tests/test_distributed.py.
 
-Accelerate enables FSDP for several processes on GPUs only. What is pretended is what it detects: that there are GPUs, though with the
-backend gloo, and that the device is the CPU (the variable is Accelerate's). All that follows is its own code on CPU tensors.
+Accelerate enables FSDP for several processes on GPUs only. What is pretended is what it detects: that there are GPUs,
+though with the backend gloo, and that the device is the CPU (the variable is Accelerate's). All that follows is its
+own code on CPU tensors.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A Hugging Face Hub in memory, on a free port of 127.0.0.1, for tests with the unmodified `huggingface_hub` client.
+"""
+A Hugging Face Hub in memory, on a free port of 127.0.0.1, for tests with the unmodified `huggingface_hub` client.
 
-It knows what pushing and loading models needs: commits with regular and LFS files, branches, downloads by branch or sha,
-error codes; no Xet, tags, pull requests, datasets. The same pushes in the same order always give the same shas.
+It knows what pushing and loading models needs: commits with regular and LFS files, branches, downloads by branch or
+sha, error codes; no Xet, tags, pull requests, datasets. The same pushes in the same order always give the same shas.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ class Repo:
 
 
 def oid_of(path: str, content: bytes) -> str:
-    """SHA-256 of an LFS file, git's SHA-1 of a regular one; the client compares it to skip what the Hub has already."""
+    """
+    SHA-256 of an LFS file, git's SHA-1 of a regular one; the client compares it to skip what the Hub has already.
+    """
     if path.endswith(LFS_SUFFIXES) and content:  # an empty file is never sent as LFS
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -59,7 +59,9 @@ class Block(nn.Module):
 
 
 def wrapped_block(*configs: dict[str, Any], base: str = "linear", dtype: torch.dtype = torch.float64) -> PeftModel:
-    """A `Block` with one adapter "x", "y", "z" per config, all of them active and every one of their weights random."""
+    """
+    A `Block` with one adapter "x", "y", "z" per config, all of them active and every one of their weights random.
+    """
     torch.manual_seed(0)
     names = "xyz"[: len(configs)]
     model: Any = None
@@ -90,7 +92,9 @@ def dense_base(layer: SclLayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dense_maps(layer: SclLayer, name: str) -> dict[str, torch.Tensor]:
-    """The maps of one adapter in float64: `A`, `a` (bias), `B`, `b` (bias), and `A0`, `B0`, `delta` if there are any."""
+    """
+    The maps of one adapter in float64: `A`, `a` (bias), `B`, `b` (bias), and `A0`, `B0`, `delta` if there are any.
+    """
     maps = {}
     for key, linear in (("A", layer.scl_A[name]), ("B", layer.scl_B[name])):
         maps[key] = linear.weight.detach().double()
@@ -112,8 +116,8 @@ def reference_forward(layer: SclLayer, configs: dict[str, dict[str, Any]], h: to
     Output of the wrapped down projection for `h (..., m)`, from the definition.
 
     `y = W h' + b + sum_k change_k(h')` with `h' = h + sum over the bottlenecks of s B act(A h + a) + s b`, where the
-    change is `delta h'` for a bottleneck, and for a compression `s B act(A h' + a) + s b` less `s B0 act(A0 h')` if the residual
-    is kept, less `W h'` if not.
+    change is `delta h'` for a bottleneck, and for a compression `s B act(A h' + a) + s b` less `s B0 act(A0 h')` if
+    the residual is kept, less `W h'` if not.
     """
     weight, bias = dense_base(layer)
     h = h.double()

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Export as LoRA: equal to the dense formula, loadable without peft_scl, optimal when truncated, refused where it is wrong."""
+"""
+Export as LoRA: equal to the dense formula, loadable without peft_scl, optimal when truncated, refused where it is
+wrong.
+"""
 
 import json
 import subprocess

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes on the CPU that share a model give the losses of one process: the start of the adapters is there, whole."""
+"""
+Two processes on the CPU that share a model give the losses of one process: the start of the adapters is there, whole.
+"""
 
 import json
 import os

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Merging: equal to the unmerged forward and to the dense formula, exactly undone, and refused without side effects."""
+"""
+Merging: equal to the unmerged forward and to the dense formula, exactly undone, and refused without side effects.
+"""
 
 import itertools
 

@@ -145,7 +145,8 @@ def test_merging_rounds_once_more_and_is_undone_bit_for_bit(config, load, backen
         model.merge_adapter()
     for layer, (weight, bias) in zip(scl_layers(model), exact, strict=True):
         # No further away than the exact merge is after quantisation by the same library, the least error there can be.
-        # An entry half way between two points of the grid may go either way, hence the comparison of the largest errors.
+        # An entry half way between two points of the grid may go either way, hence the comparison of the largest
+        # errors.
         rounding = (_requantised(layer, weight.float()) - weight).abs().max()
         error = (_dense(layer) - weight).abs().max()
         assert 0 < error < 1.001 * rounding + 1e-6
