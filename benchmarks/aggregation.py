@@ -35,9 +35,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fed_trainer.adapter_state import AdapterState, state_bytes
-from fed_trainer.aggregation import ClientUpdate, FedAvg, validated
-from fed_trainer.server_optimizers import ServerOptimizer
+from fed_trainer.federation.validation import validated
+from fed_trainer.methods.aggregation import ClientUpdate, FedAvg
+from fed_trainer.methods.server_optimizers import ServerOptimizer
+from fed_trainer.state.adapter_state import AdapterState, state_bytes
 
 
 FLOWER = "flwr==1.41.0"

@@ -37,8 +37,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fed_trainer import dirichlet_partition, iid_partition, natural_partition
-from fed_trainer.adapter_state import AdapterState, subtract
-from fed_trainer.aggregation import ClientUpdate, FedAvg
+from fed_trainer.methods.aggregation import ClientUpdate, FedAvg
+from fed_trainer.state.adapter_state import AdapterState, subtract
 
 
 __all__ = ["Run", "Task", "banking77_task", "evaluate", "federate", "medquad_task"]

@@ -2,13 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federated fine-tuning of adapters with the trainers of TRL and transformers."""
 
-from .aggregation import ClientUpdate, TooFewClientsError
-from .agreement import FailedAloneError
-from .client_datasets import ClientDatasets
+from .client.agreement import FailedAloneError
+from .client.joining import Invitation, invite, join
 from .config import FederatedConfig, FederatedDPOConfig, FederatedRewardConfig, FederatedTaskConfig
-from .dpo_trainer import FederatedDPOTrainer
-from .joining import Invitation, invite, join
-from .partition import (
+from .data.client_datasets import ClientDatasets
+from .data.partition import (
     dirichlet_partition,
     iid_partition,
     natural_partition,
@@ -17,10 +15,13 @@ from .partition import (
     pathological_partition,
     quantity_skew_partition,
 )
-from .reward_trainer import FederatedRewardTrainer
-from .sft_trainer import FederatedTrainer
-from .task_trainer import FederatedTaskTrainer
-from .trainer import FederatedMixin
+from .federation.validation import TooFewClientsError
+from .methods.aggregation import ClientUpdate
+from .trainers.dpo import FederatedDPOTrainer
+from .trainers.mixin import FederatedMixin
+from .trainers.reward import FederatedRewardTrainer
+from .trainers.sft import FederatedTrainer
+from .trainers.task import FederatedTaskTrainer
 
 
 __all__ = [

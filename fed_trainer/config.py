@@ -11,11 +11,11 @@ from transformers.trainer_utils import HubStrategy, IntervalStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from .aggregation import METHODS
-from .local_objectives import LOCAL_OBJECTIVES
-from .options import check_integer, check_number
-from .schedules import check_local_schedule, check_schedule_name, lr_factors
-from .server_optimizers import SERVER_OPTIMIZERS
+from .methods.aggregation import METHODS
+from .methods.objectives import LOCAL_OBJECTIVES
+from .methods.schedules import check_local_schedule, check_schedule_name, lr_factors
+from .methods.server_optimizers import SERVER_OPTIMIZERS
+from .state.checks import check_integer, check_number
 
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "given",
     "joins_examples",
     "json_mapping",
+    "local_batch",
     "round_lr_factors",
 ]
 
@@ -278,7 +279,7 @@ class FederatedConfig(FederationArguments, SFTConfig):
         > Parameters that control the aggregation
 
         aggregation (`str`, *optional*, defaults to `"fedavg"`):
-            How client updates become the next global adapter, a name in `fed_trainer.aggregation.METHODS`. `"fedavg"`: mean
+            How client updates become the next global adapter, a name in `fed_trainer.methods.aggregation.METHODS`. `"fedavg"`: mean
             weighted by the clients' numbers of examples (McMahan et al., 2017), or otherwise with `weights`.
         aggregation_kwargs (`dict` or `str`, *optional*):
             Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`. Rules that are
@@ -300,7 +301,7 @@ class FederatedConfig(FederationArguments, SFTConfig):
         server_optimizer_kwargs (`dict` or `str`, *optional*):
             Further options of the server optimiser, as its class names them: `{"beta1": 0.9, "tau": 1e-3}`.
         local_objective (`str`, *optional*):
-            What clients add to their gradients, a name in `fed_trainer.local_objectives.LOCAL_OBJECTIVES`.
+            What clients add to their gradients, a name in `fed_trainer.methods.objectives.LOCAL_OBJECTIVES`.
         local_objective_kwargs (`dict` or `str`, *optional*):
             Options of the local objective, as its class names them: `{"mu": 0.01}` for `"fedprox"`.
 
@@ -450,3 +451,8 @@ def round_lr_factors(args: FederationArguments) -> list[float]:
         ValueError: If that is no schedule, or one that needs arguments of its own.
     """
     return lr_factors("round_lr_scheduler_type", args.round_lr_scheduler_type, args.num_rounds)
+
+
+def local_batch(args: FederationArguments) -> int:
+    """Examples of one optimiser step over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size

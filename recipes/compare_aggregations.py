@@ -30,12 +30,12 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.aggregation import TooFewClientsError
-from fed_trainer.broken_state import BrokenStateError
-from fed_trainer.described import agree, storable
-from fed_trainer.figures import held_out_metrics
-from fed_trainer.record import read_record
-from fed_trainer.settings import federation_settings, local_settings
+from fed_trainer.federation.broken_state import BrokenStateError
+from fed_trainer.federation.validation import TooFewClientsError
+from fed_trainer.output.figures import held_out_metrics
+from fed_trainer.output.record import read_record
+from fed_trainer.output.settings import federation_settings, local_settings
+from fed_trainer.state.described import agree, storable
 
 
 CONFIGS = Path(__file__).resolve().parent / "configs" / "aggregations"

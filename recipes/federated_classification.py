@@ -38,7 +38,7 @@ from fed_trainer import (
     pathological_partition,
 )
 from fed_trainer.config import json_mapping
-from fed_trainer.report import write_report
+from fed_trainer.output.report import write_report
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -61,7 +61,7 @@ class RecipeArguments:
         max_eval_samples (`int`, *optional*):
             Evaluate on so many test rows only, drawn with `seed`: test splits are often sorted by class.
         partition_method (`str`, *optional*, defaults to `"dirichlet"`):
-            How the training split becomes clients: `"dirichlet"`, `"pathological"` or `"iid"`, see `fed_trainer.partition`.
+            How the training split becomes clients: `"dirichlet"`, `"pathological"` or `"iid"`, see `fed_trainer.data.partition`.
         num_clients (`int`, *optional*, defaults to `10`):
             Number of clients.
         alpha (`float`, *optional*, defaults to `0.1`):

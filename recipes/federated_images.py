@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_matplotlib_available
 from trl import TrlParser
 
 from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer, dirichlet_partition, partition_summary
-from fed_trainer.report import write_report
+from fed_trainer.output.report import write_report
 from peft_scl import FederaConfig, SclConfig
 
 

@@ -32,7 +32,7 @@ from fed_trainer import (
     quantity_skew_partition,
 )
 from fed_trainer.config import FederationArguments, json_mapping
-from fed_trainer.report import write_report
+from fed_trainer.output.report import write_report
 
 
 @dataclass
@@ -65,7 +65,7 @@ class RecipeArguments:
             Column with the text to learn.
         partition_method (`str`, *optional*, defaults to `"natural"`):
             How the training split becomes clients: `"natural"`, `"dirichlet"`, `"pathological"`, `"iid"` or
-            `"quantity_skew"`, see `fed_trainer.partition`.
+            `"quantity_skew"`, see `fed_trainer.data.partition`.
         partition_column (`str`, *optional*):
             Column that `"natural"`, `"dirichlet"` and `"pathological"` split by.
         num_clients (`int`, *optional*, defaults to `10`):

@@ -32,8 +32,8 @@ from fed_trainer import (
     FederatedTaskTrainer,
     FederatedTrainer,
 )
-from fed_trainer.aggregation import TooFewClientsError
 from fed_trainer.config import FederationArguments
+from fed_trainer.federation.validation import TooFewClientsError
 from helpers.data import clients_of, preferences_of
 from helpers.fsdp_on_cpu import pretend_that_accelerate_found_gpus
 from helpers.runs import Stops
@@ -190,7 +190,7 @@ def in_bfloat16() -> dict[str, Any]:
     As `one_engine`, with `bf16`, which the arguments refuse without a GPU; what is gathered takes several messages.
     """
     pretended = patch("transformers.training_args.is_torch_bf16_gpu_available", return_value=True)
-    with pretended, patch("fed_trainer.engine_deepspeed.ELEMENTS_PER_MESSAGE", 500):
+    with pretended, patch("fed_trainer.client.live.deepspeed.ELEMENTS_PER_MESSAGE", 500):
         trainer = make_trainer("bfloat16", bf16=True)
         start, client = trainer._global_state, trainer._prepared_client("client_0")
         start = {key: tensor + 1e-5 for key, tensor in start.items()}  # which bfloat16 would round away
@@ -289,7 +289,7 @@ def clients_that_fail() -> dict[str, Any]:
         report["reasons"] = left_out._record["rounds"][0]["refused"]
     hurried = make_trainer("hurried", client_timeout=100.0, **short)
     seconds_per_look = 1000 if os.environ.get("RANK", "0") == "0" else 0
-    with patch("fed_trainer.local_round.time.perf_counter", itertools.count(step=seconds_per_look).__next__):
+    with patch("fed_trainer.client.engine.time.perf_counter", itertools.count(step=seconds_per_look).__next__):
         try:
             hurried.train()
         except TooFewClientsError as error:

@@ -20,14 +20,9 @@ from peft import (
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fed_trainer.adapter_state import (
-    AdapterState,
-    LiveAdapter,
-    base_digest,
-    check_same_layout,
-    state_bytes,
-    subtract,
-)
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.base_model import base_digest
+from fed_trainer.state.adapter_state import AdapterState, check_same_layout, state_bytes, subtract
 from helpers.models import move
 from peft_scl import FederaConfig, SclConfig
 from peft_scl.federa.layer import evenly_spaced

@@ -20,10 +20,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from fed_trainer import FederatedTaskConfig
-from fed_trainer.adapter_state import AdapterState, LiveAdapter
-from fed_trainer.aggregation import METHODS, ClientUpdate, LowRank, TooFewClientsError
-from fed_trainer.client_settings import ClientSettings
-from fed_trainer.server import Server
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.federation.client_settings import ClientSettings
+from fed_trainer.federation.server import Server
+from fed_trainer.federation.validation import TooFewClientsError
+from fed_trainer.methods.aggregation import METHODS, ClientUpdate
+from fed_trainer.state.adapter_state import AdapterState
+from fed_trainer.state.low_rank import LowRank
 from helpers.comparison import same
 
 

@@ -16,9 +16,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fed_trainer.adapter_state import AdapterState, LiveAdapter, base_digest, subtract
-from fed_trainer.aggregation import METHODS, ClientUpdate, FactorPair, LowRank, add_to_base, factor_pairs
-from fed_trainer.base_changes import BaseChanges
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.base_changes import BaseChanges
+from fed_trainer.client.live.base_model import base_digest
+from fed_trainer.client.live.pairs import add_to_base, factor_pairs
+from fed_trainer.methods.aggregation import METHODS, ClientUpdate
+from fed_trainer.state.adapter_state import AdapterState, subtract
+from fed_trainer.state.factors import FactorPair
+from fed_trainer.state.low_rank import LowRank
 from helpers.models import logits
 from peft_scl import FederaConfig, FederaLayer, LoraExport, SclConfig
 

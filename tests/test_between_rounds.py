@@ -16,9 +16,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedTrainer, local_round
-from fed_trainer.put_back import _HOOKS
-from fed_trainer.refusals import refuse_other_weights_in_evaluation
+from fed_trainer import FederatedTrainer
+from fed_trainer.client import engine as local_round
+from fed_trainer.client.put_back import _HOOKS
+from fed_trainer.trainers.refusals.settings import refuse_other_weights_in_evaluation
 from helpers.comparison import same
 from helpers.trainers import QUICK_TEXT
 

@@ -18,15 +18,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from fed_trainer import (
-    FederatedConfig,
-    FederatedTaskConfig,
-    FederatedTaskTrainer,
-    FederatedTrainer,
-)
-from fed_trainer.aggregation import TooFewClientsError
-from fed_trainer.first_look import telling_row
-from fed_trainer.loss_probe import states_its_loss
+from fed_trainer import FederatedConfig, FederatedTaskConfig, FederatedTaskTrainer, FederatedTrainer
+from fed_trainer.client.loss_probe import states_its_loss
+from fed_trainer.federation.validation import TooFewClientsError
+from fed_trainer.trainers.first_look import telling_row
 from helpers.models import tiny_bert
 from helpers.trainers import QUICK
 

@@ -22,7 +22,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
-from fed_trainer.put_back import _HOOKS, remember_hooks
+from fed_trainer.client.put_back import _HOOKS, remember_hooks
 from helpers.comparison import same
 from helpers.data import preferences_of
 from helpers.trainers import QUICK_TEXT

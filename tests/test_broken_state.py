@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fed_trainer import FederatedTrainer
-from fed_trainer.broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
+from fed_trainer.federation.broken_state import BrokenStateError, refuse_broken_loss, refuse_overflow
 
 
 pytestmark = pytest.mark.trainer(

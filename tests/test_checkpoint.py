@@ -10,14 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fed_trainer import checkpoint
-from fed_trainer.checkpoint import (
-    load_adapter,
-    refuse_another_run,
-    rotate_checkpoints,
-    write_checkpoint,
-)
-from fed_trainer.digests import find_damage
+from fed_trainer.output import checkpoint
+from fed_trainer.output.checkpoint import load_adapter, refuse_another_run, rotate_checkpoints, write_checkpoint
+from fed_trainer.output.digests import find_damage
 
 
 STATE = {"a": torch.randn(3, 2), "b": torch.randn(4).to(torch.bfloat16)}

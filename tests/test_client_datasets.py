@@ -14,8 +14,9 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
-from fed_trainer import FederatedConfig, FederatedTrainer, client_turn, dirichlet_partition, iid_partition
-from fed_trainer.client_datasets import ClientDatasets, column_by_client, one_of_each_source, rows_by_client
+from fed_trainer import FederatedConfig, FederatedTrainer, dirichlet_partition, iid_partition
+from fed_trainer.client import turn as client_turn
+from fed_trainer.data.client_datasets import ClientDatasets, column_by_client, one_of_each_source, rows_by_client
 
 
 @pytest.fixture

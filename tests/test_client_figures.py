@@ -30,9 +30,9 @@ from fed_trainer import (
     FederatedTaskTrainer,
     FederatedTrainer,
 )
-from fed_trainer.clients import client_seed
-from fed_trainer.figures import held_out_metrics, means_over_clients
-from fed_trainer.report import partial_means, round_table
+from fed_trainer.federation.sampling import client_seed
+from fed_trainer.output.figures import held_out_metrics, means_over_clients
+from fed_trainer.output.report import partial_means, round_table
 
 
 PLAIN: dict[str, Any] = {"use_cpu": True, "report_to": "none", "bf16": False, "disable_tqdm": True}

@@ -16,9 +16,9 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.client_store import ClientStore
-from fed_trainer.clients import check_clients
-from fed_trainer.record import read_record
+from fed_trainer.client.store import ClientStore
+from fed_trainer.output.record import read_record
+from fed_trainer.trainers.refusals.data import check_clients
 
 
 GOOD = [

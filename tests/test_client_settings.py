@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 
-from fed_trainer.client_settings import ClientSettings, layer_of, parse_client_settings
+from fed_trainer.federation.client_settings import ClientSettings, layer_of, parse_client_settings
 
 
 KEYS = [

@@ -10,9 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fed_trainer import client_store
-from fed_trainer.client_store import ClientStore, check_owner
-from fed_trainer.disk import DamagedFileError, file_digest
+from fed_trainer.client import store as client_store
+from fed_trainer.client.store import ClientStore
+from fed_trainer.output.client_files import check_owner
+from fed_trainer.output.disk import DamagedFileError, file_digest
 from helpers.comparison import same
 from helpers.runs import flip_bit
 

@@ -18,9 +18,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from fed_trainer import FederatedDPOConfig, FederatedDPOTrainer
-from fed_trainer.aggregation import METHODS, ClientUpdate, FactorPair, InvalidUpdateError, validated
-from fed_trainer.client_errors import ClientError
-from fed_trainer.token_counts import count_tokens
+from fed_trainer.client.token_counts import count_tokens
+from fed_trainer.federation.validation import InvalidUpdateError, validated
+from fed_trainer.methods.aggregation import METHODS, ClientUpdate
+from fed_trainer.state.client_errors import ClientError
+from fed_trainer.state.factors import FactorPair
 
 
 PAIRS = [FactorPair("m", "m.lora_A.weight", "m.lora_B.weight", 2.0)]

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fed_trainer import FederatedConfig
-from fed_trainer.clients import ClientSampler, check_clients, check_sft_columns, client_seed
+from fed_trainer.federation.sampling import ClientSampler, client_seed
+from fed_trainer.trainers.refusals.data import check_clients, check_sft_columns
 
 
 TEN = [f"client_{index}" for index in range(10)]

@@ -13,11 +13,12 @@ from datasets import load_dataset
 from federated_sft import make_peft_config, prepare
 
 from fed_trainer import FederatedTrainer
-from fed_trainer.aggregation import METHODS, TooFewClientsError
-from fed_trainer.broken_state import BrokenStateError
-from fed_trainer.described import storable
-from fed_trainer.local_objectives import LOCAL_OBJECTIVES
-from fed_trainer.server_optimizers import SERVER_OPTIMIZERS
+from fed_trainer.federation.broken_state import BrokenStateError
+from fed_trainer.federation.validation import TooFewClientsError
+from fed_trainer.methods.aggregation import METHODS
+from fed_trainer.methods.objectives import LOCAL_OBJECTIVES
+from fed_trainer.methods.server_optimizers import SERVER_OPTIMIZERS
+from fed_trainer.state.described import storable
 
 
 CONFIGS = {path.stem: path for path in sorted(compare_aggregations.CONFIGS.glob("*.yaml"))}

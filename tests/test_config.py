@@ -13,8 +13,8 @@ import pytest
 from trl import SFTConfig, TrlParser
 
 from fed_trainer import FederatedConfig
-from fed_trainer.aggregation import METHODS
-from fed_trainer.clients import ClientSampler
+from fed_trainer.federation.sampling import ClientSampler
+from fed_trainer.methods.aggregation import METHODS
 
 
 DEFAULTS = {field.name: field.default for field in fields(FederatedConfig)}

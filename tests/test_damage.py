@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from fed_trainer import FederatedTrainer, checkpoint, round_checkpoints
-from fed_trainer.checkpoint import find_checkpoint, rotate_checkpoints, write_checkpoint
-from fed_trainer.digests import find_damage, read_digests, write_digests
-from fed_trainer.disk import DamagedFileError
+from fed_trainer import FederatedTrainer
+from fed_trainer.output import checkpoint
+from fed_trainer.output.checkpoint import find_checkpoint, rotate_checkpoints, write_checkpoint
+from fed_trainer.output.digests import find_damage, read_digests, write_digests
+from fed_trainer.output.disk import DamagedFileError
+from fed_trainer.trainers import checkpoints as round_checkpoints
 from helpers.runs import flip_bit
 from helpers.trainers import make
 from peft_scl.foreign_files import read_tensors

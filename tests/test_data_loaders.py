@@ -21,7 +21,7 @@ from peft import (
 from transformers import AutoModelForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from helpers.trainers import QUICK_TEXT
 
 

@@ -21,21 +21,25 @@ MODULES = {"os", "shutil"}  # whose `remove`, `replace` and `rename` take paths
 
 # file, function, call: the reason
 ALLOWED = {
-    ("fed_trainer/checkpoint.py", "_put_aside", "os.replace"): "a damaged checkpoint, to a name that is free",
-    ("fed_trainer/client_store.py", "ClientStore._write_index", "os.replace"): "the index, in a marked folder",
-    ("fed_trainer/client_store.py", "ClientStore.commit", "os.replace"): "a client's file, in a marked folder",
-    ("fed_trainer/disk.py", "replace_durably", "os.replace"): "a record, or a checkpoint to a name that was looked at",
-    ("fed_trainer/owned.py", "remove_own_files", "path.unlink"): "files that a run has listed as written by it",
-    ("fed_trainer/owned.py", "remove_own_files", "parent.rmdir"): "folders that are empty",
-    ("fed_trainer/owned.py", "remove_own_folder", "shutil.rmtree"): "a folder that is marked",
-    ("fed_trainer/owned.py", "unmark", "unlink"): "the mark itself",
+    ("fed_trainer/output/checkpoint.py", "_put_aside", "os.replace"): "a damaged checkpoint, to a name that is free",
+    ("fed_trainer/client/store.py", "ClientStore._write_index", "os.replace"): "the index, in a marked folder",
+    ("fed_trainer/client/store.py", "ClientStore.commit", "os.replace"): "a client's file, in a marked folder",
     (
-        "fed_trainer/saved_files.py",
+        "fed_trainer/output/disk.py",
+        "replace_durably",
+        "os.replace",
+    ): "a record, or a checkpoint to a name that was looked at",
+    ("fed_trainer/output/owned.py", "remove_own_files", "path.unlink"): "files that a run has listed as written by it",
+    ("fed_trainer/output/owned.py", "remove_own_files", "parent.rmdir"): "folders that are empty",
+    ("fed_trainer/output/owned.py", "remove_own_folder", "shutil.rmtree"): "a folder that is marked",
+    ("fed_trainer/output/owned.py", "unmark", "unlink"): "the mark itself",
+    (
+        "fed_trainer/output/saved_files.py",
         "move_into_place",
         "os.replace",
     ): "what a save has written, over what an earlier one has",
-    ("fed_trainer/saved_files.py", "raise_contents", "os.replace"): "within a marked folder",
-    ("fed_trainer/saved_files.py", "raise_contents", "below.rmdir"): "an empty folder within a marked folder",
+    ("fed_trainer/output/saved_files.py", "raise_contents", "os.replace"): "within a marked folder",
+    ("fed_trainer/output/saved_files.py", "raise_contents", "below.rmdir"): "an empty folder within a marked folder",
 }
 
 

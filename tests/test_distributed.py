@@ -24,7 +24,8 @@ from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.launch import check_deepspeed, check_launch
+from fed_trainer.trainers.refusals.engines import check_deepspeed
+from fed_trainer.trainers.refusals.launch import check_launch
 from helpers.deepspeed import DEEPSPEED, needs_deepspeed
 from helpers.paths import RECIPES, TESTS
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, se
 from trl import DPOConfig, DPOTrainer
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedDPOTrainer, FederatedTrainer
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from helpers.comparison import same, weights_in
 from helpers.data import preferences_of
 from helpers.runs import Dies

@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.federation.validation import TooFewClientsError
 from helpers.comparison import same, weights_in
 
 

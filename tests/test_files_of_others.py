@@ -26,12 +26,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.adapter_state import LiveAdapter
-from fed_trainer.checkpoint import load_adapter
-from fed_trainer.joining import Invitation, invite, join
-from fed_trainer.record import read_record
-from fed_trainer.report import write_report
-from fed_trainer.tensor_roles import TensorRoles
+from fed_trainer.client.joining import Invitation, invite, join
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.output.checkpoint import load_adapter
+from fed_trainer.output.record import read_record
+from fed_trainer.output.report import write_report
+from fed_trainer.state.roles import TensorRoles
 from peft_scl import FederaConfig, SclConfig, load_federa
 from peft_scl.convert import main as convert
 from peft_scl.foreign_files import read_json, read_shapes, read_tensors

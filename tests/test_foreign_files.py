@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fed_trainer.digests import find_damage
+from fed_trainer.output.digests import find_damage
 from helpers.paths import RECIPES
 from helpers.runs import DiesAtStep
 

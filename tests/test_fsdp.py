@@ -11,7 +11,8 @@ from accelerate.utils import DistributedType
 from peft import LoraConfig, PromptTuningConfig
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.launch import check_fsdp, check_launch
+from fed_trainer.trainers.refusals.engines import check_fsdp
+from fed_trainer.trainers.refusals.launch import check_launch
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

@@ -21,7 +21,8 @@ from safetensors.torch import load, load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from fed_trainer import FederatedTrainer
-from fed_trainer.hub import fetch_adapter, model_card, publish
+from fed_trainer.output.card import model_card
+from fed_trainer.output.hub import fetch_adapter, publish
 from helpers.comparison import assert_same
 from helpers.hub import REPO
 from helpers.hub_server import HubServer

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from fed_trainer.joining import invite, join
+from fed_trainer.client.joining import invite, join
 from helpers.models import logits
 from peft_scl import FederaConfig, SclConfig, linalg
 from peft_scl.linalg import truncated_svd

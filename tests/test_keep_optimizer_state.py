@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fed_trainer.record import read_record, write_json
+from fed_trainer.output.record import read_record, write_json
 
 
 STEPS = 2

@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainingArguments
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import FactorPair
-from fed_trainer.local_objectives import (
+from fed_trainer.methods.objectives import (
     LOCAL_OBJECTIVES,
     Ditto,
     FedDynRegularizer,
@@ -24,7 +22,9 @@ from fed_trainer.local_objectives import (
     Scaffold,
     check_plain_sgd,
 )
-from fed_trainer.server_optimizers import FedDyn
+from fed_trainer.methods.server_optimizers import FedDyn
+from fed_trainer.state.adapter_state import AdapterState
+from fed_trainer.state.factors import FactorPair
 from helpers.states import random_state
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from fed_trainer.aggregation import METHODS
+from fed_trainer.methods.aggregation import METHODS
 from helpers.comparison import same, weights_in
 from helpers.runs import DiesAtStep
 from peft_scl import FederaConfig, SclConfig

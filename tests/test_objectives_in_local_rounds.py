@@ -14,10 +14,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from fed_trainer import FederatedConfig, FederatedTrainer
-from fed_trainer.adapter_state import AdapterState, LiveAdapter, subtract
-from fed_trainer.aggregation import factor_pairs, truncate_ranks
-from fed_trainer.local_objectives import FedDynRegularizer, FedProx, LocalObjective, RankPruning, Scaffold
-from fed_trainer.server_optimizers import FedDyn
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.pairs import factor_pairs
+from fed_trainer.methods.objectives import FedDynRegularizer, FedProx, LocalObjective, RankPruning, Scaffold
+from fed_trainer.methods.server_optimizers import FedDyn
+from fed_trainer.state.adapter_state import AdapterState, subtract
+from fed_trainer.state.factors import truncate_ranks
 
 
 LR = 0.5

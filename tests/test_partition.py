@@ -8,9 +8,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_trainer.partition import (
+from fed_trainer.data.partition import (
     dirichlet_partition,
-    format_table,
     iid_partition,
     natural_partition,
     partition_counts,
@@ -18,6 +17,7 @@ from fed_trainer.partition import (
     pathological_partition,
     quantity_skew_partition,
 )
+from fed_trainer.data.table import format_table
 
 
 quick = settings(deadline=None, max_examples=30, derandomize=True)

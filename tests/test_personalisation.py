@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTTrainer
 
-from fed_trainer.aggregation import TooFewClientsError
+from fed_trainer.federation.validation import TooFewClientsError
 from helpers.comparison import same, weights_in
 from helpers.models import tiny_bert
 from peft_scl import FederaConfig, SclConfig
@@ -140,7 +140,7 @@ def test_fedper_keeps_the_head_with_the_client(make_classifier):
 
 
 def test_fedbn_keeps_the_norms_with_the_client(make_classifier):
-    from fed_trainer.tensor_roles import NORMS
+    from fed_trainer.state.roles import NORMS
 
     trainer = make_classifier(modules_to_save=["classifier", "LayerNorm"], tensor_roles={"local": [NORMS]})
     trainer.train()

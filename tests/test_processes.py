@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from fed_trainer.processes import SECONDS_OF_REST, from_first, is_first, rest_at_exit, wait_for_first
-from fed_trainer.run_lock import FolderInUseError, owning
+from fed_trainer.output.run_lock import FolderInUseError, owning
+from fed_trainer.state.processes import SECONDS_OF_REST, from_first, is_first, rest_at_exit, wait_for_first
 
 
 # Ends while there is a thread that acts in the rest only, and rests until it is done.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from fed_trainer.processes import rest_at_exit
+from fed_trainer.state.processes import rest_at_exit
 
 folder, rank = Path(sys.argv[1]), int(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)

@@ -16,11 +16,11 @@ import pytest
 from datasets import Dataset
 from transformers.trainer_callback import TrainerState
 
-from fed_trainer.agreement import AgreementMixin, FailedAloneError
-from fed_trainer.hub import model_card
-from fed_trainer.published import Openings, published_log, published_record
-from fed_trainer.record import read_record
-from fed_trainer.report import failures, main, round_table
+from fed_trainer.client.agreement import AgreementMixin, FailedAloneError
+from fed_trainer.output.card import model_card
+from fed_trainer.output.published import Openings, published_log, published_record
+from fed_trainer.output.record import read_record
+from fed_trainer.output.report import failures, main, round_table
 from helpers.hub import REPO
 from helpers.hub_server import HubServer
 
@@ -138,7 +138,7 @@ def test_nothing_of_single_clients_is_published(hub, make_trainer, tmp_path, cap
         assert all("eval_all_loss" in entry["eval"] for entry in record["rounds"])
     # the message of the exception is in the log of the client's turn, and nowhere else
     spoken = {line.name for line in caplog.records if SECRET in logging.Formatter().format(line)}
-    assert spoken == {"fed_trainer.client_turn"}
+    assert spoken == {"fed_trainer.client.turn"}
     for path in (tmp_path / "adapter").rglob("*.json"):
         assert SECRET not in path.read_text(encoding="utf-8"), path
 

@@ -10,13 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from fed_trainer import (
-    FederatedDPOConfig,
-    FederatedDPOTrainer,
-    FederatedRewardConfig,
-    FederatedRewardTrainer,
-)
-from fed_trainer.quantized_base import keep_differentiable
+from fed_trainer import FederatedDPOConfig, FederatedDPOTrainer, FederatedRewardConfig, FederatedRewardTrainer
+from fed_trainer.client.live.base_model import keep_differentiable
 from helpers.comparison import same, weights_in
 from helpers.runs import Dies
 from helpers.trainers import QUICK_TEXT

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fed_trainer import FederatedConfig, FederatedTaskConfig
-from fed_trainer.figures import held_out_metrics
-from fed_trainer.settings import local_settings
+from fed_trainer.output.figures import held_out_metrics
+from fed_trainer.output.settings import local_settings
 
 
 PLAIN: dict[str, Any] = {"use_cpu": True, "report_to": "none", "bf16": False}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fed_trainer.report import main, plot_curves, plot_split, round_table, write_report
+from fed_trainer.output.report import main, plot_curves, plot_split, round_table, write_report
 
 
 CLIENTS = {

@@ -18,7 +18,7 @@ from peft import (
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer
 
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from helpers.comparison import same, weights_in
 from helpers.data import preferences_of
 from helpers.runs import Dies

@@ -20,7 +20,7 @@ import pytest
 from filelock import FileLock
 from transformers import TrainerCallback
 
-from fed_trainer.run_lock import HOLDER_NAME, FolderInUseError, owning
+from fed_trainer.output.run_lock import HOLDER_NAME, FolderInUseError, owning
 
 
 FORK = multiprocessing.get_context("fork")

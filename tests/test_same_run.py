@@ -30,20 +30,20 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 from fed_trainer import FederatedConfig, FederatedDPOConfig, FederatedRewardConfig, FederatedTaskConfig
-from fed_trainer.client_datasets import ClientDatasets
 from fed_trainer.config import FederationArguments
-from fed_trainer.data_digests import client_digest, dataset_digest
-from fed_trainer.described import agree, described, difference, storable
-from fed_trainer.record import read_record, write_json
-from fed_trainer.same_run import check_same_run
-from fed_trainer.settings import (
+from fed_trainer.data.client_datasets import ClientDatasets
+from fed_trainer.data.digests import client_digest, dataset_digest
+from fed_trainer.output.record import read_record, write_json
+from fed_trainer.output.same_run import check_same_run
+from fed_trainer.output.settings import (
     COMPARED_ELSEWHERE,
     MAY_DIFFER,
     described_arguments,
     federation_settings,
     local_settings,
 )
-from fed_trainer.task_trainer import FederatedTaskTrainer
+from fed_trainer.state.described import agree, described, difference, storable
+from fed_trainer.trainers.task import FederatedTaskTrainer
 
 
 PLAIN: dict[str, Any] = {"use_cpu": True, "report_to": "none", "bf16": False, "per_device_train_batch_size": 4}

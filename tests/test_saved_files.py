@@ -33,7 +33,7 @@ from fed_trainer import (
     FederatedTaskTrainer,
     FederatedTrainer,
 )
-from fed_trainer.run_lock import HOLDER_NAME, LOCK_NAME
+from fed_trainer.output.run_lock import HOLDER_NAME, LOCK_NAME
 from helpers.comparison import assert_same, weights_in
 from peft_scl import FederaConfig, SclConfig
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.server_optimizers import (
+from fed_trainer.methods.server_optimizers import (
     SERVER_OPTIMIZERS,
     FedAdagrad,
     FedAdam,
@@ -21,6 +20,7 @@ from fed_trainer.server_optimizers import (
     FedYogi,
     ServerOptimizer,
 )
+from fed_trainer.state.adapter_state import AdapterState
 from helpers.states import random_state
 
 

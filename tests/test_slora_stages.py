@@ -24,9 +24,12 @@ from transformers import (
 )
 
 from fed_trainer import ClientUpdate, FederatedTrainer
-from fed_trainer.adapter_state import LiveAdapter, base_digest, subtract
-from fed_trainer.aggregation import FedAvg, factor_pairs, shared_mask
-from fed_trainer.sparse_change import LiveSparseChange, SparseChange
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.base_model import base_digest
+from fed_trainer.client.live.pairs import factor_pairs
+from fed_trainer.client.live.sparse_change import LiveSparseChange, SparseChange
+from fed_trainer.methods.aggregation import FedAvg, shared_mask
+from fed_trainer.state.adapter_state import subtract
 from helpers.comparison import same
 from helpers.runs import DiesAtStep
 from peft_scl import FederaConfig, SclConfig

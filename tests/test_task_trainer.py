@@ -24,10 +24,10 @@ from trl.trainer.utils import disable_dropout_in_model
 
 import peft_scl
 from fed_trainer import FederatedConfig, FederatedMixin, FederatedTaskConfig, FederatedTaskTrainer
-from fed_trainer.clients import client_seed
-from fed_trainer.digests import write_digests
-from fed_trainer.live_model import LiveModel, load_model
-from fed_trainer.report import round_table, write_report
+from fed_trainer.client.live.model import LiveModel, load_model
+from fed_trainer.federation.sampling import client_seed
+from fed_trainer.output.digests import write_digests
+from fed_trainer.output.report import round_table, write_report
 from helpers.comparison import same, weights_in
 from helpers.data import token_rows
 from helpers.models import tiny_bert

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCal
 from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedTrainer
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from helpers.comparison import same, weights_in
 from helpers.runs import Dies, Stops
 from helpers.trainers import QUICK_TEXT

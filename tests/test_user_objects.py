@@ -21,8 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import GreedyLR
 
 from fed_trainer import FederatedTaskTrainer
-from fed_trainer.movement import Movement, NothingTrainedError
-from fed_trainer.user_optimizer import UserSchedule
+from fed_trainer.client.user_optimizer import UserSchedule
+from fed_trainer.federation.movement import Movement, NothingTrainedError
 from helpers.data import token_rows
 from helpers.models import tiny_bert
 from helpers.trainers import QUICK

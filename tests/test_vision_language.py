@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer.clients import client_seed
+from fed_trainer.federation.sampling import client_seed
 from helpers.comparison import same, weights_in
 from helpers.runs import Dies
 from helpers.trainers import QUICK_TEXT

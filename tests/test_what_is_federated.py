@@ -36,8 +36,8 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer, invite, join
-from fed_trainer.clients import client_seed
-from fed_trainer.live_state import live_state
+from fed_trainer.client.live import live_state
+from fed_trainer.federation.sampling import client_seed
 from helpers.comparison import same
 from helpers.data import token_rows
 from helpers.runs import Dies

@@ -31,7 +31,7 @@ from fed_trainer import (
     FederatedTrainer,
 )
 from fed_trainer.config import FederationArguments
-from fed_trainer.trainer import FederatedMixin
+from fed_trainer.trainers.mixin import FederatedMixin
 from helpers.models import tiny_bert
 from helpers.trainers import QUICK, QUIET
 

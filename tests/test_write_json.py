@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fed_trainer.record import write_json
+from fed_trainer.output.record import write_json
 
 
 OLD, NEW = {"rounds": [1]}, {"rounds": [1, 2]}

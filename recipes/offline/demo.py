@@ -26,8 +26,8 @@ from client_data import build_clients  # noqa: E402
 from trl import TrlParser  # noqa: E402
 
 from fed_trainer import FederatedConfig, FederatedTrainer, partition_summary  # noqa: E402
-from fed_trainer.record import RECORD_NAME  # noqa: E402
-from fed_trainer.report import write_report  # noqa: E402
+from fed_trainer.output.record import RECORD_NAME  # noqa: E402
+from fed_trainer.output.report import write_report  # noqa: E402
 from peft_scl import SclConfig  # noqa: E402
 
 

@@ -23,17 +23,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fed_trainer.adapter_state import AdapterState, LiveAdapter
-from fed_trainer.aggregation import (
-    METHODS,
-    Aggregator,
-    ClientUpdate,
-    FactorPair,
-    add_to_base,
-    check_adapter,
-    factor_pairs,
-    truncate_ranks,
-)
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.pairs import add_to_base, factor_pairs
+from fed_trainer.methods.aggregation import METHODS, Aggregator, ClientUpdate
+from fed_trainer.state.adapter_state import AdapterState
+from fed_trainer.state.factors import FactorPair, truncate_ranks
+from fed_trainer.trainers.refusals.adapters import check_adapter
 from helpers.dense_clients import HEAD, LORA, add, aggregate, assert_close, randn, random_state, updates_of
 from peft_scl import FederaConfig, SclConfig
 

@@ -13,19 +13,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import (
+from fed_trainer.methods.aggregation import (
     METHODS,
     Aggregator,
     ClientUpdate,
-    FactorPair,
     FedExLoRA,
     FlexLoRA,
     FLoRA,
     HetLoRA,
     LoRAFair,
-    truncate_ranks,
 )
+from fed_trainer.state.adapter_state import AdapterState
+from fed_trainer.state.factors import FactorPair, truncate_ranks
 from helpers.dense_clients import (
     ADAPTERS,
     HEAD,

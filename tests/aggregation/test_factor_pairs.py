@@ -16,18 +16,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from fed_trainer.adapter_state import AdapterState, LiveAdapter, subtract
-from fed_trainer.aggregation import (
-    METHODS,
-    ClientUpdate,
-    FactorPair,
-    LowRank,
-    add_to_base,
-    check_adapter,
-    factor_pairs,
-    factors,
-    truncate_ranks,
-)
+from fed_trainer.client.live import pairs as live_pairs
+from fed_trainer.client.live.adapter import LiveAdapter
+from fed_trainer.client.live.pairs import add_to_base, factor_pairs
+from fed_trainer.methods.aggregation import METHODS, ClientUpdate
+from fed_trainer.state.adapter_state import AdapterState, subtract
+from fed_trainer.state.factors import FactorPair, truncate_ranks
+from fed_trainer.state.low_rank import LowRank
+from fed_trainer.trainers.refusals.adapters import check_adapter
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -373,7 +369,7 @@ def test_other_methods_take_any_adapter(name: str) -> None:
 
 
 def test_base_in_bfloat16_is_rounded_once_and_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factors, "BLOCK", 14)  # two rows of seven
+    monkeypatch.setattr(live_pairs, "BLOCK", 14)  # two rows of seven
     model = lora(target_modules=["square", "c_proj"]).to(torch.bfloat16)
     pairs = factor_pairs(model)
     change = {pair.module: (torch.randn(7, 3), torch.randn(3, 10 if pair.module == "c_proj" else 7)) for pair in pairs}

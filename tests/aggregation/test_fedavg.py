@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import METHODS, ClientUpdate, FedAvg
+from fed_trainer.methods.aggregation import METHODS, ClientUpdate, FedAvg
+from fed_trainer.state.adapter_state import AdapterState
 from helpers.states import random_state
 
 

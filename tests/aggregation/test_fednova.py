@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fed_trainer.aggregation import ClientUpdate, FedAvg, FedNova
+from fed_trainer.methods.aggregation import ClientUpdate, FedAvg, FedNova
 from helpers.dense_clients import HEAD, LORA, aggregate, assert_close, random_state, shares_of, updates_of
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_trainer.aggregation.low_rank import LowRank, LowRankSum, product_norm, product_svd, truncate
+from fed_trainer.state.low_rank import LowRank, LowRankSum, product_norm, product_svd, truncate
 from helpers.dense_clients import assert_close, randn
 
 

@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import (
+from fed_trainer.methods.aggregation import (
     METHODS,
     Aggregator,
     ClientUpdate,
@@ -25,6 +24,7 @@ from fed_trainer.aggregation import (
     TrimmedMean,
     robust,
 )
+from fed_trainer.state.adapter_state import AdapterState
 from helpers.dense_clients import assert_close, randn
 
 

@@ -9,10 +9,10 @@ import inspect
 import pytest
 import torch
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import METHODS, ClientUpdate, state_digest
-from fed_trainer.server_optimizers import FedAvgM
-from fed_trainer.tensor_roles import A_FACTORS, B_FACTORS, NORMS, TensorRoles
+from fed_trainer.methods.aggregation import METHODS, ClientUpdate
+from fed_trainer.methods.server_optimizers import FedAvgM
+from fed_trainer.state.adapter_state import AdapterState, state_digest
+from fed_trainer.state.roles import A_FACTORS, B_FACTORS, NORMS, TensorRoles
 from helpers.dense_clients import (
     HEAD,
     LORA,

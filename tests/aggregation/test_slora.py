@@ -7,8 +7,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fed_trainer.aggregation import ClientUpdate, FedAvg, pruned_rank, pruning_penalty
-from fed_trainer.aggregation.slora import densify, lora_start, shared_mask
+from fed_trainer.methods.aggregation import ClientUpdate, FedAvg, pruned_rank, pruning_penalty
+from fed_trainer.methods.aggregation.slora import densify, lora_start, shared_mask
 from helpers.dense_clients import assert_close, randn
 
 

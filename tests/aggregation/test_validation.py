@@ -5,16 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import (
-    ClientUpdate,
-    FedAvg,
-    InvalidUpdateError,
-    TooFewClientsError,
-    require_clients,
-    state_digest,
-    validated,
-)
+from fed_trainer.federation.validation import InvalidUpdateError, TooFewClientsError, require_clients, validated
+from fed_trainer.methods.aggregation import ClientUpdate, FedAvg
+from fed_trainer.state.adapter_state import AdapterState, state_digest
 
 
 REFERENCE = {"x.lora_A.weight": torch.zeros(2, 3, dtype=torch.bfloat16), "x.lora_B.weight": torch.zeros(4, 2)}

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fed_trainer.adapter_state import AdapterState
-from fed_trainer.aggregation import Aggregator, ClientUpdate, FactorPair
+from fed_trainer.methods.aggregation import Aggregator, ClientUpdate
+from fed_trainer.state.adapter_state import AdapterState
+from fed_trainer.state.factors import FactorPair
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fed_trainer.adapter_state import AdapterState
+from fed_trainer.state.adapter_state import AdapterState
 
 
 def random_state(

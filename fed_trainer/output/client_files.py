@@ -1,0 +1,53 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The file of what a client keeps: its name, and whose it says it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from urllib.parse import quote
+
+from safetensors import safe_open
+
+from .disk import DamagedFileError, reading
+
+
+__all__ = ["CLIENTS_FOLDER", "OWNER", "check_owner", "file_name", "owner_of"]
+
+CLIENTS_FOLDER = "clients"  # within a checkpoint: what they kept then
+OWNER = "kept_by"  # in the metadata of a file; the first versions had the name of the client only, as `client`
+LONGEST_NAME = 120
+
+
+def check_owner(path: Path) -> tuple[str, int | None]:
+    """
+    The client and the round of a file, as it says.
+
+    Raises:
+        DamagedFileError: If it has the name of another client.
+    """
+    with reading(path.name):
+        client, round = owner_of(path)
+        if file_name(client) != path.name:
+            raise DamagedFileError(f"{path.name} holds what client {client!r} keeps")
+    return client, round
+
+
+def owner_of(path: Path) -> tuple[str, int | None]:
+    """The client and the round that the metadata of a file names; no round in files of the first versions."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    if OWNER not in metadata:
+        return metadata["client"], None
+    owner = json.loads(metadata[OWNER])
+    return str(owner["client"]), int(owner["round"])
+
+
+def file_name(client: str) -> str:
+    """The name of the file of a client: its own, as far as file systems take it."""
+    name = quote(client, safe=" ")
+    if len(name) > LONGEST_NAME:  # file systems take 255 bytes
+        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+    return f"{name}.safetensors"

@@ -1,0 +1,198 @@
+# Copyright 2026 The peft-scl authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of a run: written after rounds, taken over on resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
+
+from peft_scl.file_mode import follow_umask
+from peft_scl.foreign_files import read_tensors
+
+from ..client.live.model import load_model
+from ..client.store import ClientStore
+from ..federation.server import Server
+from ..output.checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_checkpoints, write_checkpoint
+from ..output.client_files import CLIENTS_FOLDER
+from ..output.digests import SERVER_STATE, TRAINER_STATE_NAME, read_digests
+from ..output.disk import reading
+from ..output.record import RECORD_NAME, read_record, write_json
+from ..output.saved_files import MODEL_WEIGHTS
+from ..state.adapter_state import AdapterState
+from ..state.processes import first_alone, told_by_first
+from .files import RunFilesMixin
+
+
+__all__ = ["Checkpoint", "RoundCheckpointsMixin", "write_state"]
+
+logger = logging.get_logger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """
+    A checkpoint as it was read: `adapter` is empty if the state of the model is elsewhere, `parts` are those of the
+    server's file.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    state: TrainerState
+    adapter: AdapterState
+    parts: dict[str, AdapterState]
+
+
+def write_state(state: TrainerState, path: Path) -> None:
+    """As [`~transformers.TrainerState.save_to_json`], in strict JSON: a metric may be NaN, or no number at all."""
+    write_json(path, dict(sorted(dataclasses.asdict(state).items())))
+
+
+class RoundCheckpointsMixin(RunFilesMixin):
+    """
+    A checkpoint holds what [`RunFilesMixin`] writes and what the next round depends on beside it: the state of the server
+    (`server_state.safetensors`), and what the clients keep (`clients/`, hard links).
+    """
+
+    server: Server
+    _store: ClientStore
+    _local_keys: set[str]
+
+    def _save_round(self, round: int) -> None:
+        write = functools.partial(
+            self._write_checkpoint_files,
+            weights=self._weights_to_save(),
+            state=self._saved_state(),
+            reference=self._reference_state(),
+        )
+
+        def save() -> None:
+            folder = write_checkpoint(self._folder, round, write)
+            rotate_checkpoints(self._folder, self.args.save_total_limit)
+            is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
+            if self._publishes_rounds and not is_last:
+                self._publish_round(folder, round)
+
+        first_alone(save)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _saved_state(self) -> AdapterState:
+        """The state of the model, if it cannot be trained on from the file that is published."""
+        if self._saved_file_is_state:
+            return {}
+        with self._base_changes.taken_out() if self._base_changes is not None else nullcontext():
+            return self._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
+
+    def _reference_state(self) -> AdapterState:
+        """The policy that a trainer compares with, if a resumed run needs it as it was at the start."""
+        return {}
+
+    def _load_reference(self, state: AdapterState) -> None:
+        """Take over what `_reference_state` gave."""
+
+    def _write_checkpoint_files(
+        self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
+    ) -> dict[str, str]:
+        """
+        Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep.
+        """
+        self._save_files(folder, weights)
+        write_state(self.state, folder / TRAINER_STATE_NAME)
+        entries = {f"state.{key}": tensor for key, tensor in state.items()}
+        entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
+        entries |= {f"server.{key}": tensor for key, tensor in self.server.state_dict().items()}
+        if self._base_changes is not None:
+            entries |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
+        if entries:
+            save_file(entries, folder / SERVER_STATE)
+            follow_umask(folder / SERVER_STATE)
+        kept = self._store.link_into(folder / CLIENTS_FOLDER)
+        return {f"{CLIENTS_FOLDER}/{name}": digest for name, digest in kept.items()}
+
+    @property
+    def _saved_file_is_state(self) -> bool:
+        """Whether the model can be trained on from the file that is published."""
+        return self._base_changes is None and self._live_adapter.saved_file_is_state
+
+    def _publish_round(self, folder: Path, round: int) -> None:
+        try:
+            self._publish(folder, f"Round {round}", self.args.hub_token, self.args.hub_revision)
+        except Exception as error:  # the run, and what it has on disk, is worth more than one upload
+            logger.warning(f"Round {round} could not be pushed to {self.hub_model_id}: {error}. The run goes on.")
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool) -> Checkpoint:
+        """The checkpoint to go on from. The first process looks for it, and puts damaged ones aside."""
+        weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
+        found: list[Checkpoint] = []
+
+        def find() -> Path:
+            folder, checkpoint = find_checkpoint(self._folder, resume_from_checkpoint, self._read_checkpoint, weights)
+            found.append(checkpoint)
+            return folder
+
+        folder = told_by_first(find)
+        return found[0] if found else self._read_checkpoint(folder)
+
+    def _read_checkpoint(self, folder: Path) -> Checkpoint:
+        """
+        All of a checkpoint but what clients keep, and a whole model, which is read when it is taken over.
+
+        Raises:
+            DamagedFileError: If something of it cannot be read.
+        """
+        parts: dict[str, AdapterState] = {"server": {}, "base": {}, "state": {}, "reference": {}}
+        with reading(RECORD_NAME):
+            record = read_record(folder)
+            if rounds := record.get("rounds"):  # if not, it is refused as the checkpoint of no federation
+                int(rounds[-1]["round"]), record["start"]["eval"]
+        with reading(TRAINER_STATE_NAME):
+            state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        with reading(SERVER_STATE):
+            if (folder / SERVER_STATE).is_file():
+                for entry, tensor in read_tensors(folder / SERVER_STATE).items():
+                    part, _, key = entry.partition(".")
+                    parts[part][key] = tensor
+        adapter: AdapterState = {}
+        if self._saved_file_is_state and isinstance(self.model, PeftModel):
+            with reading(ADAPTER_WEIGHTS):
+                adapter = load_adapter(folder)
+        return Checkpoint(folder, record, state, adapter, parts)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        """
+        Take over a checkpoint: model, server, what clients keep.
+
+        Raises:
+            ValueError: If it is not whole, as one that was fetched from the Hub, or does not fit.
+        """
+        folder, parts = checkpoint.folder, checkpoint.parts
+        if not self._saved_file_is_state:
+            saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"
+        elif isinstance(self.model, PeftModel):
+            saved, source = checkpoint.adapter, f"The adapter in {str(folder)!r}"
+        else:
+            saved, source = load_model(folder, self.model), f"The model in {str(folder)!r}"
+        if self._base_changes is not None:
+            self._base_changes.reset()  # the adapter is relative to the untouched base
+        self._live_adapter.load(saved, source)
+        if self._base_changes is not None:
+            self._base_changes.load_state_dict(parts["base"])
+        self.server.load_state_dict(parts["server"])
+        self._load_reference(parts["reference"])
+        self._store.forget()
+        first_alone(functools.partial(self._restore_clients, folder))
+
+    def _restore_clients(self, folder: Path) -> None:
+        rotate_checkpoints(self._folder, self.args.save_total_limit)  # a full disk needs the room
+        of_clients = f"{CLIENTS_FOLDER}/"
+        digests = read_digests(folder).items()
+        kept = {name.removeprefix(of_clients): digest for name, digest in digests if name.startswith(of_clients)}
+        self._store.restore(folder / CLIENTS_FOLDER, kept)
