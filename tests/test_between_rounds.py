@@ -212,6 +212,21 @@ def make_trainer(make_trainer, make_clients, tmp_path):
 pytestmark = pytest.mark.usefixtures("little_garbage")  # measuring memory collects it
 
 
+@pytest.mark.fast(
+    "bf16",
+    "bf16_full_eval",
+    "dataloader_drop_last",
+    "dataloader_persistent_workers",
+    "eval_accumulation_steps",
+    "eval_packing",
+    "gradient_checkpointing",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "packing",
+    "seed",
+    "skip_memory_metrics",
+    "train_sampling_strategy",
+)
 @pytest.mark.parametrize("field", ACTS)
 def test_what_is_done_between_rounds_changes_nothing(make_trainer, field):
     settings = ACTS[field] if isinstance(ACTS[field], dict) else {field: ACTS[field]}

@@ -239,6 +239,9 @@ def run(little_garbage, make_clients, tiny_model_dir, tmp_path_factory):
     return make
 
 
+@pytest.mark.fast(
+    option=["packing, clipping, schedule, smoothing", "scaffold", "ditto", "slora", "dpo, checkpointing"]
+)
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, option, point):

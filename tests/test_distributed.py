@@ -209,6 +209,7 @@ def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.fast("zero2")
 @pytest.mark.parametrize("kind", SEVERAL[1:])
 def test_what_computes_in_bfloat16_is_trained_in_float32(kind, run_of):
     for report in run_of(kind).reports:

@@ -342,6 +342,7 @@ def test_compiles_without_graph_breaks(config):
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
+@pytest.mark.fast("bottleneck-gelu-True")
 @pytest.mark.parametrize(
     "config",
     [{}, {"variant": "bottleneck"}, {"variant": "bottleneck", "activation": "gelu", "scl_bias": True}],
