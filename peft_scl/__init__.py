@@ -1,15 +1,14 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Sequential Compression Layers and FeDeRA as PEFT tuners. Importing this package registers the PEFT types `SCL` and `FEDERA`.
+Sequential Compression Layers and FeDeRA as PEFT tuners. Importing this package registers the PEFT types `SCL` and
+`FEDERA`.
 """
 
-from .registration import register_tuner  # noqa: I001  (the type must exist before the config refers to it)
-from .config import SclConfig
 from .federa import FederaConfig, FederaLayer, FederaModel, federa_state_dict, load_federa
-from .layer import SclLayer
 from .lora import LoraExport, to_lora
-from .model import SclModel
+from .registration import register_tuner
+from .scl import SclConfig, SclLayer, SclModel
 
 
 __all__ = [

@@ -18,8 +18,8 @@ __all__ = ["has_hooks", "is_at_hand", "offload_hook"]
 def is_at_hand(module: nn.Module) -> bool:
     """
     Whether the weight of a module can be read outside of its forward: it is not sharded, partitioned, offloaded or
-    quantised, and nobody watches the forward. FSDP puts another module around it, or another class in its place, and frees
-    the storage.
+    quantised, and nobody watches the forward. FSDP puts another module around it, or another class in its place, and
+    frees the storage.
     """
     weight: Any = module.weight
     return (
@@ -34,7 +34,9 @@ def is_at_hand(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something happens when `module` is called, beside its forward; pruning, for one, makes the weight there."""
+    """
+    Whether something happens when `module` is called, beside its forward; pruning, for one, makes the weight there.
+    """
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

@@ -77,9 +77,9 @@ def restore_dropped(
     if not all(_is_same(tensor, whole.get(key)) for key, tensor in state_dict.items()):
         clashing = called_like_a_module(model, other_names)
         raise ValueError(
-            f"{len(dropped)} tensors beside the adapter {adapter_name!r} are missing from the state dict that was given (the first: "
-            f"{next(iter(dropped))}): an adapter is called like a module of the model ({clashing}), and PEFT drops everything below "
-            "it. Give that adapter another name."
+            f"{len(dropped)} tensors beside the adapter {adapter_name!r} are missing from the state dict that was "
+            f"given (the first: {next(iter(dropped))}): an adapter is called like a module of the model ({clashing}), "
+            "and PEFT drops everything below it. Give that adapter another name."
         )
     state_dict.update(dropped)
 

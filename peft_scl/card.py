@@ -6,14 +6,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-
-
-if TYPE_CHECKING:
-    from .config import SclConfig
-    from .federa.config import FederaConfig
+from peft import LoraConfig, PeftConfig
 
 
 __all__ = ["FEDERA_TAG", "IMPORT_LINE", "LOADERS", "TAG", "update_federa_card", "update_model_card"]
@@ -33,7 +29,7 @@ LOADERS = {  # task type -> class of PEFT
 }
 
 
-def update_model_card(folder: str | os.PathLike, config: SclConfig) -> None:
+def update_model_card(folder: str | os.PathLike, config: PeftConfig) -> None:
     """
     Add to the `README.md` of `folder` how to load an SCL adapter, and the tag `scl`; create the file if there is none.
 
@@ -42,29 +38,29 @@ def update_model_card(folder: str | os.PathLike, config: SclConfig) -> None:
     Args:
         folder (`str` or `os.PathLike`):
             Folder of the adapter.
-        config ([`SclConfig`]):
+        config ([`~peft.PeftConfig`]):
             Its configuration, for the base model and the task.
     """
     _update(folder, _new_card(config, "SCL"), TAG, "import peft_scl", _section(config))
 
 
-def update_federa_card(folder: str | os.PathLike, config: FederaConfig) -> None:
+def update_federa_card(folder: str | os.PathLike, config: LoraConfig) -> None:
     """
-    Add to the `README.md` of `folder` what kind of LoRA the adapter is, and the tag `federa`; create the file if there is
-    none.
+    Add to the `README.md` of `folder` what kind of LoRA the adapter is, and the tag `federa`; create the file if there
+    is none.
 
     Args:
         folder (`str` or `os.PathLike`):
             Folder of the adapter.
-        config ([`FederaConfig`]):
-            Its configuration.
+        config ([`~peft.LoraConfig`]):
+            Its configuration, with the rank of the factors that were trained.
     """
     section = [
         "## Trained with FeDeRA",
         "",
         f"A LoRA of rank {2 * config.r} for the base model, which PEFT loads like any other. It was trained as FeDeRA "
-        f"([arXiv:2404.18848](https://arxiv.org/abs/2404.18848)), with factors of rank {config.r} that start from the principal "
-        "singular directions of the weights: `peft_scl.load_federa` continues that training.",
+        f"([arXiv:2404.18848](https://arxiv.org/abs/2404.18848)), with factors of rank {config.r} that start from the "
+        "principal singular directions of the weights: `peft_scl.load_federa` continues that training.",
         "",
     ]
     _update(folder, _new_card(config, "FeDeRA"), FEDERA_TAG, section[0], section)
@@ -89,7 +85,7 @@ def _update(folder: str | os.PathLike, new: ModelCard, tag: str, marker: str, se
         card.save(path)
 
 
-def _new_card(config: SclConfig | FederaConfig, method: str) -> ModelCard:
+def _new_card(config: PeftConfig, method: str) -> ModelCard:
     base = config.base_model_name_or_path
     data = ModelCardData(
         library_name="peft",
@@ -99,7 +95,7 @@ def _new_card(config: SclConfig | FederaConfig, method: str) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {method} adapter{f' for `{base}`' if base else ''}\n\n")
 
 
-def _section(config: SclConfig) -> list[str]:
+def _section(config: PeftConfig) -> list[str]:
     where = '"this folder or repository"'
     loader = LOADERS.get(config.task_type or "")
     if loader is None:
@@ -107,8 +103,8 @@ def _section(config: SclConfig) -> list[str]:
     return [
         "## How to load this adapter",
         "",
-        "This is an adapter of Sequential Compression Layers ([arXiv:2412.07021](https://arxiv.org/abs/2412.07021)), a method "
-        "that PEFT knows once `peft_scl` is imported:",
+        "This is an adapter of Sequential Compression Layers ([arXiv:2412.07021](https://arxiv.org/abs/2412.07021)), "
+        "a method that PEFT knows once `peft_scl` is imported:",
         "",
         "```python",
         IMPORT_LINE,

@@ -1,8 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The command `scl-to-lora`: writes a linear SCL adapter as a LoRA adapter that loads without `peft_scl`, or recompresses a
-FeDeRA adapter, which is one already, to another rank.
+The command `scl-to-lora`: writes a linear SCL adapter as a LoRA adapter that loads without `peft_scl`, or recompresses
+a FeDeRA adapter, which is one already, to another rank.
 
     scl-to-lora ADAPTER OUTPUT [--base_model ID] [--r N] [--dtype float32] [--overwrite]
 """
@@ -21,10 +21,10 @@ from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from .config import SclConfig
-from .federa import FEDERA_CONFIG_NAME, FederaConfig, load_federa
-from .foreign_files import check_adapter_files, check_shapes, read_peft_config, read_shapes
+from .federa import FederaConfig, load_federa
+from .foreign_files import FEDERA_CONFIG_NAME, check_adapter_files, check_shapes, read_peft_config, read_shapes
 from .lora import LoraExport, to_lora
+from .scl import SclConfig
 
 
 __all__ = ["main"]
@@ -57,8 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scl-to-lora",
-        description="Write a linear SCL adapter as a LoRA adapter, which loads without peft_scl, or a FeDeRA adapter as one of "
-        "another rank.",
+        description="Write a linear SCL adapter as a LoRA adapter, which loads without peft_scl, or a FeDeRA adapter "
+        "as one of another rank.",
     )
     parser.add_argument("adapter", help="folder or Hub id of the adapter")
     parser.add_argument("output", help="folder for the LoRA adapter")
@@ -120,8 +120,8 @@ def _model_class(config: SclConfig | FederaConfig) -> Any:
     mapping = config.auto_mapping or {}
     if not str(mapping.get("parent_library")).startswith("transformers."):
         raise ValueError(
-            "The configuration of the adapter names neither a task type nor a class of transformers, so its base model "
-            "cannot be loaded from here. Load it in Python and call `peft_scl.to_lora`."
+            "The configuration of the adapter names neither a task type nor a class of transformers, so its base "
+            "model cannot be loaded from here. Load it in Python and call `peft_scl.to_lora`."
         )
     return getattr(transformers, mapping["base_model_class"])
 

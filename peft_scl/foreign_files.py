@@ -28,6 +28,7 @@ from .patterns import PLACES, check_pattern
 
 __all__ = [
     "ADAPTER_DTYPES",
+    "FEDERA_CONFIG_NAME",
     "check_adapter_files",
     "check_config_file",
     "check_shapes",
@@ -35,6 +36,7 @@ __all__ = [
     "read_peft_config",
     "read_shapes",
     "read_tensors",
+    "short_repr",
 ]
 
 Config = TypeVar("Config", bound=PeftConfig)
@@ -42,11 +44,13 @@ Shapes = dict[str, tuple[int, ...]]
 
 # bytes per element, by their names in a file
 _ITEM_SIZES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8,
 }  # fmt: skip
 ADAPTER_DTYPES = frozenset({"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "U8"})
 """What an adapter can consist of: numbers that are trained, beside counts and indices."""
+
+FEDERA_CONFIG_NAME = "federa_config.json"  # beside the adapter_config.json of the plain LoRA
 
 MOST_JSON = 2**30  # bytes; the record of a run with very many clients and rounds is large
 MOST_CONFIG = 2**24
@@ -74,7 +78,6 @@ _PATTERNS = {
     "alpha_pattern": PLACES,
     "modules_to_save": PLACES**2,
 }
-_FEDERA_CONFIG_NAME = "federa_config.json"
 
 
 def read_json(path: str | os.PathLike, most_bytes: int = MOST_JSON) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def read_shapes(path: str | os.PathLike, dtypes: Collection[str] | None = None) 
         raise _damaged(path, f"it cannot be read ({error.strerror})") from error
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _damaged(path, f"the metadata in its header are {_short(metadata)}")
+        raise _damaged(path, f"the metadata in its header are {short_repr(metadata)}")
     shapes: Shapes = {}
     places: list[tuple[int, int]] = []
     for name, entry in header.items():
@@ -188,14 +191,15 @@ def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tu
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
-            f"{source} does not fit: {len(missing)} tensors are missing (the first: {missing[:1]}) and {len(unexpected)} are "
-            f"unexpected (the first: {unexpected[:1]}). It belongs to another base model or another PEFT config."
+            f"{source} does not fit: {len(missing)} tensors are missing (the first: {missing[:1]}) and "
+            f"{len(unexpected)} are unexpected (the first: {unexpected[:1]}). It belongs to another base model or "
+            "another PEFT config."
         )
     for key, shape in expected.items():
         if tuple(found[key]) != tuple(shape):
             raise ValueError(
-                f"{source} does not fit: {key} has the shape {tuple(found[key])} instead of {tuple(shape)}. It belongs to another "
-                "base model or another PEFT config."
+                f"{source} does not fit: {key} has the shape {tuple(found[key])} instead of {tuple(shape)}. It "
+                "belongs to another base model or another PEFT config."
             )
 
 
@@ -216,7 +220,7 @@ def check_adapter_files(folder: str | os.PathLike, base: nn.Module | None = None
     """
     weights = Path(folder, SAFETENSORS_WEIGHTS_NAME)
     shapes = read_shapes(weights, ADAPTER_DTYPES) if weights.exists() else None
-    paths = [path for name in (CONFIG_NAME, _FEDERA_CONFIG_NAME) if (path := Path(folder, name)).exists()]
+    paths = [path for name in (CONFIG_NAME, FEDERA_CONFIG_NAME) if (path := Path(folder, name)).exists()]
     largest_size = max([1, *(check_config_file(path, shapes) for path in paths)])
     if base is None or shapes is None:
         return
@@ -249,7 +253,7 @@ def check_config_file(path: Path, shapes: Shapes | None = None) -> int:
     is_in_file = config.get("peft_type") in _TYPES_WITH_SIZES
     for name, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= max(_LARGEST_SIZE, largest):
-            raise _damaged(path, f"`{name}` is {_short(value)}, but it should be the size of a tensor")
+            raise _damaged(path, f"`{name}` is {short_repr(value)}, but it should be the size of a tensor")
         if is_in_file and name.startswith(_SIZES_IN_FILE) and value > largest:
             raise _damaged(
                 path, f"`{name}` is {value}, but no tensor in {SAFETENSORS_WEIGHTS_NAME} is larger than {largest}"
@@ -279,9 +283,15 @@ def read_peft_config(cls: type[Config], source: str | os.PathLike, **kwargs: Any
         return cls.from_pretrained(source, **kwargs)
     except (TypeError, KeyError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"The PEFT config in {source!r} cannot be used ({type(error).__name__}: {error}). Was it written by PEFT, by a version "
-            "that this one reads?"
+            f"The PEFT config in {source!r} cannot be used ({type(error).__name__}: {error}). Was it written by PEFT, "
+            "by a version that this one reads?"
         ) from error
+
+
+def short_repr(value: Any) -> str:
+    """`repr(value)`, cut off where it would fill a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _check_patterns(path: Path, field: str, value: Any, factor: float) -> None:
@@ -289,7 +299,7 @@ def _check_patterns(path: Path, field: str, value: Any, factor: float) -> None:
         return
     patterns = [value] if isinstance(value, str) else value
     if not isinstance(patterns, (list, dict)) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise _damaged(path, f"`{field}` should be names or patterns, but is {_short(value)}")
+        raise _damaged(path, f"`{field}` should be names or patterns, but is {short_repr(value)}")
     if field in ("target_modules", "exclude_modules") and not isinstance(value, str):
         return  # of a list PEFT takes the names literally
     for pattern in patterns:
@@ -298,15 +308,15 @@ def _check_patterns(path: Path, field: str, value: Any, factor: float) -> None:
 
 def _shape(path: Path, name: str, entry: Any, dtypes: Collection[str] | None) -> tuple[int, ...]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _damaged(path, f"the entry of {name!r} in its header is {_short(entry)}")
+        raise _damaged(path, f"the entry of {name!r} in its header is {short_repr(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or (dtype not in _ITEM_SIZES if dtypes is None else dtype not in dtypes):
-        raise _damaged(path, f"{name} is of the dtype {_short(dtype)}, which no adapter consists of")
+        raise _damaged(path, f"{name} is of the dtype {short_repr(dtype)}, which no adapter consists of")
     for values in (shape, offsets):
         if not isinstance(values, list) or not all(type(value) is int and 0 <= value < 2**60 for value in values):
-            raise _damaged(path, f"the entry of {name!r} in its header is {_short(entry)}")
+            raise _damaged(path, f"the entry of {name!r} in its header is {short_repr(entry)}")
     if len(shape) > 16 or len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _ITEM_SIZES[dtype]:
-        raise _damaged(path, f"{name} claims the shape {_short(shape)}, but has other bytes than that takes")
+        raise _damaged(path, f"{name} claims the shape {short_repr(shape)}, but has other bytes than that takes")
     return tuple(shape)
 
 
@@ -317,7 +327,7 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not JSON ({error})"
         raise _damaged(path, reason) from error
     if not isinstance(content, dict):
-        raise _damaged(path, f"it holds {_short(content)}, not a dictionary")
+        raise _damaged(path, f"it holds {short_repr(content)}, not a dictionary")
     return content
 
 
@@ -333,8 +343,3 @@ def _damaged(path: Path, reason: str) -> ValueError:
     return ValueError(
         f"The file {str(path)!r} cannot be used: {reason}. Restore it from where it came from, or leave it out."
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -7,23 +7,20 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from .config import SclConfig
-from .federa.config import FederaConfig
-from .federa.layer import Embedding, FederaLayer
 from .file_mode import follow_umask
-from .layer import SclLayer, WeightChange
-from .linalg import truncated_svd
+from .linalg import WeightChange, truncated_svd
+from .merging import MergeableLayer
 
 
 __all__ = ["PREFIX", "LoraExport", "LoraModule", "lora_export", "other_tensors", "to_lora"]
@@ -84,8 +81,8 @@ def to_lora(
     - `variant="compress"` that keeps its residual: the change is `s ((B0 + B) (A0 + A) - B0 A0)`, a LoRA of rank `2 r`
       with `lora_A = [A0 + A; A]` and `lora_B = [s B, s B0]`;
     - `variant="bottleneck"` with the delta `"none"` or `"low_rank"` (`D2 D1`): the change is
-      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` (`r + 2 down_proj_r` from a principal start) with `lora_A = [A; D1]` and
-      `lora_B = [s (W + D2 D1) B, D2]`;
+      `delta + s (W + delta) B A`, a LoRA of rank `r` or `r + down_proj_r` (`r + 2 down_proj_r` from a principal start)
+      with `lora_A = [A; D1]` and `lora_B = [s (W + D2 D1) B, D2]`;
     - FeDeRA: the change is `s (B A - B0 A0)`, a LoRA of rank `2 r` (which is what `save_pretrained` writes).
 
     The change of a full delta and of a compression without its residual has full rank; its best approximation is
@@ -110,8 +107,8 @@ def to_lora(
         [`LoraExport`]: The tuple `(config, state_dict, error, errors)`, with a method `save_pretrained`.
 
     Raises:
-        ValueError: If the model has no such adapter of this name, if it is non-linear, merged or offloaded, if its change
-            has full rank and no `r` is given, or if `r` is not positive or larger than the rank of the change.
+        ValueError: If the model has no such adapter of this name, if it is non-linear, merged or offloaded, if its
+            change has full rank and no `r` is given, or if `r` is not positive or larger than the rank of the change.
 
     Example:
 
@@ -120,41 +117,44 @@ def to_lora(
         >>> lora.save_pretrained("lora-adapter")  # to be loaded without peft_scl
         ```
     """
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if not isinstance(config, (SclConfig, FederaConfig)):
-        configs = getattr(model, "peft_config", {}).items()
-        names = [name for name, other in configs if isinstance(other, (SclConfig, FederaConfig))]
-        raise ValueError(
-            f"The model has no SCL or FeDeRA adapter {adapter_name!r}; its adapters of these kinds are {names}. Pass the model "
-            "with its adapter (`get_peft_model`, `PeftModel.from_pretrained`, `load_federa`) and the name of one of them as "
-            "`adapter_name`."
-        )
     root: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    layers: dict[str, Any] = {
-        name: module
-        for name, module in root.named_modules()
-        if isinstance(module, (SclLayer, FederaLayer)) and adapter_name in module.r
-    }
-    ranks = {name: _rank(layer, adapter_name) for name, layer in layers.items()}
-    lora_r = max(ranks.values()) if r is None else r
-    _check_rank(r, max(ranks.values()), layers, adapter_name)
-
-    def modules() -> Iterable[LoraModule]:
-        for name, layer in layers.items():
-            change = layer.weight_change(adapter_name)
-            lora_B, lora_A = _factors(change, None if r is None else min(r, ranks[name]))
-            # One rank for all modules, without a rank pattern, which not everything reads: rows and columns of zeros
-            padding = lora_r - lora_A.shape[0]
-            lora_A = nn.functional.pad(lora_A, (0, 0, 0, padding))
-            lora_B = nn.functional.pad(lora_B, (0, padding))
-            yield LoraModule(name, change, lora_B, lora_A, isinstance(layer, Embedding))
-
+    configs: Any = getattr(model, "peft_config", {})
+    layers = _layers_of(root, adapter_name, configs)
+    _check_rank(r, layers, adapter_name)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
     # PEFT gives transformers models no prefix; `clone`, because safetensors refuses tied tensors
     state_dict = {PREFIX + key.removeprefix(PREFIX): tensor.detach().cpu() for key, tensor in state_dict.items()}
     others = {key: tensor.clone() for key, tensor in other_tensors(state_dict, layers).items()}
     fan_in_fan_out = any(layer.fan_in_fan_out for layer in layers.values())
-    return lora_export(root, config, modules(), others, fan_in_fan_out, dtype)
+    modules = _modules(layers, adapter_name, r)
+    return lora_export(root, configs[adapter_name], modules, others, fan_in_fan_out, dtype)
+
+
+def _layers_of(root: nn.Module, adapter_name: str, known: Iterable[str]) -> dict[str, MergeableLayer]:
+    """The layers with an adapter, by name; `known` are all adapters of the model."""
+    all_layers = {name: module for name, module in root.named_modules() if isinstance(module, MergeableLayer)}
+    layers: dict[str, Any] = {name: layer for name, layer in all_layers.items() if adapter_name in layer.r}
+    if not layers:
+        names = [name for name in known if any(name in layer.r for layer in all_layers.values())]
+        raise ValueError(
+            f"The model has no SCL or FeDeRA adapter {adapter_name!r}; its adapters of these kinds are {names}. Pass "
+            "the model with its adapter (`get_peft_model`, `PeftModel.from_pretrained`, `load_federa`) and the name "
+            "of one of them as `adapter_name`."
+        )
+    return layers
+
+
+def _modules(layers: Mapping[str, MergeableLayer], adapter_name: str, r: int | None) -> Iterator[LoraModule]:
+    """The factors of all layers, of one rank: not everything reads a rank pattern."""
+    ranks = {name: layer.exact_rank(adapter_name) for name, layer in layers.items()}
+    lora_r = max(ranks.values()) if r is None else r
+    for name, layer in layers.items():
+        change = layer.weight_change(adapter_name)
+        lora_B, lora_A = _factors(change, None if r is None else min(r, ranks[name]))
+        padding = lora_r - lora_A.shape[0]  # rows and columns of zeros
+        lora_A = nn.functional.pad(lora_A, (0, 0, 0, padding))
+        lora_B = nn.functional.pad(lora_B, (0, padding))
+        yield LoraModule(name, change, lora_B, lora_A, isinstance(layer.get_base_layer(), nn.Embedding))
 
 
 def other_tensors(state_dict: dict[str, torch.Tensor], modules: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -169,7 +169,7 @@ def other_tensors(state_dict: dict[str, torch.Tensor], modules: Iterable[str]) -
 
 def lora_export(
     base: nn.Module,
-    config: LoraConfig | SclConfig,
+    config: PeftConfig,
     modules: Iterable[LoraModule],
     others: dict[str, torch.Tensor],
     fan_in_fan_out: bool,
@@ -181,7 +181,7 @@ def lora_export(
     Args:
         base (`nn.Module`):
             The base model, in which the modules have their names.
-        config ([`~peft.LoraConfig`] or [`SclConfig`]):
+        config ([`~peft.PeftConfig`]):
             Configuration of the adapter that is exported.
         modules (`Iterable[LoraModule]`):
             The factors. Modules of other ranks than the largest are named in `rank_pattern` and `alpha_pattern`.
@@ -198,6 +198,7 @@ def lora_export(
     state_dict: dict[str, torch.Tensor] = {}
     norms: dict[str, tuple[float, float]] = {}
     ranks: dict[str, int] = {}
+    lora_bias = False
     for name, change, lora_B, lora_A, is_embedding in modules:
         lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
         norms[name] = _norms(change, lora_B.double(), lora_A.double())
@@ -206,22 +207,33 @@ def lora_export(
         for key, factor in zip(keys, (lora_A, lora_B), strict=True):
             state_dict[f"{PREFIX}{name}.{key}"] = factor.cpu().contiguous()
         if change.shift is not None:
+            lora_bias = True
             state_dict[f"{PREFIX}{name}.lora_B.bias"] = change.shift.to(dtype).cpu()
+    lora_config = _lora_config(base, config, ranks, lora_bias, fan_in_fan_out)
+    errors = {name: _ratio(*pair) for name, pair in norms.items()}
+    total, distance = torch.tensor(list(norms.values()), dtype=torch.float64).norm(dim=0).tolist()
+    return LoraExport(lora_config, state_dict | others, _ratio(total, distance), errors)
 
+
+def _lora_config(
+    base: nn.Module, config: Any, ranks: Mapping[str, int], lora_bias: bool, fan_in_fan_out: bool
+) -> LoraConfig:
+    """The configuration for factors of the given `ranks`, with what `config` has beside factors."""
     r = max(ranks.values())
     # PEFT takes the keys of patterns for the ends of names, and for regular expressions
     pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r}
+    is_lora = isinstance(config, LoraConfig)
     lora_config = LoraConfig(
         r=r,
         lora_alpha=r,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        lora_bias=isinstance(config, SclConfig) and config.scl_bias,
-        bias=config.bias if isinstance(config, LoraConfig) else "none",
+        lora_bias=lora_bias,
+        bias=config.bias if is_lora else "none",
         fan_in_fan_out=fan_in_fan_out,
         modules_to_save=config.modules_to_save,
         trainable_token_indices=config.trainable_token_indices,
-        ensure_weight_tying=isinstance(config, LoraConfig) and config.ensure_weight_tying,
+        ensure_weight_tying=is_lora and config.ensure_weight_tying,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
@@ -233,45 +245,26 @@ def lora_export(
             "base_model_class": type(base).__name__,
             "parent_library": type(base).__module__,
         }
-    errors = {name: _ratio(*pair) for name, pair in norms.items()}
-    total, distance = torch.tensor(list(norms.values()), dtype=torch.float64).norm(dim=0).tolist()
-    return LoraExport(lora_config, state_dict | others, _ratio(total, distance), errors)
+    return lora_config
 
 
-def _is_dense(layer: SclLayer | FederaLayer, name: str) -> bool:
-    """Whether the change of the weight is not a product of thin factors."""
-    if isinstance(layer, FederaLayer):
-        return False
-    return layer.replaces(name) or name in layer.scl_delta
-
-
-def _rank(layer: SclLayer | FederaLayer, name: str) -> int:
-    """The smallest rank that is exact whatever the weights of the adapter are."""
-    if _is_dense(layer, name):
-        return min(layer.in_features, layer.out_features)
-    if isinstance(layer, FederaLayer) or name in layer.scl_start_A:
-        return 2 * layer.r[name]
-    delta_r = layer.scl_delta_A[name].weight.shape[0] if name in layer.scl_delta_A else 0
-    return layer.r[name] + delta_r
-
-
-def _check_rank(r: int | None, largest: int, layers: dict[str, Any], adapter_name: str) -> None:
+def _check_rank(r: int | None, layers: Mapping[str, MergeableLayer], adapter_name: str) -> None:
+    largest = max(layer.exact_rank(adapter_name) for layer in layers.values())
     if r is None:
-        dense = next((name for name, layer in layers.items() if _is_dense(layer, adapter_name)), None)
-        if dense is not None:
-            replaces = layers[dense].replaces(adapter_name)
-            option = "`keep_residual=False`" if replaces else "`train_down_proj='full'`"
-            raise ValueError(
-                f"The SCL adapter {adapter_name!r} has {option}, which changes {dense!r} by a matrix of full rank, so no LoRA "
-                f"of a low rank equals it. Name a rank `r` to export the best approximation of that rank (`r={largest}` is "
-                "exact), or merge the adapter (`merge_and_unload`)."
-            )
+        for name, layer in layers.items():
+            option = layer.full_rank_option(adapter_name)
+            if option is not None:
+                raise ValueError(
+                    f"The {layer.method} adapter {adapter_name!r} has {option}, which changes {name!r} by a matrix of "
+                    "full rank, so no LoRA of a low rank equals it. Name a rank `r` to export the best approximation "
+                    f"of that rank (`r={largest}` is exact), or merge the adapter (`merge_and_unload`)."
+                )
     elif r <= 0:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {r!r}")
     elif r > largest:
         raise ValueError(
-            f"`r` is {r}, but the weight changes of the adapter {adapter_name!r} have no rank above {largest}. Leave `r` "
-            f"out, or choose up to {largest}."
+            f"`r` is {r}, but the weight changes of the adapter {adapter_name!r} have no rank above {largest}. Leave "
+            f"`r` out, or choose up to {largest}."
         )
 
 
@@ -280,7 +273,7 @@ def _factors(change: WeightChange, r: int | None) -> tuple[torch.Tensor, torch.T
     if r is None:
         return change.left, change.right
     if change.rest is not None:
-        left, values, right = truncated_svd(change.left @ change.right + change.rest, r)
+        left, values, right = truncated_svd(change.dense(), r)
     else:
         # the singular vectors of the product are those of its small core, turned by two orthonormal bases
         basis_left, core_left = torch.linalg.qr(change.left)
@@ -298,9 +291,7 @@ def _norms(change: WeightChange, lora_B: torch.Tensor, lora_A: torch.Tensor) -> 
     if change.rest is None and columns < min(len(change.left), change.right.shape[1]):
         difference = torch.cat([change.left, -lora_B], dim=1), torch.cat([change.right, lora_A])
         return _product_norm(change.left, change.right), _product_norm(*difference)
-    dense = change.left @ change.right
-    if change.rest is not None:
-        dense += change.rest
+    dense = change.dense()
     return dense.norm().item(), (dense - lora_B @ lora_A).norm().item()
 
 

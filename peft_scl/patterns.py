@@ -48,12 +48,13 @@ def check_pattern(pattern: str, what: str, factor: float = 1.0) -> None:
         ways = _ways(_parser.parse(pattern)) * factor
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{what} {shown} is not a regular expression ({error}). Escape special characters, or name the modules in a list."
+            f"{what} {shown} is not a regular expression ({error}). Escape special characters, or name the modules in "
+            "a list."
         ) from error
     if ways > MOST_WAYS:
         raise ValueError(
-            f"{what} {shown} could be matched in too many ways, so that a single name may take hours: repetitions stand within each "
-            "other, or too many in a row. Name the modules literally, in a list."
+            f"{what} {shown} could be matched in too many ways, so that a single name may take hours: repetitions "
+            "stand within each other, or too many in a row. Name the modules literally, in a list."
         )
 
 

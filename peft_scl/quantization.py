@@ -13,7 +13,8 @@ from torch import nn
 __all__ = ["MERGEABLE_BACKENDS", "check_readable", "dense", "frozen_copy", "put_back"]
 
 
-# By `QuantizationBackend.backend_name`. PEFT merges into HQQ as well, by replacing the base layer; that is untested here.
+# By `QuantizationBackend.backend_name`. PEFT merges into HQQ as well, by replacing the base layer; that is untested
+# here.
 MERGEABLE_BACKENDS = ("bnb 4bit", "bnb 8bit", "torchao")
 
 
@@ -62,11 +63,11 @@ def check_readable(layer: Any) -> None:
     """
     Raise if the weight of `layer` cannot be dequantised.
 
-    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit layer in its first inference. Other code, PEFT's among it, reads
-    wrong values from that layout, and bitsandbytes' own way back (0.50) loses the scales.
+    On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit layer in its first inference. Other code, PEFT's among it,
+    reads wrong values from that layout, and bitsandbytes' own way back (0.50) loses the scales.
     """
     if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
         raise RuntimeError(
-            "bitsandbytes has repacked a 4-bit layer for inference on this CPU, and its weight can no longer be read. Load "
-            "the model anew, and merge or add the adapter before the first forward pass in eval mode."
+            "bitsandbytes has repacked a 4-bit layer for inference on this CPU, and its weight can no longer be read. "
+            "Load the model anew, and merge or add the adapter before the first forward pass in eval mode."
         )

@@ -43,13 +43,13 @@ def register_tuner(
         if registered is None or _qualified(registered) != _qualified(config_cls):
             owner = "peft itself" if registered is None else _qualified(registered)
             raise ImportError(
-                f"peft {peft.__version__} already has a method `{value}` (from {owner}), so this package cannot register "
-                f"its own under that name. Use that implementation, or install a peft release without it."
+                f"peft {peft.__version__} already has a method `{value}` (from {owner}), so this package cannot "
+                "register its own under that name. Use that implementation, or install a peft release without it."
             )
         return
 
-    # The functional equivalent of a line `SCL = "SCL"` in the class body. `EnumType._add_member_` exists on Python 3.13
-    # only and leaves the member out of iteration.
+    # The functional equivalent of a line `SCL = "SCL"` in the class body. `EnumType._add_member_` exists on Python
+    # 3.13 only and leaves the member out of iteration.
     member = str.__new__(PeftType, value)
     member._name_ = member._value_ = value
     member.__objclass__ = PeftType  # type: ignore[attr-defined]

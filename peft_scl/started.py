@@ -13,8 +13,8 @@ class StartedLinear(nn.Module):
     """
     One factor of `(B0 + B) (A0 + A) - B0 A0 = [B, B0] [A0 + A; A]`, a product of twice the rank.
 
-    Stands for a linear layer without bias and of the `weight` `[A0 + A; A]` or `[B, B0]`; trained is the change `A` or `B`,
-    while the start `A0` or `B0` is constant and saved with it.
+    Stands for a linear layer without bias and of the `weight` `[A0 + A; A]` or `[B, B0]`; trained is the change `A` or
+    `B`, while the start `A0` or `B0` is constant and saved with it.
 
     Args:
         in_features (`int`):

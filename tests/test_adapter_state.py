@@ -25,7 +25,7 @@ from fed_trainer.client.live.base_model import base_digest
 from fed_trainer.state.adapter_state import AdapterState, check_same_layout, state_bytes, subtract
 from helpers.models import move
 from peft_scl import FederaConfig, SclConfig
-from peft_scl.federa.layer import evenly_spaced
+from peft_scl.linalg import evenly_spaced
 
 
 TOKENS = torch.arange(4, 20).unsqueeze(0)

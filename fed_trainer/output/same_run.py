@@ -11,6 +11,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from peft_scl.foreign_files import short_repr
+
 from ..config import FederationArguments
 from ..data.digests import client_digest, dataset_digest
 from ..state.described import agree, difference
@@ -48,7 +50,7 @@ def check_same_run(record: dict[str, Any], ours: dict[str, Any], folder: str | o
             "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
         )
     differing = [
-        f"{name}: {difference(there, here) or f'{_short(there)} there, {_short(here)} here'}"
+        f"{name}: {difference(there, here) or f'{short_repr(there)} there, {short_repr(here)} here'}"
         for name, there, here in _pairs(record, ours)
         if not agree(there, here)
     ]
@@ -149,12 +151,12 @@ def _client_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str
     """The first difference between the clients: other names, or other sizes or labels of one."""
     if there.keys() != here.keys():
         gone, new = sorted(there.keys() - here.keys()), sorted(here.keys() - there.keys())
-        return [f"clients: {_short(gone)} only there, {_short(new)} only here"]
+        return [f"clients: {short_repr(gone)} only there, {short_repr(new)} only here"]
     for client in here:
         for figure in ("num_examples", "composition"):
             before, now = there[client].get(figure), here[client].get(figure)
             if before != now:
-                return [f"clients: {figure} of {client!r}, {_short(before)} there, {_short(now)} here"]
+                return [f"clients: {figure} of {client!r}, {short_repr(before)} there, {short_repr(now)} here"]
     return []
 
 
@@ -163,8 +165,3 @@ def _of_held_out(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -
     if name not in now:
         return f"{which} (only there)"
     return which if name in before else f"{which} (only here)"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

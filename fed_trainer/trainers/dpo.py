@@ -17,7 +17,7 @@ from trl import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model, use_adapter
 
 from peft_scl import FederaConfig
-from peft_scl.federa.layer import evenly_spaced
+from peft_scl.linalg import evenly_spaced
 
 from ..client.live import live_state
 from ..client.live.base_changes import NEUTRAL_STARTS

@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from ..access import offload_hook
 from ..quantization import MERGEABLE_BACKENDS
 from .config import FederaConfig
-from .layer import Embedding, FederaLayer, Linear
+from .embedding import Embedding
+from .layer import FederaLayer
+from .linear import Linear
 
 
 __all__ = ["check_target", "layer_class"]
@@ -55,23 +57,24 @@ def check_target(model: nn.Module, key: str, target: Any, config: FederaConfig) 
     """
     if isinstance(target, BaseTunerLayer) and not isinstance(target, FederaLayer):
         raise TypeError(
-            f"Target module {key} is already wrapped by another PEFT method ({type(target).__module__}."
-            f"{type(target).__name__}). FeDeRA starts from the pretrained weight and cannot be stacked on another adapter: "
-            "merge that adapter first (`merge_and_unload`), or choose other `target_modules`."
+            f"Target module {key} is already wrapped by another PEFT method "
+            f"({type(target).__module__}.{type(target).__name__}). FeDeRA starts from the pretrained weight and "
+            "cannot be stacked on another adapter: merge that adapter first (`merge_and_unload`), or choose other "
+            "`target_modules`."
         )
     layer: Any = target.get_base_layer() if isinstance(target, FederaLayer) else target
     if layer_class(model, layer) is None:
         raise TypeError(
-            f"Target module {key} is a {type(layer).__name__}, but FeDeRA wraps linear layers (`nn.Linear`, transformers' "
-            "`Conv1D`, and the quantised linear layers that PEFT supports) and `nn.Embedding` only. Choose other "
-            "`target_modules`, or use `LoraConfig`."
+            f"Target module {key} is a {type(layer).__name__}, but FeDeRA wraps linear layers (`nn.Linear`, "
+            "transformers' `Conv1D`, and the quantised linear layers that PEFT supports) and `nn.Embedding` only. "
+            "Choose other `target_modules`, or use `LoraConfig`."
         )
     backend = _backend(model, layer)
     _check_readable(key, layer, backend)
     if getattr(layer, "max_norm", None) is not None:
         raise ValueError(
-            f"Target module {key} is an embedding with `max_norm`, which rescales its rows in the forward, so the start of "
-            "FeDeRA would not stay what it is. Choose other `target_modules`."
+            f"Target module {key} is an embedding with `max_norm`, which rescales its rows in the forward, so the "
+            "start of FeDeRA would not stay what it is. Choose other `target_modules`."
         )
     _check_rank(key, layer, config)
     if not config.keep_base:
@@ -85,18 +88,18 @@ def _backend(model: nn.Module, layer: Any) -> Any:
 def _check_readable(key: str, layer: Any, backend: Any) -> None:
     if backend is not None and backend.backend_name not in MERGEABLE_BACKENDS:
         raise NotImplementedError(
-            f"Target module {key} is quantised by {backend.backend_name}, but FeDeRA can read the weights of bitsandbytes and "
-            "torchao only. Use `LoraConfig`, or a base model that is quantised otherwise."
+            f"Target module {key} is quantised by {backend.backend_name}, but FeDeRA can read the weights of "
+            "bitsandbytes and torchao only. Use `LoraConfig`, or a base model that is quantised otherwise."
         )
     if backend is not None and offload_hook(layer) is not None:
         raise NotImplementedError(
-            f"Target module {key} is quantised and offloaded, so its singular vectors cannot be read. Add the adapter before "
-            "offloading."
+            f"Target module {key} is quantised and offloaded, so its singular vectors cannot be read. Add the adapter "
+            "before offloading."
         )
     if isinstance(getattr(layer, "weight", None), DTensor):
         raise NotImplementedError(
-            f"The weight of the target module {key} is sharded over devices, so its singular vectors cannot be read. Add the "
-            "FeDeRA adapter before the model is sharded."
+            f"The weight of the target module {key} is sharded over devices, so its singular vectors cannot be read. "
+            "Add the FeDeRA adapter before the model is sharded."
         )
 
 
@@ -108,8 +111,8 @@ def _check_rank(key: str, layer: Any, config: FederaConfig) -> None:
     full_rank = min(in_features, out_features)
     if r > full_rank:
         raise ValueError(
-            f"`r` is {r}, but {key} has a weight of shape ({out_features}, {in_features}), which has no more than {full_rank} "
-            "singular directions. Choose `r` up to that, or set `rank_pattern` for this module."
+            f"`r` is {r}, but {key} has a weight of shape ({out_features}, {in_features}), which has no more than "
+            f"{full_rank} singular directions. Choose `r` up to that, or set `rank_pattern` for this module."
         )
 
 
@@ -117,8 +120,8 @@ def _check_residual(model: nn.Module, key: str, layer: Any, backend: Any) -> Non
     if backend is not None:
         raise ValueError(
             f"`keep_base=False` writes the residual into the base weights, but those of {key} are quantised by "
-            f"{backend.backend_name}: quantising again would change every one of them by up to a step of the grid, and the saved "
-            "adapter would be off by that. Set `keep_base=True`, which leaves them as they are."
+            f"{backend.backend_name}: quantising again would change every one of them by up to a step of the grid, "
+            "and the saved adapter would be off by that. Set `keep_base=True`, which leaves them as they are."
         )
     if offload_hook(layer) is not None:
         raise ValueError(
@@ -127,8 +130,9 @@ def _check_residual(model: nn.Module, key: str, layer: Any, backend: Any) -> Non
         )
     if layer._parameters.get("weight") is not layer.weight:
         raise ValueError(
-            f"`keep_base=False` writes the residual into the base weights, but that of {key} is computed anew in every forward "
-            "(a parametrisation, such as `weight_norm`). Set `keep_base=True`, or remove the parametrisation."
+            f"`keep_base=False` writes the residual into the base weights, but that of {key} is computed anew in "
+            "every forward (a parametrisation, such as `weight_norm`). Set `keep_base=True`, or remove the "
+            "parametrisation."
         )
     owners = [
         name

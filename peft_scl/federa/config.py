@@ -14,21 +14,19 @@ from peft import LoraConfig, PeftConfig
 from peft.utils import PeftType
 
 from ..card import update_federa_card
-from ..foreign_files import check_config_file
+from ..foreign_files import FEDERA_CONFIG_NAME, check_config_file
 
 
-__all__ = ["FEDERA_CONFIG_NAME", "FederaConfig"]
+__all__ = ["FederaConfig"]
 
-
-FEDERA_CONFIG_NAME = "federa_config.json"  # beside the adapter_config.json of the plain LoRA
 
 # What of `LoraConfig` means the same here. Any other field has to keep its default.
 _SHARED_FIELDS = frozenset(
     {
         *(item.name for item in fields(PeftConfig)),
         "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-        "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-        "trainable_token_indices", "runtime_config",
+        "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern",
+        "alpha_pattern", "trainable_token_indices", "runtime_config",
     }
 )  # fmt: skip
 
@@ -40,29 +38,29 @@ class FederaConfig(LoraConfig):
     principal part of the pretrained weights.
 
     With `W = U S V^T` and the scaling `s` of LoRA, the factors start at `B0 = U_r sqrt(S_r / s)` and
-    `A0 = sqrt(S_r / s) V_r^T`, and the layer computes `(W - s B0 A0 + s B A) x`: the pretrained model at the start, while
-    the gradients of both factors are those of its principal directions. What training changes, `s (B A - B0 A0)`, is a
-    LoRA of rank `2 r` for the untouched base model, and that is what `save_pretrained` writes.
+    `A0 = sqrt(S_r / s) V_r^T`, and the layer computes `(W - s B0 A0 + s B A) x`: the pretrained model at the start,
+    while the gradients of both factors are those of its principal directions. What training changes,
+    `s (B A - B0 A0)`, is a LoRA of rank `2 r` for the untouched base model, and that is what `save_pretrained` writes.
 
     Args:
         r (`int`, *optional*, defaults to `8`):
             Rank of the trained factors, at most that of the weights. The saved adapter has the rank `2 r`.
         lora_alpha (`int`, *optional*, defaults to `8`):
-            Scaling `s = lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. It does not change where training
-            starts, but how far a step goes. Positive.
+            Scaling `s = lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`. It does not change where
+            training starts, but how far a step goes. Positive.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
-            Dropout probability on the input of the trained factors. These hold the principal part of the layer, of which
-            dropout removes entries too, as with PiSSA; 0 is advisable.
+            Dropout probability on the input of the trained factors. These hold the principal part of the layer, of
+            which dropout removes entries too, as with PiSSA; 0 is advisable.
         keep_base (`bool`, *optional*, defaults to `False`):
-            `False` writes the residual `W - s B0 A0` into the base model, as in the paper: a step costs as much as one of
-            LoRA, each weight of the targeted layers is rounded once, and the model can have this one adapter only. `True`
-            leaves the base model as it is and subtracts `s B0 A0 x` in the forward: exact, with several adapters, also on
-            quantised weights, at the cost of a LoRA of rank `2 r`.
+            `False` writes the residual `W - s B0 A0` into the base model, as in the paper: a step costs as much as one
+            of LoRA, each weight of the targeted layers is rounded once, and the model can have this one adapter only.
+            `True` leaves the base model as it is and subtracts `s B0 A0 x` in the forward: exact, with several
+            adapters, also on quantised weights, at the cost of a LoRA of rank `2 r`.
         init_lora_weights (`bool`, *optional*, defaults to `True`):
             Start as described above. `False` leaves the base model as it is and starts at random, without a start to
             subtract, to be overwritten by a saved adapter; see [`load_federa`].
-        target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, use_rslora, \
-        fan_in_fan_out, bias, modules_to_save, trainable_token_indices:
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, \
+        use_rslora, fan_in_fan_out, bias, modules_to_save, trainable_token_indices:
             As in [`~peft.LoraConfig`].
 
     Raises:
@@ -86,13 +84,14 @@ class FederaConfig(LoraConfig):
             default = item.default if item.default_factory is MISSING else item.default_factory()
             if getattr(self, item.name) != default:
                 raise ValueError(
-                    f"`{item.name}` is {getattr(self, item.name)!r}, but FeDeRA is a plain LoRA with a start of its own and does "
-                    f"not support this option of `LoraConfig`. Leave `{item.name}` out, or use `LoraConfig`."
+                    f"`{item.name}` is {getattr(self, item.name)!r}, but FeDeRA is a plain LoRA with a start of its "
+                    f"own and does not support this option of `LoraConfig`. Leave `{item.name}` out, or use "
+                    "`LoraConfig`."
                 )
         if not isinstance(self.init_lora_weights, bool):
             raise ValueError(
-                f"`init_lora_weights` is {self.init_lora_weights!r}, but FeDeRA is an initialisation itself. Leave it out, or "
-                "use `LoraConfig`."
+                f"`init_lora_weights` is {self.init_lora_weights!r}, but FeDeRA is an initialisation itself. Leave it "
+                "out, or use `LoraConfig`."
             )
         ranks, alphas = {"r": self.r, **(self.rank_pattern or {})}, {"lora_alpha": self.lora_alpha}
         for name, rank in ranks.items():
@@ -101,7 +100,8 @@ class FederaConfig(LoraConfig):
         for name, alpha in {**alphas, **(self.alpha_pattern or {})}.items():
             if not alpha > 0:
                 raise ValueError(
-                    f"`{name}` should be positive but the value passed is {alpha!r}: the start of FeDeRA is divided by the scaling."
+                    f"`{name}` should be positive but the value passed is {alpha!r}: the start of FeDeRA is divided "
+                    "by the scaling."
                 )
 
     def to_lora_config(self) -> LoraConfig:
@@ -118,8 +118,8 @@ class FederaConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
-        Save the configuration of the plain LoRA as `adapter_config.json`, which is what the weights beside it are, this
-        configuration as `federa_config.json`, and a section in the `README.md`.
+        Save the configuration of the plain LoRA as `adapter_config.json`, which is what the weights beside it are,
+        this configuration as `federa_config.json`, and a section in the `README.md`.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -163,8 +163,8 @@ class FederaConfig(LoraConfig):
                 path = Path(hf_hub_download(source, FEDERA_CONFIG_NAME, subfolder=subfolder, **kwargs))
             except (EntryNotFoundError, LocalEntryNotFoundError) as error:
                 raise ValueError(
-                    f"There is no {FEDERA_CONFIG_NAME} in {source!r}, so it is not an adapter that FeDeRA has saved. Load it as what "
-                    "its adapter_config.json says (`PeftModel.from_pretrained`)."
+                    f"There is no {FEDERA_CONFIG_NAME} in {source!r}, so it is not an adapter that FeDeRA has saved. "
+                    "Load it as what its adapter_config.json says (`PeftModel.from_pretrained`)."
                 ) from error
         check_config_file(path)
         return cls.from_peft_type(**cls.from_json_file(os.fspath(path)))

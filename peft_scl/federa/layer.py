@@ -2,41 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.lora import layer as lora
-from peft.tuners.tuners_utils import check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
-from ..access import is_at_hand, offload_hook
-from ..layer import WeightChange
-from ..linalg import principal_factors
-from ..quantization import check_readable, dense, frozen_copy, put_back
+from ..access import offload_hook
+from ..linalg import WeightChange, add_products, evenly_spaced, principal_factors
+from ..merging import MergeableLayer
 from .config import FederaConfig
 
 
-__all__ = ["Embedding", "FederaLayer", "Linear", "evenly_spaced"]
-
-DIGEST_SAMPLES = 64
-ROWS_PER_BLOCK = 256
+__all__ = ["FederaLayer"]
 
 
-class FederaLayer(lora.LoraLayer):
+class FederaLayer(MergeableLayer, lora.LoraLayer):
     """
     State of the FeDeRA adapters on one layer; see [`FederaConfig`] for what it computes.
 
-    The base layer holds the residual `W - s B0 A0` for an adapter with `keep_base=False`, and `W` otherwise. So an adapter
-    `k` contributes `t B A x + u B0 A0 x` to the output of the base layer, where `t` is its scaling if it is active and
-    0 if not, and `u` is what is missing of the start: `s - t` for a residual base, `-t` for an untouched one.
+    The base layer holds the residual `W - s B0 A0` for an adapter with `keep_base=False`, and `W` otherwise. So an
+    adapter `k` contributes `t B A x + u B0 A0 x` to the output of the base layer, where `t` is its scaling if it is
+    active and 0 if not, and `u` is what is missing of the start: `s - t` for a residual base, `-t` for an untouched
+    one.
     """
+
+    method = "FeDeRA"
+    empty_message = (
+        "The weight of a target module is empty, as that of a partitioned model before it is gathered, so its "
+        "singular vectors cannot be read. Add the adapter before the model is partitioned."
+    )
 
     other_param_names: tuple[str, ...] = (
         *lora.LoraLayer.other_param_names,
@@ -59,16 +58,8 @@ class FederaLayer(lora.LoraLayer):
         # adapter name -> A0 and B0; saved, never trained
         self.lora_start_A: Any = BufferDict({}, persistent=True)
         self.lora_start_B: Any = BufferDict({}, persistent=True)
-        # Base weight before the first merge, to put it back bit for bit. Plain attribute, so that it is never saved.
-        self._unmerged_weight: torch.Tensor | None = None
         self._original_sample: torch.Tensor | None = None  # there if, and only if, the base holds a residual
-        layer = self.get_base_layer()
-        self.fan_in_fan_out = isinstance(layer, Conv1D)
-        # whether the base weight is stored as (in_features, out_features)
-        self.transposed = isinstance(layer, (Conv1D, nn.Embedding))
-        self.quantization_backend = resolve_quantization_backend(
-            layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self._examine_base_layer(kwargs.get("get_apply_tensor_subclass"))
         self._active_adapter = adapter_name
         self.update_layer(
             adapter_name, r, lora_alpha=lora_alpha, config=config, target_name=kwargs.get("target_name", "")
@@ -80,8 +71,9 @@ class FederaLayer(lora.LoraLayer):
         """Create the factors of `adapter_name` and start them as `config` says."""
         if not isinstance(config, FederaConfig):
             raise TypeError(
-                f"The layer has FeDeRA adapters, to which {adapter_name!r}, a {type(config).__name__}, cannot be added. Merge "
-                "them first (`merge_and_unload`), or save them and load them as what they are saved as, plain LoRA adapters."
+                f"The layer has FeDeRA adapters, to which {adapter_name!r}, a {type(config).__name__}, cannot be "
+                "added. Merge them first (`merge_and_unload`), or save them and load them as what they are saved as, "
+                "plain LoRA adapters."
             )
         self._put_back(adapter_name)  # if it is made anew under the same name
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
@@ -92,7 +84,7 @@ class FederaLayer(lora.LoraLayer):
         self.keep_base[adapter_name] = config.keep_base
         base_weight = self.get_base_layer().weight
         # an empty shell, to be filled from a checkpoint
-        is_shell = trained_A.is_meta or (base_weight.is_meta and self._offload_hook() is None)
+        is_shell = trained_A.is_meta or (base_weight.is_meta and offload_hook(self.get_base_layer()) is None)
         if config.init_lora_weights and not is_shell:
             with gather_params_ctx(base_weight), torch.no_grad():  # ZeRO-3: every rank gets what rank 0 writes
                 self._start(adapter_name)
@@ -106,8 +98,8 @@ class FederaLayer(lora.LoraLayer):
             start_B.copy_(self.lora_start_B[twin])
         else:
             weight = self._dense_base_weight()
-            # Representable in the dtype of the base: the adapter may be cast to it and back (`autocast_adapter_dtype`, TRL
-            # on quantised models), which must not move the factors away from their start.
+            # Representable in the dtype of the base: the adapter may be cast to it and back (`autocast_adapter_dtype`,
+            # TRL on quantised models), which must not move the factors away from their start.
             dtype = torch.bfloat16 if self.quantization_backend is not None else weight.dtype
             for start, factor in zip(
                 (start_A, start_B), principal_factors(weight, len(start_A), self.start_scaling[name]), strict=True
@@ -119,7 +111,9 @@ class FederaLayer(lora.LoraLayer):
             self._move_start(name, None, (start_A, start_B))
 
     def _twin(self, name: str) -> str | None:
-        """Another adapter that has computed the same start. Twice the same is half the work, and equal on every machine."""
+        """
+        Another adapter that has computed the same start. Twice the same is half the work, and equal on every machine.
+        """
         for other in self.keep_base:
             same = self.r[other] == self.r[name] and self.start_scaling[other] == self.start_scaling[name]
             if other != name and same and not self.lora_start_B[other].is_meta and self.lora_start_B[other].any():
@@ -134,22 +128,23 @@ class FederaLayer(lora.LoraLayer):
         sample = evenly_spaced(weight.data) if self._original_sample is None else self._original_sample
         scaling = self.start_scaling[name]
         terms = [(sign * scaling, *pair) for sign, pair in ((1, old), (-1, new)) if pair is not None]
-        _add_products(self._oriented(weight.data), terms, out=self._oriented(weight.data))
+        add_products(self._oriented(weight.data), terms, out=self._oriented(weight.data))
         self._original_sample = None if new is None else sample
 
     def load_start(self, name: str, start_A: torch.Tensor, start_B: torch.Tensor) -> None:
         """
         Make `start_A (r, in)` and `start_B (out, r)` the start of an adapter, and move a residual base with it.
 
-        An equal start changes nothing, and one in place of none (`init_lora_weights=False`) gives, bit for bit, the base of
-        the model that had computed it. Another one moves the base, which is rounded again.
+        An equal start changes nothing, and one in place of none (`init_lora_weights=False`) gives, bit for bit, the
+        base of the model that had computed it. Another one moves the base, which is rounded again.
 
         Raises:
             ValueError: If adapters are merged, or the residual base is not there to be moved.
         """
         if self.merged:
             raise ValueError(
-                f"The adapters {self.merged_adapters} are merged, so no other start can be loaded. Call `unmerge_adapter` first."
+                f"The adapters {self.merged_adapters} are merged, so no other start can be loaded. Call "
+                "`unmerge_adapter` first."
             )
         buffers = self.lora_start_A[name], self.lora_start_B[name]
         is_empty = buffers[0].is_meta
@@ -164,15 +159,15 @@ class FederaLayer(lora.LoraLayer):
             base_weight = self.get_base_layer().weight
             if base_weight.is_meta:
                 raise ValueError(
-                    "The base weights are on the meta device, so the residual of the loaded adapter cannot be written. Load the "
-                    "base model first, or use `keep_base=True`."
+                    "The base weights are on the meta device, so the residual of the loaded adapter cannot be "
+                    "written. Load the base model first, or use `keep_base=True`."
                 )
             old = None if is_empty or not buffers[1].any() else buffers
             with gather_params_ctx(base_weight), torch.no_grad():
                 if base_weight.numel() != self.in_features * self.out_features or isinstance(base_weight, DTensor):
                     raise ValueError(
-                        "The base weights are sharded over devices, so the residual of another start cannot be written. Load the "
-                        "adapter (`load_federa`) before the model is sharded."
+                        "The base weights are sharded over devices, so the residual of another start cannot be "
+                        "written. Load the adapter (`load_federa`) before the model is sharded."
                     )
                 self._move_start(name, old, new)  # type: ignore[arg-type]
         if not is_empty:
@@ -181,14 +176,12 @@ class FederaLayer(lora.LoraLayer):
 
     @property
     def original_sample(self) -> torch.Tensor | None:
-        """64 evenly spaced entries of the original base weight if the base is a residual, to recognise the model by."""
+        """
+        64 evenly spaced entries of the original base weight if the base is a residual, to recognise the model by.
+        """
         return self._original_sample
 
     # The weights
-
-    def get_base_layer(self) -> Any:
-        """The innermost layer. `Any`, because it may be one of many classes."""
-        return super().get_base_layer()
 
     def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The parameters `A (r, in)` and `B (out, r)`."""
@@ -199,53 +192,23 @@ class FederaLayer(lora.LoraLayer):
         start = 0.0 if self.keep_base[name] else self.start_scaling[name]
         return start - self.scaling[name] if is_active else start
 
-    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        # an offloaded weight is on the meta device between forwards, where an adapter would compute nothing
-        hook = self._offload_hook()
-        return (device if hook is None else torch.device(hook.execution_device)), dtype
-
-    def _offload_hook(self) -> Any:
-        return offload_hook(self.get_base_layer())
-
-    def _oriented(self, weight: torch.Tensor) -> torch.Tensor:
-        """A weight as `(out_features, in_features)`, or back as the base layer stores it."""
-        return weight.T if self.transposed else weight
-
-    def _dense_base_weight(self) -> torch.Tensor:
-        """The base weight, without what is merged into it, as a dense floating tensor `(out_features, in_features)`."""
-        hook = self._offload_hook()
-        if self.quantization_backend is not None:
-            check_readable(self.get_base_layer())
-        if self._unmerged_weight is not None:
-            weight = self._unmerged_weight
-            weight = weight if self.quantization_backend is None else dense(weight)
-        else:
-            weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
-        if weight.numel() == 0:
-            raise ValueError(
-                "The weight of a target module is empty, as that of a partitioned model before it is gathered, so its singular "
-                "vectors cannot be read. Add the adapter before the model is partitioned."
-            )
-        return self._oriented(weight)
-
     def weight_change(self, name: str) -> WeightChange:
-        """`s (B A - B0 A0)` of one adapter as thin factors in float64, exactly zero at the start."""
+        """
+        `s (B A - B0 A0)` as thin factors in float64, exactly zero at the start.
+
+        This is relative to the pretrained weight in both modes, so it is not what `merge` adds to a residual base
+        (`s B A`).
+        """
         trained_A, trained_B = (tensor.detach().double() for tensor in self.trained_factors(name))
         start_A, start_B = self.lora_start_A[name].double(), self.lora_start_B[name].double()
         left = self.scaling[name] * torch.cat([trained_B - start_B, start_B], dim=1)
         return WeightChange(left, torch.cat([trained_A, trained_A - start_A]), None, None)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """
-        The change of the model, `s (B A - B0 A0)`, in float32 or better, laid out as the weight of the base layer.
+    def exact_rank(self, name: str) -> int:
+        return 2 * self.r[name]
 
-        This is relative to the pretrained weight in both modes, so it is not what `merge` adds to a residual base
-        (`s B A`).
-        """
-        change = self.weight_change(adapter)
-        dtype = torch.promote_types(self.lora_start_A[adapter].dtype, torch.float32)
-        return self._oriented(change.left @ change.right).to(dtype)
+    def _adapter_dtype(self, name: str) -> torch.dtype:
+        return self.lora_start_A[name].dtype
 
     # Forward
 
@@ -285,8 +248,8 @@ class FederaLayer(lora.LoraLayer):
         if not is_active:
             return self.start_coefficient(name, False) * self._expand(self._reduce(x, start_A), start_B)
         if self.keep_base[name] and self._is_plain(name):
-            # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: one pass over `x`, exactly zero at the start, and small changes are not
-            # lost in the rounding of large numbers
+            # `B A - B0 A0 = (B - B0) A + B0 (A - A0)`: one pass over `x`, exactly zero at the start, and small changes
+            # are not lost in the rounding of large numbers
             trained_A, trained_B = self.trained_factors(name)
             code = self._reduce(x, torch.cat([trained_A, trained_A - start_A]))
             return self._expand(code, self.scaling[name] * torch.cat([trained_B - start_B, start_B], dim=1))
@@ -314,49 +277,17 @@ class FederaLayer(lora.LoraLayer):
 
     # Merging and leaving
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Fold adapters into the base weight, rounding once to its dtype; `unmerge` puts it back bit for bit. A quantised
-        weight is quantised again, which rounds more coarsely and gives a warning.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`):
-                Check the merged weight for non-finite values before it replaces the base weight.
-            adapter_names (`list[str]`, *optional*):
-                Adapters to merge; all active ones if not given.
-
-        Raises:
-            ValueError: If `safe_merge` finds non-finite values.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.keep_base]
-        if not names:
-            return
-        backend, base_layer = self.quantization_backend, self.get_base_layer()
-        if backend is not None and self._unmerged_weight is None:
-            check_readable(base_layer)
-        original = self._unmerged_weight
-        if original is None:
-            original = base_layer.weight.data if backend is None else frozen_copy(base_layer)
-        weight = self._full_weight(original, [*self.merged_adapters, *names])
-        if safe_merge and not torch.isfinite(weight).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self._unmerged_weight = original
-        if backend is not None:
-            warnings.warn(
-                f"Merging FeDeRA into weights quantised by {backend.backend_name} rounds the result to the quantisation grid "
-                "again, so the outputs differ from those of the separate adapter. Merge into the base model without "
-                "quantisation for an exact result.",
-                UserWarning,
-                stacklevel=2,
-            )
-        self.set_base_weight(weight)
-        self.merged_adapters.extend(names)
+    def _merged_parameters(
+        self, original: tuple[torch.Tensor, torch.Tensor | None], names: list[str]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._full_weight(original[0], names), None
 
     @torch.no_grad()
     def _full_weight(self, stored: torch.Tensor, names: list[str]) -> torch.Tensor:
-        """`stored`, a base weight, with all that is missing of it and `names` folded in, as the base layer stores it."""
-        weight = stored if self.quantization_backend is None else dense(stored)
-        weight = weight.to(self.get_base_layer().weight.device)
+        """
+        `stored`, a base weight, with all that is missing of it and `names` folded in, as the base layer stores it.
+        """
+        weight = self._values(stored).to(self.get_base_layer().weight.device)
         terms = []
         for name in self.keep_base:
             is_active = name in names
@@ -368,22 +299,8 @@ class FederaLayer(lora.LoraLayer):
         # the model may have been cast since the first merge
         dtype = self.get_base_layer().weight.dtype if self.quantization_backend is None else weight.dtype
         merged = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
-        _add_products(self._oriented(weight), terms, out=self._oriented(merged))
+        add_products(self._oriented(weight), terms, out=self._oriented(merged))
         return merged
-
-    def unmerge(self) -> None:
-        """Put the base weight back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        assert self._unmerged_weight is not None
-        base_layer = self.get_base_layer()
-        if self.quantization_backend is None:
-            base_layer.weight.data = self._unmerged_weight.to(base_layer.weight)
-        else:
-            put_back(base_layer, self._unmerged_weight)
-        self._unmerged_weight = None
-        self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if the base is its residual, put the start back, which rounds once more."""
@@ -394,7 +311,8 @@ class FederaLayer(lora.LoraLayer):
         """Make a base that is the residual of the adapter `name` the pretrained weight again, rounding once more."""
         if name in self.merged_adapters:
             raise ValueError(
-                f"The adapter {name!r} is merged and can be neither deleted nor made anew. Call `unmerge_adapter` first."
+                f"The adapter {name!r} is merged and can be neither deleted nor made anew. Call `unmerge_adapter` "
+                "first."
             )
         if not self.keep_base.get(name, True) and self._original_sample is not None:
             with gather_params_ctx(self.get_base_layer().weight), torch.no_grad():
@@ -413,87 +331,3 @@ class FederaLayer(lora.LoraLayer):
 
     def __repr__(self) -> str:
         return super().__repr__().replace("lora.", "federa.", 1)
-
-
-class Linear(FederaLayer, lora.Linear):
-    """FeDeRA on `nn.Linear`, transformers' `Conv1D`, and the quantised linear layers that PEFT supports."""
-
-    is_target_conv_1d_layer = False
-
-    def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        reduce: Any = self.lora_A[name]
-        expand: Any = self.lora_B[name]
-        return reduce.weight, expand.weight
-
-    def _is_plain(self, name: str) -> bool:
-        has_dropout = self.training and isinstance(self.lora_dropout[name], nn.Dropout)
-        return not has_dropout and is_at_hand(self.lora_A[name]) and is_at_hand(self.lora_B[name])
-
-    def _trained(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x)))
-
-    def _reduce(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, factor)
-
-    def _expand(self, code: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(code, factor)
-
-
-class Embedding(FederaLayer, lora.Embedding):
-    """FeDeRA on `nn.Embedding`, whose weight is `W^T`; no dropout, as in LoRA."""
-
-    tp_layer = None  # of LoRA's tensor parallelism, which FeDeRA refuses
-
-    def trained_factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.lora_embedding_A[name], self.lora_embedding_B[name]
-
-    def _cast_input_dtype(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # type: ignore[override]
-        return x  # token indices
-
-    def _contribution(self, name: str, x: torch.Tensor, is_active: bool) -> torch.Tensor:
-        output = super()._contribution(name, x, is_active)
-        scale = self._get_embed_scale()  # of layers that scale in their forward
-        return output if scale is None else output * scale.to(output.dtype)
-
-    def _is_plain(self, name: str) -> bool:
-        return True
-
-    def _trained(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        trained_A, trained_B = self.trained_factors(name)
-        return self._expand(self._reduce(x, trained_A), trained_B)
-
-    def _reduce(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return self._embed(x, factor.T)
-
-    def _expand(self, code: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        return code @ factor.T
-
-
-@torch.no_grad()
-def _add_products(
-    weight: torch.Tensor, terms: Sequence[tuple[float, torch.Tensor, torch.Tensor]], out: torch.Tensor
-) -> None:
-    """
-    `out = weight + sum_k c_k B_k A_k` of terms `(c, A, B)`, summed in float64 and rounded once; `out` may be `weight`.
-
-    In blocks of rows, so that no copy of a large weight in float64 is made.
-    """
-    wide = [
-        (coefficient, factor_A.detach().double(), factor_B.detach().double())
-        for coefficient, factor_A, factor_B in terms
-    ]
-    for first in range(0, len(weight), ROWS_PER_BLOCK):
-        rows = slice(first, first + ROWS_PER_BLOCK)
-        total = weight[rows].to(torch.float64, copy=True)
-        for coefficient, factor_A, factor_B in wide:
-            total.addmm_(factor_B[rows], factor_A, alpha=coefficient)
-        out[rows] = total
-
-
-def evenly_spaced(tensor: torch.Tensor, count: int = DIGEST_SAMPLES) -> torch.Tensor:
-    """At most `count` evenly spaced entries of a tensor, a copy."""
-    flat = tensor.detach().flatten()
-    if flat.numel() > count:
-        # in integers: in float32 the last index of a large tensor is rounded up to its length
-        flat = flat[torch.arange(count, device=flat.device) * (flat.numel() - 1) // (count - 1)]
-    return flat.clone()

@@ -24,8 +24,8 @@ from .state import check_saved_shapes, stack_start, unstack_start
 __all__ = ["FederaModel"]
 
 _TENSOR_PARALLEL = (
-    "FeDeRA does not support tensor parallelism: each rank holds a part of the weights, and would start from the singular "
-    "vectors of that. Load the model without `tp_plan`."
+    "FeDeRA does not support tensor parallelism: each rank holds a part of the weights, and would start from the "
+    "singular vectors of that. Load the model without `tp_plan`."
 )
 
 
@@ -34,7 +34,8 @@ class FederaModel(LoraModel):
     Creates a FeDeRA model (https://huggingface.co/papers/2404.18848) from a pretrained model.
 
     Args:
-        model ([`torch.nn.Module`]): The model to be adapted. With `keep_base=False` its targeted weights are changed in place.
+        model ([`torch.nn.Module`]): The model to be adapted. With `keep_base=False` its targeted weights are changed
+            in place.
         config ([`FederaConfig`]): The configuration of the FeDeRA model.
         adapter_name (`str`): The name of the adapter, defaults to `"default"`.
         low_cpu_mem_usage (`bool`, `optional`, defaults to `False`):
@@ -79,8 +80,8 @@ class FederaModel(LoraModel):
         residual = [name for name, other in self.peft_config.items() if not getattr(other, "keep_base", True)]
         if len(self.peft_config) > 1 and residual:
             raise ValueError(
-                f"The adapter {residual[0]!r} has `keep_base=False`: the base model holds its residual, which is right for this "
-                "adapter only. Use `keep_base=True` for a model with several FeDeRA adapters."
+                f"The adapter {residual[0]!r} has `keep_base=False`: the base model holds its residual, which is "
+                "right for this adapter only. Use `keep_base=True` for a model with several FeDeRA adapters."
             )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -128,8 +129,9 @@ class FederaModel(LoraModel):
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Not offered: a combination of changes is a LoRA, and not a FeDeRA with a start."""
         raise NotImplementedError(
-            "FeDeRA adapters cannot be combined while they are trained, since each has a start of its own. Save them, load them "
-            "as the plain LoRA adapters that they are saved as, and combine these (`combination_type='cat'` is exact)."
+            "FeDeRA adapters cannot be combined while they are trained, since each has a start of its own. Save them, "
+            "load them as the plain LoRA adapters that they are saved as, and combine these (`combination_type='cat'` "
+            "is exact)."
         )
 
     @classmethod
@@ -188,6 +190,6 @@ class FederaModel(LoraModel):
     @classmethod
     def _convert_state_dict_for_initial_model(cls, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(
-            "`path_initial_model_for_weight_conversion` is not needed: `save_pretrained` always writes a FeDeRA adapter as a "
-            "plain LoRA for the untouched base model. Leave it out."
+            "`path_initial_model_for_weight_conversion` is not needed: `save_pretrained` always writes a FeDeRA "
+            "adapter as a plain LoRA for the untouched base model. Leave it out."
         )

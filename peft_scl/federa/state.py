@@ -1,8 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The two forms of a FeDeRA adapter: the plain LoRA of rank `2 r` in a file, with `lora_A = [A; A0]` and `lora_B = [B, -B0]`,
-and the factors `A`, `B`, `A0` and `B0` of the live model.
+The two forms of a FeDeRA adapter: the plain LoRA of rank `2 r` in a file, with `lora_A = [A; A0]` and
+`lora_B = [B, -B0]`, and the factors `A`, `B`, `A0` and `B0` of the live model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import nn
 
 from ..foreign_files import check_adapter_files, read_peft_config
 from .config import FederaConfig
-from .layer import Embedding, FederaLayer
+from .embedding import Embedding
+from .layer import FederaLayer
 
 
 __all__ = ["check_saved_shapes", "federa_state_dict", "load_federa", "stack_start", "stacked_shapes", "unstack_start"]
@@ -46,9 +47,9 @@ def stack_start(state_dict: Mapping[str, torch.Tensor], adapter_name: str) -> di
     empty = sorted(key for key, tensor in state_dict.items() if tensor.numel() == 0)
     if empty:
         raise ValueError(
-            f"{len(empty)} tensors of the FeDeRA adapter {adapter_name!r} are empty (the first: {empty[0]}), as under DeepSpeed "
-            "ZeRO-3 before they are gathered, so saving would write a broken adapter. Save through `Trainer.save_model`, or "
-            "pass the gathered `state_dict`."
+            f"{len(empty)} tensors of the FeDeRA adapter {adapter_name!r} are empty (the first: {empty[0]}), as under "
+            "DeepSpeed ZeRO-3 before they are gathered, so saving would write a broken adapter. Save through "
+            "`Trainer.save_model`, or pass the gathered `state_dict`."
         )
     stacked = dict(state_dict)
     for key in state_dict:
@@ -93,8 +94,8 @@ def unstack_start(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Ten
             )
         if tensor.shape[dim] % 2:
             raise ValueError(
-                f"{key} has the rank {tensor.shape[dim]}, but a FeDeRA adapter is saved with twice its rank, the trained factors "
-                "and their start. This is another LoRA adapter: load it without FeDeRA."
+                f"{key} has the rank {tensor.shape[dim]}, but a FeDeRA adapter is saved with twice its rank, the "
+                "trained factors and their start. This is another LoRA adapter: load it without FeDeRA."
             )
         trained, start = tensor.chunk(2, dim=dim)
         state[key] = trained.contiguous()
@@ -137,8 +138,8 @@ def check_saved_shapes(model: nn.Module, state_dict: Mapping[str, torch.Tensor],
         found = tuple(state_dict[key].shape) if key in state_dict else None
         if found is None:
             raise ValueError(
-                f"The checkpoint has no {key}, which the FeDeRA adapter {adapter_name!r} needs. It belongs to another base model "
-                "or other `target_modules`."
+                f"The checkpoint has no {key}, which the FeDeRA adapter {adapter_name!r} needs. It belongs to another "
+                "base model or other `target_modules`."
             )
         if found != tuple(tensor.shape):
             raise ValueError(
@@ -158,8 +159,8 @@ def federa_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[s
             The adapter.
 
     Returns:
-        `dict[str, torch.Tensor]`: As [`~peft.get_peft_model_state_dict`], with the factors of rank `r` and, as `lora_start_A`
-        and `lora_start_B`, their start. The tensors share their memory with the model.
+        `dict[str, torch.Tensor]`: As [`~peft.get_peft_model_state_dict`], with the factors of rank `r` and, as
+        `lora_start_A` and `lora_start_B`, their start. The tensors share their memory with the model.
     """
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
     for name, layer in model.named_modules():
@@ -181,8 +182,8 @@ def load_federa(
     """
     Load a saved adapter as what it was trained as, to continue its training.
 
-    Factors, start and residual base are, bit for bit, those of the model that was saved, if the base model is the same.
-    (`PeftModel.from_pretrained` loads the same files as a plain LoRA of twice the rank.)
+    Factors, start and residual base are, bit for bit, those of the model that was saved, if the base model is the
+    same. (`PeftModel.from_pretrained` loads the same files as a plain LoRA of twice the rank.)
 
     Args:
         model (`nn.Module`):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from peft_scl import SclLayer, SclModel
-from peft_scl.linear import Linear
+from peft_scl.scl.linear import Linear
 
 
 def _start_off_the_base_model() -> None:

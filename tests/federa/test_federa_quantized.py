@@ -105,8 +105,10 @@ def test_merging_rounds_to_the_grid_and_is_undone_bit_for_bit(load, backend):
     model = move(get_peft_model(load(), _config()))
     separate = quantized_logits(model)
     before = {name: layer.get_base_weight().clone() for name, layer in federa_layers(model).items()}
+    names = [name for name, _ in model.named_parameters()]
     with pytest.warns(UserWarning, match=f"FeDeRA into weights quantised by {backend} rounds the result"):
         model.merge_adapter()
+    assert [name for name, _ in model.named_parameters()] == names  # what is kept to be put back is none
     for name, layer in federa_layers(model).items():
         exact = before[name].double() + layer.get_delta_weight("default").double()
         error = (layer.get_base_weight().double() - exact).abs().max()

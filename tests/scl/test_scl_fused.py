@@ -11,8 +11,8 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.scl_reference import M, config_id, reference_forward, scl_layers, wrapped_block
-from peft_scl import linear
-from peft_scl.fused import changed_linear
+from peft_scl.scl import linear
+from peft_scl.scl.fused import changed_linear
 
 
 FUSED = {"r": 4, "variant": "compress", "scaling": 0.5}

@@ -14,7 +14,7 @@ from torch import nn
 from helpers.scl_models import ARCHITECTURES, FFN, HIDDEN, LAYERS, as_unknown, moe_model
 from helpers.scl_reference import Block, scl_layers
 from peft_scl import SclConfig, SclLayer
-from peft_scl.targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections
+from peft_scl.scl.targets import DOWN_PROJECTIONS, EXCLUDED_MODULES, find_down_projections
 
 
 def _wrapped_names(model):

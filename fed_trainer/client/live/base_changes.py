@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from peft_scl.layer import WeightChange
+from peft_scl.linalg import WeightChange
 from peft_scl.lora import PREFIX, LoraExport, LoraModule, lora_export, other_tensors
 
 from ...federation.broken_state import WAY_BACK, BrokenStateError

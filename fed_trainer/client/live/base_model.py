@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_scl import FederaLayer
-from peft_scl.federa.layer import evenly_spaced
+from peft_scl.linalg import evenly_spaced
 
 
 __all__ = ["base_digest", "keep_differentiable"]

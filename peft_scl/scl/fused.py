@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .access import has_hooks
+from ..access import has_hooks
 
 
 __all__ = ["changed_linear", "is_fusable"]
@@ -24,10 +24,11 @@ def changed_linear(
     up: torch.Tensor,
 ) -> torch.Tensor:
     """
-    `W x + b + (B0 + B)(A0 + A) x - B0 A0 x`: a frozen linear layer and the change of its principal part, in one operation.
+    `W x + b + (B0 + B)(A0 + A) x - B0 A0 x`: a frozen linear layer and the change of its principal part, in one
+    operation.
 
-    What autograd would do with the two apart, minus three things that cost time and memory at the width of the FFN: the
-    sum of the outputs, the sum of the gradients of `x`, and the gradients of the frozen `A0` and `B0`.
+    What autograd would do with the two apart, minus three things that cost time and memory at the width of the FFN:
+    the sum of the outputs, the sum of the gradients of `x`, and the gradients of the frozen `A0` and `B0`.
 
     Args:
         x (`torch.Tensor`): Input `(..., m)`.
@@ -46,8 +47,8 @@ def changed_linear(
 
 def is_fusable(layer: nn.Module, x: torch.Tensor) -> bool:
     """
-    Whether `changed_linear` can stand in for a call of `layer` on `x`: the layer is a frozen `nn.Linear` whose call nobody
-    watches, in the dtype of `x`, and no other transformation needs to look into the operation.
+    Whether `changed_linear` can stand in for a call of `layer` on `x`: the layer is a frozen `nn.Linear` whose call
+    nobody watches, in the dtype of `x`, and no other transformation needs to look into the operation.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False  # the compiler fuses for itself

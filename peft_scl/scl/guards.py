@@ -22,18 +22,18 @@ def check_calls(model: nn.Module) -> Iterator[None]:
     """
     Watch one forward pass of `model`, and speak up if it goes past adapted modules.
 
-    A model that reads `.weight` of a down projection instead of calling it (as a fused kernel does) would train without
-    any effect. Modules whose active adapters are merged may be bypassed.
+    A model that reads `.weight` of a down projection instead of calling it (as a fused kernel does) would train
+    without any effect. Modules whose active adapters are merged may be bypassed.
 
     Args:
         model (`nn.Module`):
             The adapted model. The hooks that this adds are removed when the context is left.
 
     Raises:
-        RuntimeError: If no module with an active adapter was called. If only some were not, that is a warning: a vision
-            tower is not used on a batch of text.
+        RuntimeError: If no module with an active adapter was called. If only some were not, that is a warning: a
+            vision tower is not used on a batch of text.
     """
-    expected = {
+    expected: dict[str, Any] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, SclLayer)
@@ -41,7 +41,7 @@ def check_calls(model: nn.Module) -> Iterator[None]:
         and any(adapter in module.scl_A for adapter in module.active_adapters)
     }
     called: set[nn.Module] = set()
-    handles = [module.register_forward_pre_hook(lambda layer, _: called.add(layer)) for module in expected.values()]  # type: ignore[attr-defined]
+    handles = [module.register_forward_pre_hook(lambda layer, _: called.add(layer)) for module in expected.values()]
     try:
         yield
     finally:
@@ -52,14 +52,14 @@ def check_calls(model: nn.Module) -> Iterator[None]:
         return
     if not called:
         raise RuntimeError(
-            f"The model has {len(expected)} modules with an active SCL adapter (the first: {missed[0]}), but its forward "
-            "pass called none of them, so the adapter has no effect. The model probably reads their weights directly, as "
-            "fused kernels do, and BLOOM with `slow_but_exact=True`: switch that off."
+            f"The model has {len(expected)} modules with an active SCL adapter (the first: {missed[0]}), but its "
+            "forward pass called none of them, so the adapter has no effect. The model probably reads their weights "
+            "directly, as fused kernels do, and BLOOM with `slow_but_exact=True`: switch that off."
         )
     warnings.warn(
-        f"{len(missed)} of {len(expected)} modules with an active SCL adapter were not called in the first forward pass: "
-        f"{', '.join(missed)}. That is as it should be for a part of the model that this input does not use, such as a "
-        "vision tower on a batch of text. Otherwise their adapter has no effect and will not be trained.",
+        f"{len(missed)} of {len(expected)} modules with an active SCL adapter were not called in the first forward "
+        f"pass: {', '.join(missed)}. That is as it should be for a part of the model that this input does not use, "
+        "such as a vision tower on a batch of text. Otherwise their adapter has no effect and will not be trained.",
         UserWarning,
         stacklevel=2,
     )
@@ -86,8 +86,8 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> No
         if found != needed:
             raise ValueError(
                 f"The SCL adapter does not fit this base model: {name} has the shape {found} in the checkpoint, but "
-                f"{needed} is needed here. It was trained on a base model with another hidden or feed-forward size (or "
-                "with another `r` than its config says), and cannot be used with this one."
+                f"{needed} is needed here. It was trained on a base model with another hidden or feed-forward size "
+                "(or with another `r` than its config says), and cannot be used with this one."
             )
 
 
@@ -114,9 +114,9 @@ def check_start(model: nn.Module, adapter_name: str, state_dict: Mapping[str, to
     given = any(".scl_start_" in key for key in state_dict)
     if starts and not given and not any(start.any() for start in starts if not start.is_meta):
         raise ValueError(
-            "The checkpoint of the SCL adapter lacks the tensors `scl_start_A` and `scl_start_B`, of which its weights are the "
-            "changes (`keep_residual=True`), and the model has not computed them. Load it without `low_cpu_mem_usage`, or save "
-            "the whole adapter with `save_pretrained`."
+            "The checkpoint of the SCL adapter lacks the tensors `scl_start_A` and `scl_start_B`, of which its "
+            "weights are the changes (`keep_residual=True`), and the model has not computed them. Load it without "
+            "`low_cpu_mem_usage`, or save the whole adapter with `save_pretrained`."
         )
 
 

@@ -32,8 +32,8 @@ def combined_config(
             The wrapped modules of the model by name.
 
     Returns:
-        [`SclConfig`]: The first config with the ranks added up, the scaling 1 (it moves into the weights), and all target
-        modules.
+        [`SclConfig`]: The first config with the ranks added up, the scaling 1 (it moves into the weights), and all
+        target modules.
 
     Raises:
         ValueError: If no single adapter computes that sum; the message says why.
@@ -45,8 +45,8 @@ def combined_config(
         values = {name: getattr(config, field) for name, config in configs.items()}
         if len(set(values.values())) > 1:
             raise ValueError(
-                f"The adapters differ in `{field}` ({values}), so no single adapter computes their sum. Keep them separate "
-                "and activate them together: `model.base_model.set_adapter([...])`."
+                f"The adapters differ in `{field}` ({values}), so no single adapter computes their sum. Keep them "
+                "separate and activate them together: `model.base_model.set_adapter([...])`."
             )
     special = [name for name, config in configs.items() if config.modules_to_save or config.trainable_token_indices]
     if special:
@@ -84,8 +84,8 @@ def _check_rank(layers: Mapping[str, SclLayer], r: int) -> None:
         limit = min(layer.in_features, layer.out_features)
         if r > limit:
             raise ValueError(
-                f"The ranks of the adapters add up to {r}, but `keep_residual=False` allows {limit} at most for {key}. Keep "
-                "the adapters separate and activate them together, or merge them into the base model."
+                f"The ranks of the adapters add up to {r}, but `keep_residual=False` allows {limit} at most for "
+                f"{key}. Keep the adapters separate and activate them together, or merge them into the base model."
             )
 
 
@@ -93,9 +93,9 @@ def _check_replacements(names: list[str], weights: Sequence[float], layers: Mapp
     """Only a mean of compressions that replace the projection, each in all layers, is one again."""
     if not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise ValueError(
-            f"The weights add up to {sum(weights)}, but compressions with `keep_residual=False` replace the down projection "
-            "W: the weighted sum of the changes `scaling * B A - W` needs W itself unless the weights add up to 1 (a mean "
-            "of the models)."
+            f"The weights add up to {sum(weights)}, but compressions with `keep_residual=False` replace the down "
+            "projection W: the weighted sum of the changes `scaling * B A - W` needs W itself unless the weights add "
+            "up to 1 (a mean of the models)."
         )
     for key, layer in layers.items():
         missing = [name for name in names if name not in layer.scl_A]

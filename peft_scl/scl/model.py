@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .adapter_names import restore_dropped, without_name, without_others
-from .card import TAG
+from ..adapter_names import restore_dropped, without_name, without_others
+from ..card import TAG
 from .combine import combined_config, set_combined_weights
 from .config import SclConfig
 from .guards import check_calls, check_shapes, check_start, has_sharded_input, warn_of_extra_weights
@@ -71,18 +71,21 @@ class SclModel(BaseTuner):
     # whether a forward pass since the last injection has reached the wrapped modules
     _calls_checked: bool = False
 
-    def _prepare_adapter_config(self, peft_config: SclConfig, model_config: dict[str, Any]) -> SclConfig:  # type: ignore[override]
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: SclConfig, model_config: dict[str, Any]
+    ) -> SclConfig:
         experts = find_fused_experts(self.model)
         if experts and peft_config.target_modules is None:
             raise NotImplementedError(
-                f"{len(experts)} modules of this model (the first: {experts[0]}) hold several experts in one parameter, "
-                "which SCL cannot wrap yet, so there are no default `target_modules`. To adapt the other feed-forward "
-                "blocks only (shared experts, dense layers), name their down projections in `target_modules`."
+                f"{len(experts)} modules of this model (the first: {experts[0]}) hold several experts in one "
+                "parameter, which SCL cannot wrap yet, so there are no default `target_modules`. To adapt the other "
+                "feed-forward blocks only (shared experts, dense layers), name their down projections in "
+                "`target_modules`."
             )
         if experts:
             warnings.warn(
-                f"{len(experts)} modules of this model (the first: {experts[0]}) hold several experts in one parameter, "
-                "which SCL cannot wrap yet: these experts stay frozen and without an adapter.",
+                f"{len(experts)} modules of this model (the first: {experts[0]}) hold several experts in one "
+                "parameter, which SCL cannot wrap yet: these experts stay frozen and without an adapter.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -92,8 +95,9 @@ class SclModel(BaseTuner):
                 targets, excluded = DOWN_PROJECTIONS[model_type], EXCLUDED_MODULES.get(model_type, [])
             else:
                 targets, excluded = find_down_projections(self.model)
+            exclude: Any = _also_excluding(peft_config.exclude_modules, excluded)
             peft_config.target_modules = set(targets)  # type: ignore[assignment]
-            peft_config.exclude_modules = _also_excluding(peft_config.exclude_modules, excluded)  # type: ignore[assignment]
+            peft_config.exclude_modules = exclude
         return peft_config
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -128,7 +132,8 @@ class SclModel(BaseTuner):
         `y = (W + sum_k w_k delta_k) (h + sum_k w_k scaling_k B_k act(A_k h)) + b`.
 
         A weight multiplies the branch and the delta of its adapter, as if it had been trained with these smaller; with
-        all weights 1 this is what activating the adapters together computes. For `variant="compress"` the changes add up,
+        all weights 1 this is what activating the adapters together computes. For `variant="compress"` the changes add
+        up,
 
         `y = W h + b + sum_k w_k scaling_k ((B0_k + B_k) act((A0_k + A_k) h) - B0_k act(A0_k h))`,
 
@@ -152,13 +157,15 @@ class SclModel(BaseTuner):
         """
         if combination_type != "cat":
             raise ValueError(
-                f"`combination_type` is {combination_type!r}, but SCL adapters can be combined by 'cat' only: averaging the "
-                "factors ('linear') adds the cross terms `B_i A_j` of different adapters to the sum of the `B_k A_k`."
+                f"`combination_type` is {combination_type!r}, but SCL adapters can be combined by 'cat' only: "
+                "averaging the factors ('linear') adds the cross terms `B_i A_j` of different adapters to the sum of "
+                "the `B_k A_k`."
             )
         unknown = sorted(set(adapters) - self.peft_config.keys())
         if unknown or not adapters or len(set(adapters)) < len(adapters):
             raise ValueError(
-                f"`adapters` should be different names out of {sorted(self.peft_config)} but the value passed is {adapters}"
+                f"`adapters` should be different names out of {sorted(self.peft_config)} but the value passed is "
+                f"{adapters}"
             )
         if adapter_name in self.peft_config:
             raise ValueError(
@@ -219,15 +226,16 @@ class SclModel(BaseTuner):
     ) -> nn.Module:
         if isinstance(target, BaseTunerLayer):
             raise TypeError(
-                f"Target module {current_key} is already wrapped by another PEFT method ({type(target).__module__}."
-                f"{type(target).__name__}). SCL replaces the input of the pretrained down projection and cannot be stacked "
-                "on another adapter: merge that adapter first (`merge_and_unload`), or choose other `target_modules`."
+                f"Target module {current_key} is already wrapped by another PEFT method "
+                f"({type(target).__module__}.{type(target).__name__}). SCL replaces the input of the pretrained down "
+                "projection and cannot be stacked on another adapter: merge that adapter first (`merge_and_unload`), "
+                "or choose other `target_modules`."
             )
         if not isinstance(target, (nn.Linear, Conv1D)) and resolve_quantization_backend(target) is None:
             raise TypeError(
-                f"Target module {current_key} is a {type(target).__name__}, but SCL wraps linear layers only (`nn.Linear`, "
-                "transformers' `Conv1D`, and the quantised linear layers that PEFT supports). Set `target_modules` to "
-                "the second linear map of the feed-forward blocks."
+                f"Target module {current_key} is a {type(target).__name__}, but SCL wraps linear layers only "
+                "(`nn.Linear`, transformers' `Conv1D`, and the quantised linear layers that PEFT supports). Set "
+                "`target_modules` to the second linear map of the feed-forward blocks."
             )
         if has_sharded_input(target):
             raise NotImplementedError(_TENSOR_PARALLEL)
@@ -248,9 +256,9 @@ class SclModel(BaseTuner):
         empty = sorted(key for key, tensor in selected.items() if tensor.numel() == 0)
         if empty:
             raise ValueError(
-                f"{len(empty)} tensors of the SCL adapter {adapter_name!r} are empty (the first: {empty[0]}), as under "
-                "DeepSpeed ZeRO-3 before they are gathered, so saving would write a broken adapter. Save through "
-                "`Trainer.save_model`, or pass the gathered `state_dict`."
+                f"{len(empty)} tensors of the SCL adapter {adapter_name!r} are empty (the first: {empty[0]}), as "
+                "under DeepSpeed ZeRO-3 before they are gathered, so saving would write a broken adapter. Save "
+                "through `Trainer.save_model`, or pass the gathered `state_dict`."
             )
         return selected
 

@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 from transformers.activations import ACT2FN
 
-from .card import update_model_card
+from ..card import update_model_card
 
 
 __all__ = ["SclConfig"]
@@ -30,10 +30,10 @@ class SclConfig(PeftConfig):
       start, so that training starts exactly from the base model;
     - `"compress"` starts from the best rank-`r` approximation `scaling * B0 A0` of the down projection, `A0: (r, m)`,
       `B0: (d, r)`. With `keep_residual=True` the layer keeps what that drops,
-      `y = W h + scaling * ((B0 + B) act((A0 + A) h) - B0 act(A0 h)) + b`; the changes `A` and `B` are trained, and are zero at
-      the start, so that training starts exactly from the base model. With `keep_residual=False` the compression *replaces*
-      the down projection, `y = scaling * B act(A h) + b`, started from `A = A0`, `B = B0`: the base model only for
-      `r >= rank(W)` and a linear activation.
+      `y = W h + scaling * ((B0 + B) act((A0 + A) h) - B0 act(A0 h)) + b`; the changes `A` and `B` are trained, and are
+      zero at the start, so that training starts exactly from the base model. With `keep_residual=False` the
+      compression *replaces* the down projection, `y = scaling * B act(A h) + b`, started from `A = A0`, `B = B0`: the
+      base model only for `r >= rank(W)` and a linear activation.
 
     The paper leaves shape, activation, bias, initialisation and the choice of layers open; each is a field here.
     `"compress"` with `keep_residual=False` is its literal reading (it has the parameter count of a rank-`r` LoRA).
@@ -42,34 +42,35 @@ class SclConfig(PeftConfig):
         r (`int`, *optional*, defaults to `16`):
             Width of the compression layer. At most `min(m, d)` for `keep_residual=False`.
         variant (`str`, *optional*, defaults to `"compress"`):
-            `"compress"` (in place of the down projection, or of its principal part) or `"bottleneck"` (residual, in front of
-            the down projection).
+            `"compress"` (in place of the down projection, or of its principal part) or `"bottleneck"` (residual, in
+            front of the down projection).
         keep_residual (`bool`, *optional*, defaults to `True`):
-            Whether `"compress"` keeps what its rank-`r` start drops of the down projection. The frozen start is saved with
-            the adapter then. Ignored by `"bottleneck"`.
+            Whether `"compress"` keeps what its rank-`r` start drops of the down projection. The frozen start is saved
+            with the adapter then. Ignored by `"bottleneck"`.
         activation (`str`, *optional*, defaults to `"linear"`):
-            Activation between `A` and `B`, a key of `transformers.activations.ACT2FN`. Only `"linear"` can be merged into
-            the base weights.
+            Activation between `A` and `B`, a key of `transformers.activations.ACT2FN`. Only `"linear"` can be merged
+            into the base weights.
         scaling (`float`, *optional*, defaults to `1.0`):
-            Factor on the output of `B`, positive. For `"compress"` the start is divided by it, so that it does not change
-            where training starts, but how far a step goes.
+            Factor on the output of `B`, positive. For `"compress"` the start is divided by it, so that it does not
+            change where training starts, but how far a step goes.
         scl_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout probability on the input of `A`.
         scl_bias (`bool`, *optional*, defaults to `False`):
             Whether `A` and `B` have biases (zero at the start). Merging then needs a down projection with a bias.
         train_down_proj (`str`, *optional*, defaults to `"low_rank"`):
-            What happens to the down projection behind the bottleneck: `"none"` (frozen), `"low_rank"` (`delta` is a product
-            of rank `down_proj_r`) or `"full"` (`delta` is a dense matrix). The delta is zero at the start and saved with
-            the adapter. Ignored by `"compress"`, whose maps stand for the down projection.
+            What happens to the down projection behind the bottleneck: `"none"` (frozen), `"low_rank"` (`delta` is a
+            product of rank `down_proj_r`) or `"full"` (`delta` is a dense matrix). The delta is zero at the start and
+            saved with the adapter. Ignored by `"compress"`, whose maps stand for the down projection.
         down_proj_r (`int`, *optional*):
             Rank of the low-rank delta, defaults to `r`.
         down_proj_start (`str`, *optional*, defaults to `"zero"`):
             Where the low-rank delta starts: `"zero"` as a LoRA does (`B = 0`), `"principal"` as FeDeRA does, at
-            `delta = (B0 + B) (A0 + A) - B0 A0` with the principal singular factors of the down projection. The delta is zero
-            at the start either way. The frozen start is saved with the adapter, and an export to LoRA has twice this rank.
+            `delta = (B0 + B) (A0 + A) - B0 A0` with the principal singular factors of the down projection. The delta
+            is zero at the start either way. The frozen start is saved with the adapter, and an export to LoRA has
+            twice this rank.
         target_modules (`list[str]` or `str`, *optional*):
-            Names of the down projections: a list matches suffixes, a string is a regular expression. If not given, they
-            are known per architecture, or found by the sizes in the model's config (and reported with a warning).
+            Names of the down projections: a list matches suffixes, a string is a regular expression. If not given,
+            they are known per architecture, or found by the sizes in the model's config (and reported with a warning).
         exclude_modules (`list[str]` or `str`, *optional*):
             Names not to wrap, matched like `target_modules`.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -91,14 +92,15 @@ class SclConfig(PeftConfig):
     variant: Literal["compress", "bottleneck"] = field(
         default="compress",
         metadata={
-            "help": "'compress' (in place of the down projection, or of its principal part) or 'bottleneck' (residual, in front "
-            "of the down projection)."
+            "help": "'compress' (in place of the down projection, or of its principal part) or 'bottleneck' "
+            "(residual, in front of the down projection)."
         },
     )
     keep_residual: bool = field(
         default=True,
         metadata={
-            "help": "Whether 'compress' keeps what its rank-r start drops of the down projection. Ignored by 'bottleneck'."
+            "help": "Whether 'compress' keeps what its rank-r start drops of the down projection. Ignored by "
+            "'bottleneck'."
         },
     )
     activation: str = field(
@@ -111,8 +113,8 @@ class SclConfig(PeftConfig):
     train_down_proj: Literal["none", "low_rank", "full"] = field(
         default="low_rank",
         metadata={
-            "help": "What happens to the down projection behind the bottleneck: 'none' (frozen), 'low_rank' or 'full' (a "
-            "delta, zero at the start, saved with the adapter). Ignored by 'compress'."
+            "help": "What happens to the down projection behind the bottleneck: 'none' (frozen), 'low_rank' or 'full' "
+            "(a delta, zero at the start, saved with the adapter). Ignored by 'compress'."
         },
     )
     down_proj_r: int | None = field(
@@ -121,15 +123,15 @@ class SclConfig(PeftConfig):
     down_proj_start: Literal["zero", "principal"] = field(
         default="zero",
         metadata={
-            "help": "Where the low-rank delta starts: 'zero' as a LoRA does, 'principal' as FeDeRA does (principal singular "
-            "factors of the down projection, whose product is subtracted)."
+            "help": "Where the low-rank delta starts: 'zero' as a LoRA does, 'principal' as FeDeRA does (principal "
+            "singular factors of the down projection, whose product is subtracted)."
         },
     )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the down projections: a list matches suffixes, a string is a regular expression. Found per "
-            "architecture if not given."
+            "help": "Names of the down projections: a list matches suffixes, a string is a regular expression. Found "
+            "per architecture if not given."
         },
     )
     exclude_modules: list[str] | str | None = field(
@@ -174,9 +176,10 @@ class SclConfig(PeftConfig):
             self.variant != "bottleneck" or self.train_down_proj != "low_rank"
         ):
             raise ValueError(
-                "`down_proj_start='principal'` is the start of the low-rank delta behind a bottleneck, but `variant` is "
-                f"{self.variant!r} and `train_down_proj` {self.train_down_proj!r}. Set `variant='bottleneck'` and "
-                "`train_down_proj='low_rank'`, or leave it out: `variant='compress'` starts at the principal part anyway."
+                "`down_proj_start='principal'` is the start of the low-rank delta behind a bottleneck, but `variant` "
+                f"is {self.variant!r} and `train_down_proj` {self.train_down_proj!r}. Set `variant='bottleneck'` and "
+                "`train_down_proj='low_rank'`, or leave it out: `variant='compress'` starts at the principal part "
+                "anyway."
             )
         if self.activation not in ACT2FN:
             raise ValueError(
@@ -198,8 +201,8 @@ class SclConfig(PeftConfig):
             )
         if self.variant == "compress" and (self.train_down_proj == "full" or self.down_proj_r is not None):
             warnings.warn(
-                "`train_down_proj` and `down_proj_r` have no effect with `variant='compress'`, whose maps stand for the down "
-                "projection.",
+                "`train_down_proj` and `down_proj_r` have no effect with `variant='compress'`, whose maps stand for "
+                "the down projection.",
                 UserWarning,
                 stacklevel=3,
             )

@@ -21,7 +21,8 @@ _LLAMA_LIKE = (
     "qwen2", "qwen3", "smollm3", "stablelm",
 )  # fmt: skip
 _VISION = (
-    "clip", "clip_text_model", "clip_vision_model", "dinov2", "siglip", "siglip_text_model", "siglip_vision_model", "vit",
+    "clip", "clip_text_model", "clip_vision_model", "dinov2", "siglip", "siglip_text_model", "siglip_vision_model",
+    "vit",
 )  # fmt: skip
 
 # Suffixes, as lists: a regular expression would disable `layers_to_transform`.
@@ -89,13 +90,14 @@ def find_down_projections(model: nn.Module) -> tuple[list[str], list[str]]:
             f"no linear layer maps {sorted(sizes)} (FFN width, hidden size)" if sizes else "no FFN width is given"
         )
         raise ValueError(
-            f"Please specify `target_modules` in `peft_config`: the feed-forward blocks of {kind!r} are not known to SCL, "
-            f"and {expected} in its config. Name the second linear map of each feed-forward block, for instance "
+            f"Please specify `target_modules` in `peft_config`: the feed-forward blocks of {kind!r} are not known to "
+            f"SCL, and {expected} in its config. Name the second linear map of each feed-forward block, for instance "
             "`target_modules=['mlp.down_proj']`."
         )
     warnings.warn(
-        f"The architecture {getattr(config, 'model_type', '?')!r} is not known to SCL. By their sizes, these {len(names)} "
-        f"modules were taken for its down projections: {_shortened(names)}. Set `target_modules` to choose others.",
+        f"The architecture {getattr(config, 'model_type', '?')!r} is not known to SCL. By their sizes, these "
+        f"{len(names)} modules were taken for its down projections: {_shortened(names)}. Set `target_modules` to "
+        "choose others.",
         UserWarning,
         stacklevel=2,
     )

@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
-from peft.utils import resolve_quantization_backend
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
-from .access import offload_hook
+from ..access import offload_hook
+from ..linalg import WeightChange, principal_factors
+from ..merging import MergeableLayer
+from ..quantization import MERGEABLE_BACKENDS, check_readable
+from ..started import StartedLinear
 from .config import SclConfig
-from .linalg import principal_factors
-from .quantization import MERGEABLE_BACKENDS, check_readable, dense
-from .started import StartedLinear
 
 
-__all__ = ["SclLayer", "WeightChange"]
+__all__ = ["SclLayer"]
 
 
-class WeightChange(NamedTuple):
-    """What a linear adapter does to a down projection: `W' - W = left @ right + rest` and `b' - b = shift`, in float64."""
-
-    left: torch.Tensor  # (d, k)
-    right: torch.Tensor  # (k, m)
-    rest: torch.Tensor | None  # (d, m), if the change has full rank
-    shift: torch.Tensor | None  # (d,), if the adapter has biases
-
-
-class SclLayer(BaseTunerLayer):
+class SclLayer(MergeableLayer):
     """State of the SCL adapters on one down projection; see [`SclConfig`] for what each map computes."""
+
+    method = "SCL"
+    offloaded_message = (
+        "The down projection is quantised and offloaded, so its singular vectors cannot be read. Add the adapter "
+        "before offloading, or use `variant='bottleneck'` with `down_proj_start='zero'`, which does not read the "
+        "weight."
+    )
+    empty_message = (
+        "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it cannot be "
+        "read. Use `variant='bottleneck'` with `down_proj_start='zero'`, which trains without reading it, and export "
+        "or merge outside of ZeRO-3."
+    )
 
     # All names of layers that may contain (trainable) adapter weights
     adapter_layer_names: tuple[str, ...] = ("scl_A", "scl_B", "scl_delta", "scl_delta_A", "scl_delta_B")
@@ -50,6 +51,9 @@ class SclLayer(BaseTunerLayer):
         "scl_start_A",
         "scl_start_B",
     )
+
+    in_features: int
+    out_features: int
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -70,19 +74,10 @@ class SclLayer(BaseTunerLayer):
         self.scl_delta_B: Any = nn.ModuleDict({})
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # Base weight and bias as they were before the first merge: (I + B A) is a factor, not a summand, so taking it
-        # out again by arithmetic would not restore them exactly. Plain attribute, so that it is never saved.
-        self._unmerged_parameters: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.kwargs = kwargs
 
-        layer = self.get_base_layer()
-        self.in_features: int
-        self.out_features: int
-        self.in_features, self.out_features = _get_in_out_features(layer)  # type: ignore[assignment]
-        self.fan_in_fan_out = isinstance(layer, Conv1D)  # Conv1D stores its weight as (in, out)
-        self.quantization_backend = resolve_quantization_backend(
-            layer, get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
-        )
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())  # type: ignore[assignment]
+        self._examine_base_layer(kwargs.get("get_apply_tensor_subclass"))
 
     def update_layer(self, adapter_name: str, config: SclConfig) -> None:
         """Create the maps of `adapter_name` and initialise them as `config` says."""
@@ -90,15 +85,15 @@ class SclLayer(BaseTunerLayer):
         full_rank = min(self.in_features, self.out_features)
         if compress and not config.keep_residual and config.r > full_rank:
             raise ValueError(
-                f"`r` is {config.r}, but `keep_residual=False` replaces a down projection of shape ({self.out_features}, "
-                f"{self.in_features}), which has no more than {full_rank} singular directions. Choose `r` up to that, or keep "
-                "the residual."
+                f"`r` is {config.r}, but `keep_residual=False` replaces a down projection of shape "
+                f"({self.out_features}, {self.in_features}), which has no more than {full_rank} singular directions. "
+                "Choose `r` up to that, or keep the residual."
             )
         activation_fn = ACT2FN[config.activation]
         if any(True for _ in activation_fn.parameters()):
             raise ValueError(
-                f"`activation={config.activation!r}` has parameters of its own, which would be neither trained nor saved. "
-                "Use an activation without parameters."
+                f"`activation={config.activation!r}` has parameters of its own, which would be neither trained nor "
+                "saved. Use an activation without parameters."
             )
 
         r, m, d = config.r, self.in_features, self.out_features
@@ -129,15 +124,6 @@ class SclLayer(BaseTunerLayer):
         self.reset_scl_parameters(adapter_name, init_weights=config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
-        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
-        # an offloaded weight is on the meta device between forwards, where an adapter would compute nothing
-        hook = self._offload_hook()
-        return (device if hook is None else torch.device(hook.execution_device)), dtype
-
-    def _offload_hook(self) -> AlignDevicesHook | None:
-        return offload_hook(self.get_base_layer())
 
     def _maps(self, adapter_name: str) -> list[Any]:
         """All trained maps of an adapter."""
@@ -187,36 +173,13 @@ class SclLayer(BaseTunerLayer):
     def _write_principal_part(self, down: torch.Tensor, up: torch.Tensor, scaling: float) -> None:
         """`scaling up down` = best rank-`r` approximation of the down projection, see [`principal_factors`]."""
         base_weight: Any = getattr(self.get_base_layer(), "weight", None)
-        if base_weight is not None and base_weight.is_meta and self._offload_hook() is None:
+        if base_weight is not None and base_weight.is_meta and offload_hook(self.get_base_layer()) is None:
             return  # an empty shell, to be filled from a checkpoint
         with gather_params_ctx(base_weight, modifier_rank=None), torch.no_grad():
             for factor, start in zip(
                 (down, up), principal_factors(self._dense_base_weight(), len(down), scaling), strict=True
             ):
                 factor.copy_(start)
-
-    def _dense_base_weight(self) -> torch.Tensor:
-        """The base weight as a dense floating tensor `(out_features, in_features)`."""
-        hook = self._offload_hook()
-        if hook is not None and self.quantization_backend is not None:
-            raise NotImplementedError(
-                "The down projection is quantised and offloaded, so its singular vectors cannot be read. Add the adapter "
-                "before offloading, or use `variant='bottleneck'` with `down_proj_start='zero'`, which does not read the weight."
-            )
-        if self.quantization_backend is not None:
-            check_readable(self.get_base_layer())
-        if self._unmerged_parameters is not None:  # not what other adapters have made of it
-            weight = self._unmerged_parameters[0]
-            weight = weight if self.quantization_backend is None else dense(weight)
-        else:
-            weight = self.get_base_weight() if hook is None else hook.weights_map["weight"]
-        if weight.numel() == 0:
-            raise ValueError(
-                "The weight of the down projection is empty, as under DeepSpeed ZeRO-3 before it is gathered, so it "
-                "cannot be read. Use `variant='bottleneck'` with `down_proj_start='zero'`, which trains without reading it, and "
-                "export or merge outside of ZeRO-3."
-            )
-        return weight.T if self.fan_in_fan_out else weight
 
     def weight_change(self, name: str) -> WeightChange:
         """
@@ -228,19 +191,19 @@ class SclLayer(BaseTunerLayer):
         if self.activation[name] != "linear":
             raise ValueError(
                 f"The SCL adapter {name!r} has the activation {self.activation[name]!r}, so what it does to the down "
-                "projection is not a change of its weight, and no LoRA equals it. Keep the adapter as it is, or train with "
-                "`activation='linear'`."
+                "projection is not a change of its weight, and no LoRA equals it. Keep the adapter as it is, or train "
+                "with `activation='linear'`."
             )
         if self.merged:
             raise ValueError(
-                f"The SCL adapters {self.merged_adapters} are merged, but the change is relative to the original weight. "
-                "Call `unmerge_adapter` first."
+                f"The SCL adapters {self.merged_adapters} are merged, but the change is relative to the original "
+                "weight. Call `unmerge_adapter` first."
             )
         base_weight = self._dense_base_weight()
         if base_weight.is_meta:
             raise ValueError(
-                "The weight of a down projection is on the meta device, as it is when offloaded, so it cannot be read. Load "
-                "the model without offloading, for instance with `device_map='cpu'`."
+                "The weight of a down projection is on the meta device, as it is when offloaded, so it cannot be "
+                "read. Load the model without offloading, for instance with `device_map='cpu'`."
             )
         device, dtype = self.scl_A[name].weight.device, torch.float64
         weight = base_weight.to(device, dtype)
@@ -272,26 +235,36 @@ class SclLayer(BaseTunerLayer):
             left, right = torch.cat([left, delta_left], dim=1), torch.cat([right, delta_right])
         return WeightChange(left, right, rest, shift)
 
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """`W' - W` of a linear adapter in float32 or better, laid out as the weight of the base layer."""
-        with torch.no_grad():
-            left, right, rest, _ = self.weight_change(adapter)
-            delta = left @ right if rest is None else left @ right + rest
-        dtype = torch.promote_types(self.scl_A[adapter].weight.dtype, torch.float32)
-        return (delta.T if self.fan_in_fan_out else delta).to(dtype)
+    def exact_rank(self, name: str) -> int:
+        if self.full_rank_option(name) is not None:
+            return min(self.in_features, self.out_features)
+        if name in self.scl_start_A:
+            return 2 * self.r[name]
+        delta_r = self.scl_delta_A[name].weight.shape[0] if name in self.scl_delta_A else 0
+        return self.r[name] + delta_r
+
+    def full_rank_option(self, name: str) -> str | None:
+        if self.replaces(name):
+            return "`keep_residual=False`"
+        return "`train_down_proj='full'`" if name in self.scl_delta else None
+
+    def _adapter_dtype(self, name: str) -> torch.dtype:
+        return self.scl_A[name].weight.dtype
+
+    def _bias_to_merge(self) -> torch.Tensor | None:
+        return None if self.bias is None else self.bias.data
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """
         Whether [`~peft.convert_to_lora`] can do justice to this layer: a linear adapter without biases, which it would
-        drop, whose change has a low rank. [`to_lora`] keeps biases, is exact, and takes changes of full rank if a rank is
-        named, with the error.
+        drop, whose change has a low rank. [`to_lora`] keeps biases, is exact, and takes changes of full rank if a rank
+        is named, with the error.
         """
         return (
             adapter_name in self.scl_A
             and self.activation[adapter_name] == "linear"
             and self.scl_A[adapter_name].bias is None
-            and not self.replaces(adapter_name)
-            and adapter_name not in self.scl_delta
+            and self.full_rank_option(adapter_name) is None
         )
 
     def check_mergeable(self, names: list[str]) -> None:
@@ -300,21 +273,21 @@ class SclLayer(BaseTunerLayer):
         for name in names:
             if self.activation[name] != "linear":
                 raise ValueError(
-                    f"The SCL adapter {name!r} has the activation {self.activation[name]!r}: a non-linear map cannot be "
-                    "folded into a weight matrix. Keep the adapter separate (`PeftModel.from_pretrained`), or train with "
-                    "`activation='linear'`."
+                    f"The SCL adapter {name!r} has the activation {self.activation[name]!r}: a non-linear map cannot "
+                    "be folded into a weight matrix. Keep the adapter separate (`PeftModel.from_pretrained`), or "
+                    "train with `activation='linear'`."
                 )
             if self.scl_A[name].bias is not None and self.bias is None:
                 raise ValueError(
-                    f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be merged "
-                    "into has none. Keep the adapter separate, or train with `scl_bias=False`."
+                    f"The SCL adapter {name!r} has biases (`scl_bias=True`), but the down projection it would be "
+                    "merged into has none. Keep the adapter separate, or train with `scl_bias=False`."
                 )
         backend = self.quantization_backend
         if names and backend is not None and backend.backend_name not in MERGEABLE_BACKENDS:
             raise NotImplementedError(
                 f"Merging SCL into a layer quantised by {backend.backend_name} is not supported (only by "
-                f"{', '.join(MERGEABLE_BACKENDS)}). Load the base model without quantisation to merge, or keep the adapter "
-                "separate."
+                f"{', '.join(MERGEABLE_BACKENDS)}). Load the base model without quantisation to merge, or keep the "
+                "adapter separate."
             )
         if names and backend is not None:
             check_readable(self.get_base_layer())

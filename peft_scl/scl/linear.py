@@ -2,19 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import nn
 
-from .access import is_at_hand
+from ..access import is_at_hand
 from .config import SclConfig
 from .fused import changed_linear, is_fusable
 from .layer import SclLayer
-from .quantization import dense, frozen_copy, put_back
 
 
 __all__ = ["Linear"]
@@ -73,10 +70,11 @@ class Linear(nn.Module, SclLayer):
 
     def _change(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """
-        `scaling ((B0 + B) act((A0 + A) x) - B0 act(A0 x))`: what a compression has become, less what it was at the start.
+        `scaling ((B0 + B) act((A0 + A) x) - B0 act(A0 x))`: what a compression has become, less what it was at the
+        start.
 
-        Computed as `scaling (B act((A0 + A) x) + B0 (act((A0 + A) x) - act(A0 x)))`: exactly zero at the start, and small
-        changes are not lost in the rounding of large numbers.
+        Computed as `scaling (B act((A0 + A) x) + B0 (act((A0 + A) x) - act(A0 x)))`: exactly zero at the start, and
+        small changes are not lost in the rounding of large numbers.
         """
         down, up, scaling = self.scl_A[name], self.scl_B[name], self.scaling[name]
         start_down, start_up = self.scl_start_A[name].to(x.dtype), self.scl_start_B[name].to(x.dtype)
@@ -152,9 +150,10 @@ class Linear(nn.Module, SclLayer):
         """
         The forward of bottlenecks without a tensor of the FFN width.
 
-        With the codes `z (..., R)` of all bottlenecks and their scaled `B` side by side as `P (m, R)`, the input of the
-        down projection is `h' = h + P z`. All that reads `h'` is linear, so it can read `h` and `z` instead:
-        `M h' = M h + (M P) z`. That costs a LoRA of rank `R`, and a pass of the `R` columns of `P` through the base layer.
+        With the codes `z (..., R)` of all bottlenecks and their scaled `B` side by side as `P (m, R)`, the input of
+        the down projection is `h' = h + P z`. All that reads `h'` is linear, so it can read `h` and `z` instead:
+        `M h' = M h + (M P) z`. That costs a LoRA of rank `R`, and a pass of the `R` columns of `P` through the base
+        layer.
         """
         deltas = [name for name in names if name in self.scl_delta_A]
         readers = [*(self.scl_A[name] for name in names), *(self.scl_delta_A[name] for name in deltas)]
@@ -197,70 +196,22 @@ class Linear(nn.Module, SclLayer):
         """`rows (n, m)` times the transposed base weight, without the bias: `(n, d)`."""
         if self.bias is None:
             return self.base_layer(rows)
-        base_layer: Any = self.get_base_layer()
-        weight = base_layer.weight.to(rows.dtype)
-        return rows @ weight if self.fan_in_fan_out else nn.functional.linear(rows, weight)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Fold linear adapters into the base weight, exactly up to the rounding of its dtype. A quantised weight is
-        quantised again after the merge, which rounds more coarsely and gives a warning; unmerging restores it exactly.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`):
-                Check the merged weight for non-finite values before it replaces the base weight.
-            adapter_names (`list[str]`, *optional*):
-                Adapters to merge; all active ones if not given.
-
-        Raises:
-            ValueError: If an adapter is not linear, has a bias that the base layer has no place for, or gives non-finite
-                weights under `safe_merge`.
-            NotImplementedError: If the base layer is quantised by a library other than bitsandbytes and torchao.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scl_A]
-        if not names:
-            return
-        base_layer: Any = self.get_base_layer()
-        self.check_mergeable(names)
-
-        original = self._unmerged_parameters
-        if original is None:
-            weight = base_layer.weight.data if self.quantization_backend is None else frozen_copy(base_layer)
-            original = (weight, None if base_layer.bias is None else base_layer.bias.data)
-        with torch.no_grad():
-            weight, bias = self._merged_parameters(original, self.merged_adapters + names)
-        if safe_merge and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self._unmerged_parameters = original
-        if self.quantization_backend is None:
-            base_layer.weight.data = weight
-        else:
-            warnings.warn(
-                f"Merging SCL into weights quantised by {self.quantization_backend.backend_name} rounds the result to the "
-                "quantisation grid again, so the outputs differ from those of the separate adapter. Merge into the base "
-                "model without quantisation for an exact result.",
-                UserWarning,
-                stacklevel=2,
-            )
-            self.set_base_weight(weight)
-        if bias is not None:
-            base_layer.bias.data = bias
-        self.merged_adapters.extend(names)
+        weight = self.get_base_layer().weight.to(rows.dtype)
+        return rows @ weight if self.transposed else nn.functional.linear(rows, weight)
 
     def _merged_parameters(
         self, original: tuple[torch.Tensor, torch.Tensor | None], names: list[str]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`, where
-        the change is the delta of a bottleneck, what a compression has become less its start, or `s_k B_k A_k - W`.
+        The `original` weight and bias with `names` folded in: `W' = (W + sum_k change_k) (I + sum_k s_k B_k A_k)`,
+        where the change is the delta of a bottleneck, what a compression has become less its start, or
+        `s_k B_k A_k - W`.
         """
-        base_weight, base_bias = original
-        if self.quantization_backend is not None:
-            base_weight = dense(base_weight)
+        base_weight, base_bias = self._values(original[0]), original[1]
         device = self.scl_A[names[0]].weight.device
         dtype = torch.promote_types(base_weight.dtype, torch.float32)
         weight = base_weight.to(device, dtype)
-        weight = weight.T if self.fan_in_fan_out else weight
+        weight = self._oriented(weight)
         bias = None if base_bias is None else base_bias.to(device, dtype)
 
         merged = weight.clone()
@@ -292,28 +243,11 @@ class Linear(nn.Module, SclLayer):
             bias = bias + merged @ shift
         # never form the (m, m) product `B A`: m is the FFN width
         merged = merged + sum((merged @ up_weight) @ down_weight for up_weight, down_weight in bottlenecks)
-        merged = merged.T.contiguous() if self.fan_in_fan_out else merged
+        merged = merged.T.contiguous() if self.transposed else merged
         # as the base layer is now: the model may have been cast or moved since the first merge
-        base_layer: Any = self.get_base_layer()
+        base_layer = self.get_base_layer()
         like = base_layer.weight if self.quantization_backend is None else base_weight
         return merged.to(like), None if bias is None else bias.to(base_layer.bias)
-
-    def unmerge(self) -> None:
-        """Put the base weight and bias back, bit for bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        assert self._unmerged_parameters is not None
-        base_layer: Any = self.get_base_layer()
-        weight, bias = self._unmerged_parameters
-        if self.quantization_backend is None:
-            base_layer.weight.data = weight.to(base_layer.weight)
-        else:
-            put_back(base_layer, weight)
-        if bias is not None:
-            base_layer.bias.data = bias.to(base_layer.bias)
-        self._unmerged_parameters = None
-        self.merged_adapters.clear()
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
@@ -326,8 +260,8 @@ def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """
     `module(x)` in the dtype of `x`, or of autocast.
 
-    The weights of the adapter are often float32 beside a bfloat16 model. They are small, `x` is as wide as the FFN: they are
-    cast, as autocast does, and not `x`.
+    The weights of the adapter are often float32 beside a bfloat16 model. They are small, `x` is as wide as the FFN:
+    they are cast, as autocast does, and not `x`.
     """
     if module.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return module(x)
