@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 NEWEST := .venv-newest
-# Quantisation libraries, for the tests of quantised bases only: PEFT imports them whenever it can, and they print to stderr
-# and take seconds
+# Quantisation libraries, for the tests of quantised bases only: PEFT imports them whenever it can, and they print to
+# stderr and take seconds
 QUANTIZATION := .venv/quantization
-# DeepSpeed, for tests/test_distributed.py only: where it can be imported, Accelerate, PEFT and TRL do so, which takes seconds
+# DeepSpeed, for the tests that launch it only: where it can be imported, Accelerate, PEFT and TRL do so, which takes
+# seconds
 DEEPSPEED := .venv/deepspeed
 
 .PHONY: env demo test test-all quality conformance conformance-fast conformance-newest clean

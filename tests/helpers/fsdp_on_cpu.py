@@ -1,7 +1,7 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-FSDP2 on the CPU, for the processes of tests/test_distributed.py.
+FSDP2 on the CPU, for the processes of test_distributed.py.
 
 Accelerate enables FSDP for several processes on GPUs only. What is pretended is what it detects: that there are GPUs,
 though with the backend gloo, and that the device is the CPU (the variable is Accelerate's). All that follows is its

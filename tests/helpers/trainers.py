@@ -70,9 +70,9 @@ def new_trainer(
     base_class, config_class, _ = KINDS[name_of(kind)]
     trainer_class = base_class if isinstance(kind, str) else kind
     fields = {field.name for field in dataclasses.fields(config_class)}
-    settings = {"output_dir": str(output_dir), **(QUICK_TEXT if "max_length" in fields else QUICK)}
+    settings = dict(QUICK_TEXT if "max_length" in fields else QUICK)
     settings |= {key: given.pop(key) for key in list(given) if key in fields}
-    args = config_class(**settings)
+    args = config_class(output_dir=str(output_dir), **settings)
     model = str(model) if isinstance(model, Path) else model
     return trainer_class(model=model, args=args, train_dataset=clients, eval_dataset=eval_dataset, **given)
 

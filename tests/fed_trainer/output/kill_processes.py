@@ -3,7 +3,7 @@
 """
 As kill_run.py, with two processes: one is killed with SIGKILL, and the other with it, as a launcher does.
 
-    python tests/kill_processes.py MODEL FOLDER NUM_KILLS
+    python tests/fed_trainer/output/kill_processes.py MODEL FOLDER NUM_KILLS
 
 Under DeepSpeed if the variables of its launch are set. Prints a JSON line: the names of the runs that did not end like
 one that was not interrupted, and where runs were killed.

@@ -4,7 +4,7 @@
 Kills a federation with SIGKILL at many places and lets it go on, in forked children of one process that has imported
 all.
 
-    python tests/kill_run.py MODEL FOLDER NUM_KILLS
+    python tests/fed_trainer/output/kill_run.py MODEL FOLDER NUM_KILLS
 
 Prints a JSON line: the names of the runs that did not end like one that was not interrupted, and where runs were
 killed. Those of the last setting publish every round, and are killed before and after requests to the Hub too.
@@ -151,7 +151,11 @@ def kill_many(model: str, root: Path, kills: int, hub: HubServer) -> None:
         whole = root / f"whole-{index}"
         assert in_child(model, whole, settings, False, None) == 0
         expected, events = outcome(whole), json.loads(events_of(whole).read_text())
-        for kill_at in sorted(generator.sample(range(1, len(events) + 1), kills // len(SETTINGS))):
+        places_of = sorted(generator.sample(range(1, len(events) + 1), kills // len(SETTINGS)))
+        requests = [number for number, event in enumerate(events, 1) if event.startswith(("before ", "after "))]
+        if requests and not {*requests} & {*places_of}:  # few places are drawn
+            places_of[-1] = generator.choice(requests)
+        for kill_at in places_of:
             folder = root / f"killed-{index}-{kill_at}"
             status = in_child(model, folder, settings, False, kill_at)
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status

@@ -333,9 +333,7 @@ def test_published_round_is_a_start(hub: HubServer, make_trainer: MakeTrainer, t
         "main": "checkpoint-2",
         None: "checkpoint-2",
     }.items():
-        trainer = make_trainer(
-            output_dir=str(tmp_path / "second"), initial_adapter=REPO, initial_adapter_revision=revision
-        )
+        trainer = make_trainer(output="second", initial_adapter=REPO, initial_adapter_revision=revision)
         assert_same(adapter_of(trainer.model), load_file(Path(first.args.output_dir, checkpoint, WEIGHTS)))
         assert trainer.model.peft_config["default"].r == 4
 

@@ -32,7 +32,13 @@ def test_processes_that_are_killed_go_on_to_the_same_bits(launched, kills, tiny_
     environment["PYTHONPATH"] = os.pathsep.join(folders)
     environment["PATH"] = os.pathsep.join([str(Path(DEEPSPEED, "bin")), os.environ["PATH"]])  # ninja
     result = subprocess.run(
-        [sys.executable, str(TESTS / "kill_processes.py"), str(tiny_model_dir), str(tmp_path), str(kills)],
+        [
+            sys.executable,
+            str(Path(__file__).with_name("kill_processes.py")),
+            str(tiny_model_dir),
+            str(tmp_path),
+            str(kills),
+        ],
         capture_output=True,
         text=True,
         env=environment,

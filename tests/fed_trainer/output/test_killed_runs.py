@@ -20,7 +20,7 @@ def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(kills, tiny_mode
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(TESTS)])}
     result = subprocess.run(
-        [sys.executable, str(TESTS / "kill_run.py"), str(tiny_model_dir), str(tmp_path), str(kills)],
+        [sys.executable, str(Path(__file__).with_name("kill_run.py")), str(tiny_model_dir), str(tmp_path), str(kills)],
         capture_output=True,
         text=True,
         env=environment,

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every process of tests/test_distributed.py does: see `launch` there. Writes `<rank>.json`."""
+"""What every process of test_distributed.py does: see `launch` there. Writes `<rank>.json`."""
 
 from __future__ import annotations
 

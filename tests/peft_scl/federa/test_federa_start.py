@@ -28,7 +28,6 @@ from helpers.federa_reference import (
     scaling_of,
 )
 from helpers.models import logits
-from helpers.paths import TESTS
 from peft_scl import FederaConfig
 
 
@@ -177,18 +176,19 @@ def test_a_second_adapter_of_the_same_rank_takes_over_the_start():
 _OTHER_PROCESS = """
 import sys
 import torch
-sys.path.insert(0, sys.argv[1])
 torch.set_num_threads(2)
 from helpers.federa_reference import adapted
-torch.save(dict(adapted("llama").state_dict()), sys.argv[2])
+torch.save(dict(adapted("llama").state_dict()), sys.argv[1])
 """
 
 
 def test_a_process_with_another_number_of_threads_agrees(tmp_path):
     """To 1e-6 of the largest entry of each tensor: factors, start and residual base. This process has one thread."""
     path = tmp_path / "state"
-    command = [sys.executable, "-c", _OTHER_PROCESS, str(TESTS), str(path)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    command = [sys.executable, "-c", _OTHER_PROCESS, str(path)]
+    subprocess.run(
+        command, check=True, env={**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
     other, state = torch.load(path), adapted("llama").state_dict()
     assert other.keys() == state.keys()
     for key, tensor in state.items():
