@@ -26,7 +26,7 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/python recipes/offline/demo.py --output_dir out/demo
 
-PYTEST := PYTHONPATH=$(QUANTIZATION) DEEPSPEED_FOLDER=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -n 2
+PYTEST := PYTHONPATH=$(QUANTIZATION) DEEPSPEED_FOLDER=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test: $(STAMP)
 	$(PYTEST)

@@ -72,6 +72,7 @@ def _no_warnings():
         yield
 
 
+@pytest.mark.fast("SCL", "FeDeRA")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_every_part_of_a_key_may_be_the_name_of_an_adapter(kind):
     expected = {name: get_peft_model_state_dict(adapted(kind, "a", "b"), adapter_name=name) for name in "ab"}

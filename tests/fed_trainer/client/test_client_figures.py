@@ -336,6 +336,7 @@ def _round_logs(trainer: Any) -> list[dict[str, Any]]:
     return [entry for entry in trainer.state.log_history if "bytes_up" in entry]
 
 
+@pytest.mark.fast(retries=[1])
 @pytest.mark.parametrize("retries", [0, 1])
 def test_a_client_that_fails_leaves_no_figures_behind(retries, trl, monkeypatch):
     whole, broken = trl(num_rounds=1), trl(num_rounds=1, client_retries=retries, folder="broken")

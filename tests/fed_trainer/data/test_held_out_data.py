@@ -78,6 +78,7 @@ def make_trainer(make_trainer, tiny_model_dir):
     return make
 
 
+@pytest.mark.fast(trainer=["sft", "task"])
 @pytest.mark.parametrize("shape", ["one", "by name", "by client"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trainer", TRAINERS)

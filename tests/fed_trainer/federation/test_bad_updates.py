@@ -237,6 +237,19 @@ def same_bases(left: list[dict[str, LowRank]], right: list[dict[str, LowRank]]) 
     )
 
 
+@pytest.mark.fast(
+    "fedavg",
+    "fedsa_lora",
+    "flora",
+    "fedex_lora",
+    "hetlora, ranks",
+    "slora",
+    "median",
+    "krum",
+    "norm_bounding",
+    "scaffold",
+    "fedadam",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_client_that_sends_what_cannot_be_used_changes_nothing(kind: str, honest, tmp_path) -> None:
     states, bases, _ = honest(kind)

@@ -5,7 +5,7 @@ One engine serves a whole federation: plain, DDP, DeepSpeed ZeRO-1, 2 and 3 and 
 
 Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the
 processes do. FSDP2 has to be forced on the CPU, see `helpers/fsdp_on_cpu.py`. Where slow tests are left out, DDP,
-ZeRO-2 and FSDP2 stand for all kinds, in a launch that is shorter: fewer clients, and two methods.
+ZeRO-2 and FSDP2 stand for all kinds, in a launch that is shorter: fewer clients, two methods, and failures under DDP only.
 """
 
 from __future__ import annotations
@@ -178,6 +178,7 @@ def test_a_federation_of_two_processes_gives_the_result_of_one(kind, run_of):
         assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
+@pytest.mark.fast("ddp")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_a_client_that_fails_in_one_process_is_tried_again_by_all(kind, run_of):
@@ -185,6 +186,7 @@ def test_a_client_that_fails_in_one_process_is_tried_again_by_all(kind, run_of):
         assert report["failing"]["retried"] == report["failing"]["healthy"]
 
 
+@pytest.mark.fast("ddp")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", NOT_SPLIT)
 def test_a_client_that_fails_in_one_process_is_left_out_by_all_and_leaves_nothing_behind(kind, run_of):
@@ -193,6 +195,7 @@ def test_a_client_that_fails_in_one_process_is_left_out_by_all_and_leaves_nothin
         assert report["failing"]["reasons"] == {"client_1": "its local round failed: RuntimeError (process 1)"}
 
 
+@pytest.mark.fast("ddp")
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_the_slowest_process_decides_whether_a_client_is_too_slow(kind, run_of):
@@ -209,7 +212,7 @@ def test_clients_keep_their_tensors_in_one_file_each(kind, run_of):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.fast("zero2")
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SEVERAL[1:])
 def test_what_computes_in_bfloat16_is_trained_in_float32(kind, run_of):
     for report in run_of(kind).reports:

@@ -63,7 +63,7 @@ def make_trainer(make_trainer, tmp_path):
             output,
             peft_config,
             kind="task",
-            model=tiny_bert(kind=BertForTokenClassification),
+            model=tiny_bert(kind=BertForTokenClassification, num_hidden_layers=2),
             clients={f"ward-{client}": rows_of(client) for client in range(3)},
             eval_dataset=rows_of(9, 32),
             data_collator=DataCollatorForTokenClassification(tokenizer),
@@ -77,7 +77,7 @@ def make_trainer(make_trainer, tmp_path):
 
 @each_adapter
 def test_the_tagger_and_its_head_are_trained_and_published(make_trainer, tmp_path, peft_config):
-    tiny_bert(kind=BertForTokenClassification).save_pretrained(tmp_path / "base")
+    tiny_bert(kind=BertForTokenClassification, num_hidden_layers=2).save_pretrained(tmp_path / "base")
     trainer = make_trainer("out", peft_config, num_rounds=3)
     start = trainer._global_state
     assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} <= start.keys()

@@ -182,6 +182,7 @@ torch.save(dict(adapted("llama").state_dict()), sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_process_with_another_number_of_threads_agrees(tmp_path):
     """To 1e-6 of the largest entry of each tensor: factors, start and residual base. This process has one thread."""
     path = tmp_path / "state"

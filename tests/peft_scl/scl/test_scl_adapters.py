@@ -272,6 +272,7 @@ def _send_logits(models, tokens, queue):
     queue.put([model(tokens).logits.numpy() for model in models])
 
 
+@pytest.mark.slow
 def test_a_spawned_process_computes_the_same():
     models = [_llama(**config) for config in CONFIGS]
     context = multiprocessing.get_context("spawn")  # inherits nothing: the pickled config imports `peft_scl`
