@@ -28,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fed_trainer import read_record
+
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -130,7 +132,7 @@ def measure(args: argparse.Namespace, num_clients: int) -> dict[str, Any]:
         )
         startup, started = time.perf_counter() - start, anonymous_mib()
         trainer.train()
-        record = json.loads(Path(f"{folder}/run/federation.json").read_text())
+        record = read_record(f"{folder}/run")
         phases = [entry["seconds"] for entry in record["rounds"][1:]]  # the first round builds the engine
     return {
         "startup_seconds": startup,

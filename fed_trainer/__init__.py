@@ -17,6 +17,7 @@ from .data.partition import (
 )
 from .federation.validation import TooFewClientsError
 from .methods.aggregation import ClientUpdate
+from .output.record import read_record
 from .trainers.dpo import FederatedDPOTrainer
 from .trainers.mixin import FederatedMixin
 from .trainers.reward import FederatedRewardTrainer
@@ -48,4 +49,5 @@ __all__ = [
     "partition_summary",
     "pathological_partition",
     "quantity_skew_partition",
+    "read_record",
 ]

@@ -221,7 +221,7 @@ class FederationArguments(_Arguments):
         if self.load_best_model_at_end:
             raise ValueError(
                 "`load_best_model_at_end=True` is not supported by a federation. Every round is kept in "
-                "`checkpoint-<round>`, with its evaluation in `federation.json`: load the one you want."
+                "`checkpoint-<round>`, with its evaluation in `federation.jsonl`: load the one you want."
             )
         if self.enable_jit_checkpoint:
             raise ValueError(

@@ -33,6 +33,7 @@ __all__ = [
     "check_config_file",
     "check_shapes",
     "read_json",
+    "read_json_lines",
     "read_peft_config",
     "read_shapes",
     "read_tensors",
@@ -94,13 +95,27 @@ def read_json(path: str | os.PathLike, most_bytes: int = MOST_JSON) -> dict[str,
         ValueError: If it cannot be read, is larger, or does not hold a dictionary in which every name occurs once.
     """
     path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > most_bytes:
-            raise _damaged(path, f"it has {size} bytes, more than the {most_bytes} that such a file can have")
-        return _parsed(path, path.read_bytes())
-    except OSError as error:
-        raise _damaged(path, f"it cannot be read ({error.strerror})") from error
+    return _parsed(path, _content(path, most_bytes))
+
+
+def read_json_lines(path: str | os.PathLike, most_bytes: int = MOST_JSON) -> list[dict[str, Any]]:
+    """
+    The dictionaries in a JSON-lines file. A last line without a line break is left out: its writer died before it was
+    written.
+
+    Args:
+        path (`str` or `os.PathLike`):
+            The file.
+        most_bytes (`int`, *optional*, defaults to `2**30`):
+            The size up to which it is read.
+
+    Raises:
+        ValueError: If it cannot be read, is larger, or another line does not hold a dictionary in which every name
+            occurs once.
+    """
+    path = Path(path)
+    lines = _content(path, most_bytes).split(b"\n")[:-1]
+    return [_parsed(path, line, f"line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def read_shapes(path: str | os.PathLike, dtypes: Collection[str] | None = None) -> Shapes:
@@ -320,14 +335,24 @@ def _shape(path: Path, name: str, entry: Any, dtypes: Collection[str] | None) ->
     return tuple(shape)
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+def _content(path: Path, most_bytes: int) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise _damaged(path, f"it has {size} bytes, more than the {most_bytes} that such a file can have")
+        return path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, f"it cannot be read ({error.strerror})") from error
+
+
+def _parsed(path: Path, text: bytes, part: str = "it") -> dict[str, Any]:
     try:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else f"it is not JSON ({error})"
-        raise _damaged(path, reason) from error
+        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"is not JSON ({error})"
+        raise _damaged(path, f"{part} {reason}") from error
     if not isinstance(content, dict):
-        raise _damaged(path, f"it holds {short_repr(content)}, not a dictionary")
+        raise _damaged(path, f"{part} holds {short_repr(content)}, not a dictionary")
     return content
 
 

@@ -29,11 +29,10 @@ from federated_sft import RecipeArguments, load_data, make_peft_config, prepare
 from transformers.utils import logging
 from trl import TrlParser
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import FederatedConfig, FederatedTrainer, read_record
 from fed_trainer.federation.broken_state import BrokenStateError
 from fed_trainer.federation.validation import TooFewClientsError
 from fed_trainer.output.figures import held_out_metrics
-from fed_trainer.output.record import read_record
 from fed_trainer.output.settings import federation_settings, local_settings
 from fed_trainer.state.described import agree, storable
 

@@ -11,8 +11,8 @@ import argparse
 import statistics
 from typing import Any
 
+from fed_trainer import read_record
 from fed_trainer.output.figures import held_out_metrics
-from fed_trainer.output.record import read_record
 
 
 def cell(values: list[float]) -> str:

@@ -17,6 +17,13 @@ from .figures import evaluations
 
 __all__ = ["model_card"]
 
+_METHODS = {
+    "SCL": "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented "
+    "by `peft_scl`",
+    "FEDERA": "FeDeRA ([arXiv 2404.18848](https://huggingface.co/papers/2404.18848)), trained with `peft_scl` and "
+    "saved as a plain LoRA",
+}
+
 
 def model_card(
     record: dict[str, Any],
@@ -52,36 +59,61 @@ def model_card(
         num_labels (`int`, *optional*):
             Number of labels of a classifier, which an adapter's example has to name.
     """
-    method, scl = record["peft_type"], record["peft_type"] == "SCL"
-    own_tags = [
-        "federated-learning",
-        "fed_trainer",
-        *([method.lower()] if method else []),
-        *(["peft_scl"] if scl else []),
-    ]
-    data = ModelCardData(
-        base_model=base_model_id,
-        library_name="peft" if method else "transformers",
-        datasets=dataset_name,
-        tags=own_tags + [tag for tag in tags or [] if tag not in own_tags],
-    )
-    base = _code(record["base_model"]) if record["base_model"] else "an unnamed base model"
-    rounds = record["rounds"]
-    methods = {
-        "SCL": "Sequential Compression Layers ([arXiv 2412.07021](https://huggingface.co/papers/2412.07021)), implemented by "
-        "`peft_scl`",
-        "FEDERA": "FeDeRA ([arXiv 2404.18848](https://huggingface.co/papers/2404.18848)), trained with `peft_scl` and saved as a "
-        "plain LoRA",
-    }
     lines = [
         f"# {_text(model_name or (repo_id or 'Federated adapter').split('/')[-1])}",
         "",
-        f"{f'A {method} adapter for {base}' if method else f'{model_class} from {base}'}, fine-tuned by federated learning with `fed_trainer`.",
+        _first_sentence(record, model_class),
         "",
+        *_facts(record),
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        *([IMPORT_LINE] if record["peft_type"] == "SCL" else []),
+        *_loading(record, task_type, repo_id or "path/to/this/folder", base_model_id, model_class, num_labels),
+        "```",
+        "",
+        *_what_stays(record),
+    ]
+    if curve := _curve(record):
+        lines += [f"## Held-out metrics of the {_evaluated(record)}", "", *curve, ""]
+    lines += ["A record of the run is in `federation.json`.", ""]
+    data = _metadata(record["peft_type"], base_model_id, dataset_name, tags or [])
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+
+
+def _metadata(
+    method: str | None, base_model_id: str | None, dataset_name: str | None, tags: list[str]
+) -> ModelCardData:
+    own_tags = ["federated-learning", "fed_trainer"]
+    own_tags += [method.lower()] if method else []
+    own_tags += ["peft_scl"] if method == "SCL" else []
+    return ModelCardData(
+        base_model=base_model_id,
+        library_name="peft" if method else "transformers",
+        datasets=dataset_name,
+        tags=own_tags + [tag for tag in tags if tag not in own_tags],
+    )
+
+
+def _first_sentence(record: dict[str, Any], model_class: str | None) -> str:
+    method, base = record["peft_type"], _base(record)
+    what = f"A {method} adapter for {base}" if method else f"{model_class} from {base}"
+    return f"{what}, fine-tuned by federated learning with `fed_trainer`."
+
+
+def _base(record: dict[str, Any]) -> str:
+    return _code(record["base_model"]) if record["base_model"] else "an unnamed base model"
+
+
+def _facts(record: dict[str, Any]) -> list[str]:
+    """The table of what the run was."""
+    method, rounds = record["peft_type"], record["rounds"]
+    return [
         "| | |",
         "|---|---|",
-        f"| base model | {base} |",
-        f"| method | {methods.get(method, method or 'fine-tuning without an adapter')} |",
+        f"| base model | {_base(record)} |",
+        f"| method | {_METHODS.get(method, method or 'fine-tuning without an adapter')} |",
         f"| aggregation | `{record['aggregation']}`{_beside(record['federation'])} |",
         f"| rounds | {len(rounds)} of {record['num_rounds']} |",
         f"| clients | {len(record['clients'])}, {record['num_sampled']} per round |",
@@ -90,33 +122,34 @@ def model_card(
         f"| trainable parameters | {record['num_trainable_parameters']:,} |",
         f"| sent per client and round | {_megabytes(rounds)} |",
         f"| seed | {record['seed']} |",
-        "",
-        "## How to load it",
-        "",
-        "```python",
-        *([IMPORT_LINE] if scl else []),
-        *_loading(record, task_type, repo_id or "path/to/this/folder", base_model_id, model_class, num_labels),
-        "```",
-        "",
     ]
+
+
+def _what_stays(record: dict[str, Any]) -> list[str]:
+    """What the clients have learnt and keep, which is not in the model."""
+    lines = []
     if num_local := record.get("num_local_parameters"):
         lines += [
-            f"{num_local:,} of the trained parameters stay with the clients. Here they have their initial values: what is published is "
-            "the shared part, to be trained further, and no model of any client.",
+            f"{num_local:,} of the trained parameters stay with the clients. Here they have their initial values: "
+            "what is published is the shared part, to be trained further, and no model of any client.",
             "",
         ]
-    is_ditto = record["federation"]["local_objective"] == "ditto"
-    if is_ditto:
+    if _is_ditto(record):
         lines += [
             "Every client has trained a model of its own too (Ditto), which stays with it. This is the global one.",
             "",
         ]
-    is_personal = num_local or is_ditto
-    evaluated = "clients' own models" if is_personal else f"global {'adapter' if method else 'model'}"
-    if curve := _curve(record):
-        lines += [f"## Held-out metrics of the {evaluated}", "", *curve, ""]
-    lines += ["A record of the run is in `federation.json`.", ""]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines))
+    return lines
+
+
+def _evaluated(record: dict[str, Any]) -> str:
+    if record.get("num_local_parameters") or _is_ditto(record):
+        return "clients' own models"
+    return f"global {'adapter' if record['peft_type'] else 'model'}"
+
+
+def _is_ditto(record: dict[str, Any]) -> bool:
+    return record["federation"]["local_objective"] == "ditto"
 
 
 def _loading(

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -19,7 +19,7 @@ from ..state.adapter_state import AdapterState
 from .digests import DIGESTS_NAME, TRAINER_STATE_NAME, find_damage, read_digests, write_digests
 from .disk import DamagedFileError, replace_durably, writing
 from .owned import MARKER, make_own, remove_own_files, remove_own_folder, unmark
-from .record import RECORD_NAME, read_record
+from .record import RECORD_NAME, ROUNDS_NAME, is_foreign_rounds_file, read_record
 from .saved_files import MODEL_WEIGHTS
 
 
@@ -94,8 +94,8 @@ def write_checkpoint(
         raise
     if (damage := find_damage(final, clients=False)) is not None:
         raise OSError(
-            f"{final.name} is not what was written a moment ago: {damage}. The checkpoints before it stay. See to the disk, and continue "
-            "with `train(resume_from_checkpoint=True)`."
+            f"{final.name} is not what was written a moment ago: {damage}. The checkpoints before it stay. See to the "
+            "disk, and continue with `train(resume_from_checkpoint=True)`."
         )
     return final
 
@@ -123,7 +123,8 @@ def rotate_checkpoints(output_dir: str | os.PathLike, save_total_limit: int | No
             continue
         if left:
             logger.warning(
-                f"{folder.name} is beyond `save_total_limit`; of it stays what this run has not written: {', '.join(left)}."
+                f"{folder.name} is beyond `save_total_limit`; of it stays what this run has not written: "
+                f"{', '.join(left)}."
             )
 
 
@@ -137,7 +138,8 @@ def find_checkpoint(
     The folder that `train(resume_from_checkpoint=...)` means, and what it holds; one that is given has to hold the
     file `weights`.
 
-    With `True` it is the last one that is undamaged. Those behind it are put aside as `damaged-checkpoint-<round>`, with a warning.
+    With `True` it is the last one that is undamaged. Those behind it are put aside as `damaged-checkpoint-<round>`,
+    with a warning.
 
     Args:
         output_dir (`str`):
@@ -165,21 +167,7 @@ def find_checkpoint(
             name = _put_aside(broken).name
             logger.warning(f"{broken.name} is damaged ({why}): it is put aside as {name}, {folder.name} is used.")
         return folder, content
-    if damaged or (aside := _damaged_before(output_dir)):
-        last = damaged[0][1] if damaged else f"{aside[-1]} was put aside"
-        raise ValueError(
-            f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: {last}). "
-            "Restore one from a backup, or start the run again in another `output_dir`."
-        )
-    if saved := _saved_weights(Path(output_dir)):  # with which `train()` would refuse to start
-        raise ValueError(
-            f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}, only a saved model ({saved[0]}). Start a run "
-            "in another `output_dir`, with this one as `initial_adapter`, or as `model` if it is a whole model."
-        )
-    raise ValueError(
-        f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
-        "`trainer.train()`."
-    )
+    raise _no_checkpoint(output_dir, damaged)
 
 
 def _given_checkpoint(folder: Path, read: Callable[[Path], T], weights: str) -> tuple[Path, T]:
@@ -195,6 +183,26 @@ def _given_checkpoint(folder: Path, read: Callable[[Path], T], weights: str) -> 
             f"The checkpoint {str(folder)!r} is damaged: {damage}. Pass an earlier one, or `True` for the last one in "
             "`output_dir` that is not."
         ) from damage
+
+
+def _no_checkpoint(output_dir: str | os.PathLike, damaged: list[tuple[Path, str]]) -> ValueError:
+    """Why there is nothing in `output_dir` to go on from."""
+    if damaged or (aside := _damaged_before(output_dir)):
+        last = damaged[0][1] if damaged else f"{aside[-1]} was put aside"
+        return ValueError(
+            f"`resume_from_checkpoint=True`, but every checkpoint in {str(output_dir)!r} is damaged (the last: "
+            f"{last}). Restore one from a backup, or start the run again in another `output_dir`."
+        )
+    if saved := _saved_weights(Path(output_dir)):  # with which `train()` would refuse to start
+        return ValueError(
+            f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}, only a saved model "
+            f"({saved[0]}). Start a run in another `output_dir`, with this one as `initial_adapter`, or as `model` if "
+            "it is a whole model."
+        )
+    return ValueError(
+        f"`resume_from_checkpoint=True`, but there is no checkpoint in {str(output_dir)!r}. Start the run with "
+        "`trainer.train()`."
+    )
 
 
 def _read_undamaged(folder: Path, read: Callable[[Path], T]) -> T:
@@ -234,8 +242,8 @@ def load_adapter(folder: str | os.PathLike, expected: Mapping[str, tuple[int, ..
     path = Path(folder) / ADAPTER_WEIGHTS
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no {ADAPTER_WEIGHTS} in {str(folder)!r}. Give the folder of an adapter saved by `save_pretrained` with "
-            "safetensors; a pickled `adapter_model.bin` is not read."
+            f"There is no {ADAPTER_WEIGHTS} in {str(folder)!r}. Give the folder of an adapter saved by "
+            "`save_pretrained` with safetensors; a pickled `adapter_model.bin` is not read."
         )
     return read_tensors(path, expected=expected)
 
@@ -261,19 +269,11 @@ def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False
     Raises:
         FileExistsError: Naming what was found.
     """
-    try:
-        record = read_record(output_dir) if os.path.lexists(Path(output_dir) / RECORD_NAME) else {"rounds": []}
-    except (OSError, ValueError):
-        record = {}
-    if not isinstance(record, dict) or "rounds" not in record:
-        raise FileExistsError(
-            f"`output_dir` {str(output_dir)!r} holds a {RECORD_NAME} that is not the record of a run, which a run would write over. "
-            "Move it away, or choose another `output_dir`."
-        )
+    record = _record_or_refusal(output_dir)
     if foreign := _foreign_checkpoints(output_dir):
         raise FileExistsError(
-            f"`output_dir` {str(output_dir)!r} holds {foreign[-1].name}, which is no checkpoint of a federation (it has neither "
-            f"{DIGESTS_NAME} nor {RECORD_NAME}). Move it away, or choose another `output_dir`."
+            f"`output_dir` {str(output_dir)!r} holds {foreign[-1].name}, which is no checkpoint of a federation (it "
+            f"has neither {DIGESTS_NAME} nor {RECORD_NAME}). Move it away, or choose another `output_dir`."
         )
     found = [path.name for path in _checkpoints(output_dir)]
     way_on = "Continue it with `train(resume_from_checkpoint=True)`, choose"
@@ -285,14 +285,30 @@ def refuse_another_run(output_dir: str | os.PathLike, starts_again: bool = False
         found = weights
     if found:
         raise FileExistsError(
-            f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix with this "
-            f"one. {way_on} another `output_dir`, or delete it."
+            f"`output_dir` {str(output_dir)!r} already holds a run ({found[-1]}), which starting afresh would mix "
+            f"with this one. {way_on} another `output_dir`, or delete it."
         )
-    if foreign_files := [name for name in WRITTEN_IN_THE_END if os.path.lexists(Path(output_dir) / name)]:
+    foreign_files = [name for name in WRITTEN_IN_THE_END if os.path.lexists(Path(output_dir) / name)]
+    foreign_files += [ROUNDS_NAME] if is_foreign_rounds_file(output_dir) else []
+    if foreign_files:
         raise FileExistsError(
-            f"`output_dir` {str(output_dir)!r} holds {foreign_files[0]}, which this run has not written, and would write over. Move it "
-            "away, or choose another `output_dir`."
+            f"`output_dir` {str(output_dir)!r} holds {foreign_files[0]}, which this run has not written, and would "
+            "write over. Move it away, or choose another `output_dir`."
         )
+
+
+def _record_or_refusal(output_dir: str | os.PathLike) -> dict[str, Any]:
+    """The record of a run in `output_dir`, without rounds if there is none; what is no record is refused."""
+    try:
+        record = read_record(output_dir) if os.path.lexists(Path(output_dir) / RECORD_NAME) else {"rounds": []}
+    except (OSError, ValueError):
+        record = {}
+    if "rounds" not in record:
+        raise FileExistsError(
+            f"`output_dir` {str(output_dir)!r} holds a {RECORD_NAME} that is not the record of a run, which a run "
+            "would write over. Move it away, or choose another `output_dir`."
+        )
+    return record
 
 
 def refuse_foreign_checkpoints(output_dir: str | os.PathLike, rounds: range) -> None:
@@ -305,8 +321,8 @@ def refuse_foreign_checkpoints(output_dir: str | os.PathLike, rounds: range) -> 
     for path in _foreign_checkpoints(output_dir):
         if _round_of(path) in rounds:
             raise FileExistsError(
-                f"{str(output_dir)!r} holds {path.name}, which is no checkpoint of a federation (it has neither {DIGESTS_NAME} nor "
-                f"{RECORD_NAME}), and this run would write one of that name. Move it away."
+                f"{str(output_dir)!r} holds {path.name}, which is no checkpoint of a federation (it has neither "
+                f"{DIGESTS_NAME} nor {RECORD_NAME}), and this run would write one of that name. Move it away."
             )
 
 

@@ -13,7 +13,7 @@ from peft_scl.foreign_files import read_json, read_shapes
 from .client_files import CLIENTS_FOLDER, check_owner
 from .disk import DamagedFileError, file_digest, reading
 from .owned import stays_inside
-from .record import RECORD_NAME, write_json
+from .record import RECORD_NAME, ROUNDS_NAME, read_rounds, write_json
 
 
 __all__ = ["DIGESTS_NAME", "SERVER_STATE", "TRAINER_STATE_NAME", "find_damage", "read_digests", "write_digests"]
@@ -23,8 +23,8 @@ TRAINER_STATE_NAME = "trainer_state.json"
 SERVER_STATE = "server_state.safetensors"
 # what a resumed run reads if it is there, and therefore must not have appeared later
 READ_ON_RESUMING = (
-    "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors", "model.safetensors.index.json",
-    RECORD_NAME, SERVER_STATE, TRAINER_STATE_NAME,
+    "adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors",
+    "model.safetensors.index.json", RECORD_NAME, ROUNDS_NAME, SERVER_STATE, TRAINER_STATE_NAME,
 )  # fmt: skip
 SIZE = " bytes"  # of a client's file, in checkpoints of the first versions
 
@@ -104,6 +104,8 @@ def _check_file(folder: Path, name: str, digest: str) -> None:
             raise DamagedFileError(f"{name} is not what was written")
         if name in READ_ON_RESUMING and name.endswith(".json"):
             read_json(path)
+        if name == ROUNDS_NAME:
+            read_rounds(path)
         if _is_of_client(name):
             check_owner(path)
         elif name in READ_ON_RESUMING and name.endswith(".safetensors"):

@@ -93,8 +93,8 @@ def writing(what: str) -> Iterator[None]:
         if isinstance(error.__cause__, (OSError, SafetensorError)):  # it is in a sentence already
             raise
         told = OSError(
-            f"{what} could not be written ({error}). The checkpoints that were written before are whole: make room, or see to the "
-            "disk, and continue with `train(resume_from_checkpoint=True)`."
+            f"{what} could not be written ({error}). The checkpoints that were written before are whole: make room, "
+            "or see to the disk, and continue with `train(resume_from_checkpoint=True)`."
         )
         told.errno = getattr(error, "errno", None)
         raise told from error

@@ -51,8 +51,8 @@ def fetch_adapter(source: str, revision: str | None = None, token: str | None = 
     if os.path.isdir(source):
         if revision is not None:
             raise ValueError(
-                f"The adapter {source!r} is a local folder, which has no revision {revision!r}. Give a Hub id, or leave the "
-                "revision out."
+                f"The adapter {source!r} is a local folder, which has no revision {revision!r}. Give a Hub id, or "
+                "leave the revision out."
             )
         return Path(source)
     return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=["*.safetensors", "*.json"]))

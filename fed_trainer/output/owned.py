@@ -43,8 +43,8 @@ def remove_own_folder(folder: Path) -> None:
         return
     if not is_own(folder):
         raise FileExistsError(
-            f"{str(folder)!r} is in the way: a run writes a folder of that name, but this one was made by something else, or by an "
-            "earlier version. Move it away."
+            f"{str(folder)!r} is in the way: a run writes a folder of that name, but this one was made by something "
+            "else, or by an earlier version. Move it away."
         )
     shutil.rmtree(folder)
 

@@ -22,18 +22,18 @@ __all__ = ["Openings", "clients_between", "published_log", "published_record"]
 
 
 _FIELDS = (
-    "format", "base_model", "base_digest", "peft_type", "num_trainable_parameters", "num_local_parameters", "aggregation",
-    "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage",
+    "format", "base_model", "base_digest", "peft_type", "num_trainable_parameters", "num_local_parameters",
+    "aggregation", "peft_config", "seed", "num_rounds", "num_sampled", "partition", "sparse_stage",
 )  # fmt: skip
 _SETTINGS = (
     "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "world_size",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "round_lr_scheduler_type", "warmup_steps", "optim",
-    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
-    "neftune_noise_alpha", "use_liger_kernel", "data_seed", "bf16", "fp16", "tf32", "loss_type", "completion_only_loss",
-    "assistant_only_loss", "router_aux_loss_coef", "max_length", "truncation_mode", "packing", "packing_strategy",
-    "padding_free", "pad_to_multiple_of", "shuffle_dataset", "eos_token", "reference", "beta", "loss_weights", "ld_alpha",
-    "f_divergence_type", "f_alpha_divergence_coef", "label_smoothing", "use_weighting", "discopop_tau", "disable_dropout",
-    "center_rewards_coefficient",
+    "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "label_smoothing_factor", "neftune_noise_alpha", "use_liger_kernel", "data_seed", "bf16", "fp16", "tf32",
+    "loss_type", "completion_only_loss", "assistant_only_loss", "router_aux_loss_coef", "max_length",
+    "truncation_mode", "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "shuffle_dataset",
+    "eos_token", "reference", "beta", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",
+    "label_smoothing", "use_weighting", "discopop_tau", "disable_dropout", "center_rewards_coefficient",
 )  # fmt: skip
 _FEDERATION = (
     "aggregation_kwargs", "tensor_roles", "min_clients", "server_optimizer", "server_lr", "server_optimizer_kwargs",

@@ -1,7 +1,7 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Tables and plots of a finished or interrupted run, from the `federation.json` in its output directory.
+Tables and plots of a finished or interrupted run, from the record in its output directory.
 
     python -m fed_trainer.output.report OUTPUT_DIR
 
@@ -17,11 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_scl.foreign_files import read_json
-
 from ..data.table import format_table
 from .figures import evaluations, held_out_metrics
-from .record import RECORD_NAME
+from .record import IN_LINES, RECORD_NAME, WHOLE, read_record
 
 
 if TYPE_CHECKING:
@@ -33,8 +31,6 @@ __all__ = ["failures", "main", "partial_means", "plot_curves", "plot_split", "ro
 
 CURVES_FILE = "learning_curves.png"
 SPLIT_FILE = "split.png"
-# The layout of `federation.json` that this module reads.
-FORMAT = 1
 
 # A heat map with more cells has no room for numbers, one with more rows or columns none for all names.
 MAX_ANNOTATED_CELLS = 200
@@ -53,14 +49,13 @@ def round_table(federation: dict[str, Any]) -> str:
 
     Args:
         federation (`dict[str, Any]`):
-            The content of `federation.json`.
+            The record of the run ([`read_record`]).
 
     Returns:
         `str`: The table, without a line break at the end. Its columns are the round (0 is the evaluation before
-        training), the number of clients that trained, the training loss, the loss and the other metrics on each held-out
-        set, the data sent
-        by all clients (up) and to all clients (down) in MB (10^6 bytes), and the seconds the round took. A value that
-        was not measured is `-`, one that is not finite `nan` or `inf`.
+        training), the number of clients that trained, the training loss, the loss and the other metrics on each
+        held-out set, the data sent by all clients (up) and to all clients (down) in MB (10^6 bytes), and the seconds
+        the round took. A value that was not measured is `-`, one that is not finite `nan` or `inf`.
     """
     measured = evaluations(federation)
     # Without an evaluation the column stays, so that the table of every run has one.
@@ -96,7 +91,8 @@ def failures(federation: dict[str, Any]) -> str:
 def partial_means(federation: dict[str, Any]) -> str:
     """A line for every metric of a round that only some of the clients have a number for; empty if there is none."""
     return "\n".join(
-        f"{_metric_name(name)} of round {entry['round']}: over {entry['eval_clients'][name]} of {len(entry['client_eval'])} clients, without "
+        f"{_metric_name(name)} of round {entry['round']}: over {entry['eval_clients'][name]} of "
+        f"{len(entry['client_eval'])} clients, without "
         + ", ".join(f"{client} ({value})" for client, value in clients.items())
         for entry in federation["rounds"]
         for name, clients in (entry.get("eval_without") or {}).items()  # older records have none
@@ -105,12 +101,12 @@ def partial_means(federation: dict[str, Any]) -> str:
 
 def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     """
-    Draws the training loss and the loss on each held-out set over the rounds, and beside it the other held-out metrics, if
-    there are any.
+    Draws the training loss and the loss on each held-out set over the rounds, and beside it the other held-out
+    metrics, if there are any.
 
     Args:
         federation (`dict[str, Any]`):
-            The content of `federation.json`.
+            The record of the run ([`read_record`]).
         path (`str` or `Path`):
             The PNG file to write.
 
@@ -127,25 +123,9 @@ def plot_curves(federation: dict[str, Any], path: str | Path) -> None:
     loss_keys, other_keys = [key for key in keys if _is_loss(key)], [key for key in keys if not _is_loss(key)]
     figure = _new_figure(14.0 if other_keys else 8.0, 4.8)
     panels = figure.subplots(1, 2 if other_keys else 1, squeeze=False)[0]
-    axes = panels[0]
-    # Points that touch would hide the dashes. They stay visible, since a loss measured once is a point without a line.
-    marker_size = 4 if len(rounds) <= MAX_LARGE_POINTS else 2
-    losses = {entry["round"]: entry["train_loss"] for entry in rounds if entry["train_loss"] is not None}
-    if losses:
-        axes.plot(
-            losses.keys(),
-            losses.values(),
-            color="black",
-            marker="o",
-            markersize=marker_size,
-            label="train loss",
-        )
-    for key in keys:
-        points = [(number, metrics[key]) for number, metrics in measured.items() if key in metrics]
-        panels[0 if _is_loss(key) else -1].plot(
-            *zip(*points, strict=True), marker="s", markersize=marker_size, linestyle="--", label=_metric_name(key)
-        )
+    _draw_curves(panels, rounds, measured, keys)
 
+    axes = panels[0]
     method = federation["peft_type"] or "no adapter"
     axes.set_title(f"{method}, {federation['aggregation']}, {len(federation['clients'])} clients")
     axes.set_ylabel("loss")
@@ -164,13 +144,13 @@ def plot_split(federation: dict[str, Any], path: str | Path) -> None:
     """
     Draws how the labels are spread over the clients: a heat map of clients by labels.
 
-    The colour is the share of a label in the rows of the client, so that clients of different size can be compared; the
-    scale ends at the largest share. The numbers are counts of rows; they are left out where there are more than 200
-    cells. Clients stand in the order of the run, labels in the order of their total, the largest first.
+    The colour is the share of a label in the rows of the client, so that clients of different size can be compared;
+    the scale ends at the largest share. The numbers are counts of rows; they are left out where there are more than
+    200 cells. Clients stand in the order of the run, labels in the order of their total, the largest first.
 
     Args:
         federation (`dict[str, Any]`):
-            The content of `federation.json`.
+            The record of the run ([`read_record`]).
         path (`str` or `Path`):
             The PNG file to write.
 
@@ -197,25 +177,8 @@ def plot_split(federation: dict[str, Any], path: str | Path) -> None:
     largest_share = max(map(max, shares))
     image = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=largest_share, aspect="auto", interpolation="nearest")
     if len(counts) * len(labels) <= MAX_ANNOTATED_CELLS:
-        for row, (row_counts, row_shares) in enumerate(zip(counts, shares, strict=True)):
-            for position, (count, share) in enumerate(zip(row_counts, row_shares, strict=True)):
-                # Dark text on pale cells, pale text on dark ones; an empty cell is quiet.
-                color = "white" if share > 0.6 * largest_share else "black" if count else "silver"
-                axes.text(position, row, str(count), ha="center", va="center", color=color, fontsize=8)
-
-    # Names come from the data: a `$` in them is a dollar, not mathematics.
-    row_step, label_step = (-(-number // MAX_NAMES) for number in (len(counts), len(labels)))
-    axes.set_yticks(
-        range(0, len(counts), row_step), [_cut(name) for name in compositions][::row_step], parse_math=False
-    )
-    axes.set_xticks(
-        range(0, len(labels), label_step),
-        [_cut(label) for label in labels][::label_step],
-        parse_math=False,
-        rotation=45,
-        ha="right",
-        rotation_mode="anchor",
-    )
+        _write_counts(axes, counts, shares)
+    _name_cells(axes, list(compositions), labels)
     axes.set_xlabel(federation["label_column"] or "label", parse_math=False)
     figure.suptitle("examples of each client by label")
     figure.colorbar(image, ax=axes, label="share of the client's examples", fraction=0.04, pad=0.02, aspect=30)
@@ -279,17 +242,17 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
     path = Path(output_dir) / RECORD_NAME
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no {RECORD_NAME} in '{output_dir}', so there is nothing to report: pass the output directory of "
-            "a run that has started to train."
+            f"There is no {RECORD_NAME} in '{output_dir}', so there is nothing to report: pass the output directory "
+            "of a run that has started to train."
         )
     try:
-        federation = read_json(path)
+        federation = read_record(output_dir)
     except ValueError as error:
         raise ValueError(f"The run cannot be reported: {error} Or resume the run, which writes it again.") from error
-    if federation.get("format") != FORMAT:
+    if federation.get("format") != WHOLE:
         raise ValueError(
-            f"'{path}' has format {federation.get('format')!r}, but this version reads format {FORMAT}: use the version of peft-scl that "
-            "wrote it."
+            f"'{path}' has format {federation.get('format')!r}, but this version reads formats {WHOLE} and "
+            f"{IN_LINES}: use the version of peft-scl that wrote it."
         )
     missing = sorted({"aggregation", "clients", "label_column", "peft_type", "rounds", "start"} - federation.keys())
     if missing:
@@ -298,6 +261,54 @@ def _read_federation(output_dir: str | Path) -> dict[str, Any]:
             "run, which writes it again."
         )
     return federation
+
+
+def _draw_curves(
+    panels: Sequence[Axes],
+    rounds: Sequence[dict[str, Any]],
+    measured: dict[int, dict[str, float]],
+    keys: Sequence[str],
+) -> None:
+    # Points that touch would hide the dashes. They stay visible, since a loss measured once is a point without a line.
+    marker_size = 4 if len(rounds) <= MAX_LARGE_POINTS else 2
+    losses = {entry["round"]: entry["train_loss"] for entry in rounds if entry["train_loss"] is not None}
+    if losses:
+        panels[0].plot(
+            list(losses),
+            list(losses.values()),
+            color="black",
+            marker="o",
+            markersize=marker_size,
+            label="train loss",
+        )
+    for key in keys:
+        points = [(number, metrics[key]) for number, metrics in measured.items() if key in metrics]
+        panels[0 if _is_loss(key) else -1].plot(
+            *zip(*points, strict=True), marker="s", markersize=marker_size, linestyle="--", label=_metric_name(key)
+        )
+
+
+def _write_counts(axes: Axes, counts: Sequence[Sequence[int]], shares: Sequence[Sequence[float]]) -> None:
+    largest_share = max(map(max, shares))
+    for row, (row_counts, row_shares) in enumerate(zip(counts, shares, strict=True)):
+        for position, (count, share) in enumerate(zip(row_counts, row_shares, strict=True)):
+            # Dark text on pale cells, pale text on dark ones; an empty cell is quiet.
+            color = "white" if share > 0.6 * largest_share else "black" if count else "silver"
+            axes.text(position, row, str(count), ha="center", va="center", color=color, fontsize=8)
+
+
+def _name_cells(axes: Axes, clients: Sequence[str], labels: Sequence[str]) -> None:
+    # Names come from the data: a `$` in them is a dollar, not mathematics.
+    row_step, label_step = (-(-number // MAX_NAMES) for number in (len(clients), len(labels)))
+    axes.set_yticks(range(0, len(clients), row_step), [_cut(name) for name in clients][::row_step], parse_math=False)
+    axes.set_xticks(
+        range(0, len(labels), label_step),
+        [_cut(label) for label in labels][::label_step],
+        parse_math=False,
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+    )
 
 
 def _metric_keys(measured: dict[int, dict[str, Any]]) -> list[str]:
@@ -309,7 +320,7 @@ def _is_loss(key: str) -> bool:
 
 
 def _metric_name(key: str) -> str:
-    """`eval loss` for `eval_loss`, `eval medquad loss` for `eval_medquad_loss`, `eval macro_f1` for `eval_macro_f1`."""
+    """`eval medquad loss` for `eval_medquad_loss`, `eval macro_f1` for `eval_macro_f1`."""
     name = key.removeprefix("eval_")
     if not _is_loss(key):
         return f"eval {name}"

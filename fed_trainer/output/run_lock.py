@@ -58,19 +58,20 @@ def _acquired(folder: Path) -> list[FileLock]:
         lock.acquire(timeout=0)
     except Timeout:
         raise FolderInUseError(
-            f"`output_dir` {str(folder)!r} is in use by {_holder(folder)}: two runs would write over each other. Wait until it has "
-            "ended, stop it, or choose another `output_dir`."
+            f"`output_dir` {str(folder)!r} is in use by {_holder(folder)}: two runs would write over each other. Wait "
+            "until it has ended, stop it, or choose another `output_dir`."
         ) from None
     except OSError as error:
         if error.errno in NO_LOCKS:
             logger.warning(
-                f"The file system of {str(folder)!r} has no locks ({error.strerror}), so a second run in this `output_dir` would not be "
-                "noticed, and both would write over each other. See that there is none."
+                f"The file system of {str(folder)!r} has no locks ({error.strerror}), so a second run in this "
+                "`output_dir` would not be noticed, and both would write over each other. See that there is none."
             )
             return []
         raise OSError(
             error.errno,
-            f"`output_dir` {str(folder)!r} cannot be written to ({error.strerror}). Make it writable, or choose another one",
+            f"`output_dir` {str(folder)!r} cannot be written to ({error.strerror}). Make it writable, or "
+            "choose another one",
         ) from error
     with suppress(OSError):  # a full disk: it is told to others only
         holder = {"host": socket.gethostname(), "pid": os.getpid()}

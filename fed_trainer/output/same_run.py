@@ -46,8 +46,8 @@ def check_same_run(record: dict[str, Any], ours: dict[str, Any], folder: str | o
     """
     if not record.get("rounds"):
         raise ValueError(
-            f"{str(folder)!r} has no {RECORD_NAME} with a finished round, so it is not a checkpoint of a federation. Pass "
-            "a `checkpoint-<round>` folder, or use it as `initial_adapter`."
+            f"{str(folder)!r} has no {RECORD_NAME} with a finished round, so it is not a checkpoint of a federation. "
+            "Pass a `checkpoint-<round>` folder, or use it as `initial_adapter`."
         )
     differing = [
         f"{name}: {difference(there, here) or f'{short_repr(there)} there, {short_repr(here)} here'}"
@@ -57,8 +57,8 @@ def check_same_run(record: dict[str, Any], ours: dict[str, Any], folder: str | o
     differing += _client_differences(record["clients"], ours["clients"])
     if differing:
         raise ValueError(
-            f"The checkpoint {str(folder)!r} belongs to another run ({'; '.join(differing)}). Resume with the settings it was "
-            "started with, or choose another `output_dir`."
+            f"The checkpoint {str(folder)!r} belongs to another run ({'; '.join(differing)}). Resume with the "
+            "settings it was started with, or choose another `output_dir`."
         )
 
 
@@ -104,8 +104,8 @@ def check_same_data(
     if changed:
         others = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ValueError(
-            f"The checkpoint {str(folder)!r} belongs to a run on other data: {', '.join(changed[:3])}{others} changed since. Resume "
-            "with the data it was started with, or choose another `output_dir`."
+            f"The checkpoint {str(folder)!r} belongs to a run on other data: {', '.join(changed[:3])}{others} changed "
+            "since. Resume with the data it was started with, or choose another `output_dir`."
         )
 
 

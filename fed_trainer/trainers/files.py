@@ -30,7 +30,7 @@ from ..output.digests import TRAINER_STATE_NAME, write_digests
 from ..output.hub import publish
 from ..output.owned import remove_own_files
 from ..output.published import Openings, clients_between, published_log, published_record
-from ..output.record import RECORD_NAME, client_sizes, peft_fields, peft_type_name, write_json
+from ..output.record import RECORD_NAME, WHOLE, RecordFiles, client_sizes, peft_fields, peft_type_name
 from ..output.saved_files import fresh_folder, move_into_place, raise_contents, remove_superseded, saved_shapes
 from ..output.settings import described_arguments, federation_settings, local_settings
 from ..state.adapter_state import AdapterState
@@ -59,6 +59,7 @@ class RunFilesMixin(Trainer):
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _base_changes: BaseChanges | None
     _record: dict[str, Any]
+    _record_files: RecordFiles
     _arguments: dict[str, Any]  # what the trainer was given, described
     _initial_digest: str | None  # of `initial_adapter`
     _saved_names: Sequence[str] = ()
@@ -249,16 +250,23 @@ class RunFilesMixin(Trainer):
             num_labels=getattr(self.model.config, "num_labels", None),
         )
 
+    def _begin_record(self) -> None:
+        if self.is_world_process_zero():
+            self._record_files.begin(self._record)
+
+    def _append_round(self, is_saved: bool) -> None:
+        if self.is_world_process_zero():
+            self._record_files.append(self._record, is_saved)
+
     def _write_record(self, folder: Path) -> None:
         if self.is_world_process_zero():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / RECORD_NAME, self._record)
+            self._record_files.write(folder, self._record)
 
     def _new_record(self) -> dict[str, Any]:
         column, base = self.args.label_column, get_config_model_id(self.model.config)
         peft_config = self._peft_config
         return {
-            "format": 1,
+            "format": WHOLE,
             # of a local folder only the name
             "base_model": os.path.basename(os.path.normpath(base)) if os.path.isdir(base) else base,
             "base_digest": self._base_digest,

@@ -59,7 +59,7 @@ from ..output.digests import TRAINER_STATE_NAME
 from ..output.figures import held_out_metrics
 from ..output.hub import discard_stages, fetch_adapter
 from ..output.progress import RoundProgress
-from ..output.record import RECORD_NAME, read_record
+from ..output.record import RECORD_NAME, RecordFiles, read_header
 from ..output.run_lock import owning
 from ..output.same_run import check_same_data, check_same_run
 from ..output.saved_files import fresh_folder, move_into_place
@@ -208,6 +208,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._local_keys = self.server.local_keys(self._global_state)
         self._check_settings(has_optimizer=optimizer is not None)
         self._record = self._new_record()
+        self._record_files = RecordFiles(self._folder)
 
     def _check_settings(self, has_optimizer: bool) -> None:
         """Refuse what does not go together, now that all parts are there."""
@@ -314,11 +315,12 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
                         evaluation = self.evaluate(ignore_keys=ignore_keys_for_eval)
                         refuse_broken_loss(evaluation, self._earlier_evaluations)
                 self._report(round, clients, lr_factors[round - 1], seconds, evaluation)
-                if self._is_due(round, self.args.save_rounds) or self.control.should_training_stop:
+                is_saved = self._is_due(round, self.args.save_rounds) or self.control.should_training_stop
+                if is_saved:
                     with timed(seconds, "checkpoint"):
                         self._save_round(round)
                     self.log({"seconds_checkpoint": seconds["checkpoint"]})  # known only now
-                    self._write_record(self._folder)
+                self._append_round(is_saved)
                 progress.round(self._record["rounds"][-1]["train_loss"], held_out_metrics(self._record).get(round, {}))
                 if self.control.should_training_stop:  # a callback
                     break
@@ -475,7 +477,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._published_round = 0
         if self.server.sparse_rounds:
             self._begin_sparse_stage()
-        self._write_record(self._folder)  # from now on there is something to resume
+        self._begin_record()  # from now on there is something to resume
         self._begin(TrainerState())
         if self.args.eval_on_start and self.eval_dataset is not None:
             self._record["start"]["eval"] = self._recorded_evaluation(self.evaluate(ignore_keys=ignore_keys_for_eval))
@@ -514,6 +516,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         self._has_left_start = True
         self._global_state = self._live_adapter.read()
         self._go_on_recording(record, fresh)
+        self._begin_record()
         self._movement = Movement(has_begun=True)
         self._published_round = done if self._publishes_rounds else 0
         self._begin(checkpoint.state)
@@ -618,7 +621,7 @@ class FederatedMixin(ClientTurnMixin, RoundReportMixin, RoundCheckpointsMixin):
         source = f"The adapter {self.args.initial_adapter!r}"
         state = self._live_adapter.from_saved(load_adapter(folder, self._live_adapter.saved_shapes()), source)
         check_same_layout(state, self._live_adapter.read(include_frozen=True), source)
-        record = read_record(folder)
+        record = read_header(folder)
         theirs, ours = record.get("base_digest"), self._base_digest
         if theirs is not None and ours is not None and theirs != ours:
             raise ValueError(

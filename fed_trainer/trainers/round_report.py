@@ -70,7 +70,6 @@ class RoundReportMixin(LocalRoundMixin, ClientEvaluationMixin, RunFilesMixin):
         self._remember_data(clients)
         self._record["rounds"].append(entry)
         self.log(self._logs_of(entry, clients))
-        self._write_record(self._folder)
 
     def _logs_of(self, entry: dict[str, Any], clients: dict[str, dict[str, Any]]) -> dict[str, float]:
         logs = {"loss": entry["train_loss"]}

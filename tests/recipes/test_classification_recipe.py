@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, EvalPrediction, PreTrainedTokenizerFast, set_seed
 
 import peft_scl
+from fed_trainer import read_record
 from helpers.paths import RECIPES
 
 
@@ -93,7 +94,7 @@ def run(tiny_bert, tmp_path, monkeypatch):
 )
 def test_every_method_trains_and_reports(run, capsys, method, trained):
     out = run("--method", method)
-    record = json.loads((out / "federation.json").read_text())
+    record = read_record(out)
     assert record["partition"] == "dirichlet(alpha=1.0) over label"
     evaluations = [record["start"]["eval"], *(entry["eval"] for entry in record["rounds"])]
     assert len(evaluations) == 3
@@ -111,7 +112,7 @@ def test_every_method_trains_and_reports(run, capsys, method, trained):
 
 
 def test_bitfit_sends_the_biases_and_the_head_only(run, tiny_bert):
-    record = json.loads((run("--method", "bitfit", "--num_rounds", "1") / "federation.json").read_text())
+    record = read_record(run("--method", "bitfit", "--num_rounds", "1"))
     biases = sum(tensor.numel() for key, tensor in load_file(tiny_bert / "model.safetensors").items() if "bias" in key)
     assert record["num_trainable_parameters"] == biases + 3 * 16 + 3
 
@@ -119,7 +120,7 @@ def test_bitfit_sends_the_biases_and_the_head_only(run, tiny_bert):
 def test_a_run_is_resumed_with_the_head_it_started_from(run):
     run("--method", "lora", "--num_rounds", "1", "--save_rounds", "1")
     out = run("--method", "lora", "--num_rounds", "2", "--resume_from_checkpoint", "True")
-    assert len(json.loads((out / "federation.json").read_text())["rounds"]) == 2
+    assert len(read_record(out)["rounds"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -151,5 +152,5 @@ def test_runs_are_compared_by_accuracy(run, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_runs.py", "--metric", "eval_accuracy", f"LoRA={out}"])
     compare_runs.main()
     table = capsys.readouterr().out.splitlines()
-    accuracy = json.loads((out / "federation.json").read_text())["rounds"][-1]["eval"]["eval_accuracy"]
+    accuracy = read_record(out)["rounds"][-1]["eval"]["eval_accuracy"]
     assert f"| 2 | {accuracy:.3f} |" in table

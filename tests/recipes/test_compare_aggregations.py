@@ -12,7 +12,7 @@ import yaml
 from datasets import load_dataset
 from federated_sft import make_peft_config, prepare
 
-from fed_trainer import FederatedTrainer
+from fed_trainer import FederatedTrainer, read_record
 from fed_trainer.federation.broken_state import BrokenStateError
 from fed_trainer.federation.validation import TooFewClientsError
 from fed_trainer.methods.aggregation import METHODS
@@ -103,7 +103,7 @@ def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, 
     assert [line["method"] for line in lines] == ["fedavg", "ffa_lora"]
     for line in lines:
         rate = f"{line['learning_rate']:.2g}"
-        record = json.loads((tmp_path / line["method"] / f"lr-{rate}" / "seed-0" / "federation.json").read_text())
+        record = read_record(tmp_path / line["method"] / f"lr-{rate}" / "seed-0")
         assert line["eval_loss"]["1"] == record["rounds"][0]["eval"]["eval_loss"]
         (row,) = (row for row in rows if f"`{line['method']}`" in row)
         assert record["settings"]["weight_decay"] == (0.5 if line["method"] == "ffa_lora" else 0.0)
@@ -113,9 +113,7 @@ def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, 
         assert f"| {rate} | {' | '.join(f'{figure:.3f}' for figure in figures)} |" in row
         # the chosen learning rate is the best of those tried
         losses = {
-            folder.name: compare_aggregations.last_loss(
-                json.loads((folder / "validation/federation.json").read_text())
-            )
+            folder.name: compare_aggregations.last_loss(read_record(folder / "validation"))
             for folder in (tmp_path / line["method"]).iterdir()
         }
         assert min(losses, key=losses.get) == f"lr-{rate}"

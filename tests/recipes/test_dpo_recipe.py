@@ -8,6 +8,7 @@ import federated_dpo as recipe
 import pytest
 from safetensors.torch import load_file
 
+from fed_trainer import read_record
 from helpers.runs import run_recipe
 
 
@@ -37,7 +38,7 @@ def run(tiny_model_dir, make_clients, tmp_path, monkeypatch):
 def test_the_policy_learns_to_prefer_what_was_chosen(run, reference):
     run(reference=reference, num_rounds=1)
     folder = run(reference=reference, num_rounds=2, resume_from_checkpoint=True)
-    record = json.loads((folder / "federation.json").read_text())
+    record = read_record(folder)
     assert record["settings"]["reference"] == reference
     assert record["clients"].keys() == {"client_0", "client_1"}
     assert record["rounds"][-1]["eval"]["eval_loss"] < record["start"]["eval"]["eval_loss"]

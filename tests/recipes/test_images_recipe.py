@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image recipe with each of its methods, on a tiny random ViT and images made on the spot."""
 
-import json
-
 import federated_images as recipe
 import numpy as np
 import pytest
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTForImageClassification, set_seed
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from fed_trainer import read_record
 from helpers.runs import run_recipe
 
 
@@ -67,7 +66,7 @@ def run(tiny_vit, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["scl", "lora", "federa", "full"])
 def test_every_method_trains_the_head_and_gives_macro_f1(run, tiny_vit, method):
     folder = run(method)
-    record = json.loads((folder / "federation.json").read_text())
+    record = read_record(folder)
     evaluations = [record["start"]["eval"], *(entry["eval"] for entry in record["rounds"])]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert all({"eval_accuracy", "eval_macro_f1"} <= figures.keys() for figures in evaluations)
@@ -80,7 +79,7 @@ def test_every_method_trains_the_head_and_gives_macro_f1(run, tiny_vit, method):
 
 def test_the_published_adapter_gives_the_classes_of_the_run(run, tiny_vit):
     folder = run("scl")
-    record = json.loads((folder / "federation.json").read_text())
+    record = read_record(folder)
     example = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]  # the base has four classes
     example = example.replace("path/to/the/base/model", str(tiny_vit)).replace("path/to/this/folder", str(folder))
     namespace = {}
@@ -103,4 +102,4 @@ def test_a_folder_with_other_column_names(run, tmp_path):
         rows = Dataset.from_dict({"scan": list(images), "finding": labels}, features=features)
         rows.to_parquet(tmp_path / "scans" / f"{split}.parquet")
     folder = run("lora", dataset_name=tmp_path / "scans", image_column="scan", target_column="finding", num_rounds=1)
-    assert json.loads((folder / "federation.json").read_text())["partition"] == "dirichlet(alpha=0.5) over finding"
+    assert read_record(folder)["partition"] == "dirichlet(alpha=0.5) over finding"

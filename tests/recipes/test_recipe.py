@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fed_trainer import read_record
 from helpers.paths import RECIPES
 
 
@@ -63,7 +64,7 @@ def test_recipe_trains_reports_and_reloads_in_a_fresh_process(workspace, tiny_mo
     output = launch(workspace, tiny_model_dir).stdout
     assert "client_2" in output and "train loss" in output
     out = workspace / "out"
-    record = json.loads((out / "federation.json").read_text())
+    record = read_record(out)
     # rows with an empty answer were dropped
     expected = {
         name: sum(bool(answer.strip()) for answer in rows["completion"])
@@ -110,7 +111,7 @@ def test_recipe_resumes_and_overrides_any_adapter_and_split(run, workspace):
     arguments = ("--peft_config", lora, "--partition_method", "iid", "--num_clients", "2", "--clients_per_round", "1")
     run(*arguments, "--num_rounds", "1")
     run(*arguments, "--num_rounds", "2", "--resume_from_checkpoint", "True")
-    record = json.loads((workspace / "out" / "federation.json").read_text())
+    record = read_record(workspace / "out")
     assert record["peft_type"] == "LORA"
     assert [len(entry["clients"]) for entry in record["rounds"]] == [1, 1]
     assert sorted(record["clients"]) == ["client_0", "client_1"]

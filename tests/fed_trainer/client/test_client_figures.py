@@ -29,6 +29,7 @@ from fed_trainer import (
     FederatedTaskConfig,
     FederatedTaskTrainer,
     FederatedTrainer,
+    read_record,
 )
 from fed_trainer.federation.sampling import client_seed
 from fed_trainer.output.figures import held_out_metrics, means_over_clients
@@ -39,13 +40,22 @@ PLAIN: dict[str, Any] = {"use_cpu": True, "report_to": "none", "bf16": False, "d
 SMALL: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 
 
-def strict(path: Path) -> Any:
+def strict(text: str) -> Any:
     """JSON as other languages read it: without NaN."""
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} in {path}")
+        raise ValueError(f"{name} in {text}")
 
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    return json.loads(text, parse_constant=refuse)
+
+
+def strict_record(folder: Path) -> dict[str, Any]:
+    """The record, read as such JSON."""
+    header = strict((folder / "federation.json").read_text(encoding="utf-8"))
+    lines = (folder / "federation.jsonl").read_text(encoding="utf-8").splitlines()
+    record = read_record(folder)
+    assert record == header | {"format": 1, "rounds": [strict(line) for line in lines]}
+    return record
 
 
 # Means over clients
@@ -133,9 +143,9 @@ def test_an_odd_metric_neither_ends_nor_poisons_a_run(odd, by_client, make_task,
     held_out["b"] = held_out["b"].select([1, 0, 3, 2])
     trainer = make_task(held_out if by_client else held_out["b"], compute_metrics=metrics)
     trainer.train()
-    record = strict(tmp_path / "out" / "federation.json")
-    state = strict(tmp_path / "out" / "trainer_state.json")
-    strict(tmp_path / "out" / "checkpoint-2" / "trainer_state.json")
+    record = strict_record(tmp_path / "out")
+    state = strict((tmp_path / "out" / "trainer_state.json").read_text(encoding="utf-8"))
+    strict((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8"))
     assert len(record["rounds"]) == 2 and any("eval_accuracy" in entry for entry in state["log_history"])
     shown = held_out_metrics(record)[2]
     assert shown["eval_accuracy"] == 0.25 and math.isfinite(shown["eval_loss"])
@@ -158,7 +168,7 @@ def test_a_held_out_loss_that_is_nan_is_shown_as_such(make_task, tmp_path, monke
     evaluate = trainer.evaluate
     monkeypatch.setattr(trainer, "evaluate", lambda *a, **k: evaluate(*a, **k) | {"eval_loss": math.nan})
     trainer.train()
-    record = strict(tmp_path / "out" / "federation.json")
+    record = strict_record(tmp_path / "out")
     assert record["rounds"][0]["eval"]["eval_loss"] == "nan"
     assert round_table(record).splitlines()[-1].split()[3] == "nan"
     assert held_out_metrics(record)[1] == {}
@@ -179,7 +189,7 @@ def test_no_name_of_the_users_is_hidden(held_out, make_task, tmp_path):
     sets = {"one": rows(4), "named": {"x": rows(4), "y": rows(5)}, "by client": {"a": rows(4), "b": rows(5)}}
     trainer = make_task(sets[held_out], num_rounds=1, compute_metrics=lambda output: dict.fromkeys(NAMES, 0.125))
     trainer.train()
-    record = strict(tmp_path / "out" / "federation.json")
+    record = strict_record(tmp_path / "out")
     prefixes = ["eval_x_", "eval_y_"] if held_out == "named" else ["eval_"]
     expected = {f"{prefix}{name}" for prefix in prefixes for name in [*NAMES, "loss"]}
     card = (tmp_path / "out" / "README.md").read_text()

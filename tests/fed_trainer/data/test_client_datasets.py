@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from types import MappingProxyType
 
 import datasets
@@ -14,7 +13,7 @@ import pytest
 from datasets import Dataset
 from peft import LoraConfig
 
-from fed_trainer import FederatedConfig, FederatedTrainer, dirichlet_partition, iid_partition
+from fed_trainer import FederatedConfig, FederatedTrainer, dirichlet_partition, iid_partition, read_record
 from fed_trainer.client import turn as client_turn
 from fed_trainer.data.client_datasets import ClientDatasets, column_by_client, one_of_each_source, rows_by_client
 
@@ -86,7 +85,7 @@ def test_a_run_is_the_same_as_with_a_dictionary(rows, tiny_model_dir, tmp_path):
     for number, same in enumerate((clients, dict(reversed(list(clients.items()))))):
         trainer = trainer_of(same, tmp_path / str(number), tiny_model_dir, clients_per_round=2)
         trainer.train()
-        record = json.loads((tmp_path / str(number) / "federation.json").read_text())
+        record = read_record(tmp_path / str(number))
         results.append((record["clients"], [entry["train_loss"] for entry in record["rounds"]]))
     assert results[0] == results[1]
     assert sum(client["composition"].get("sums", 0) for client in results[0][0].values()) == 16

@@ -23,6 +23,7 @@ import pytest
 from peft import LoraConfig
 from transformers import TrainerCallback
 
+from fed_trainer import read_record
 from helpers.data import clients_of
 from helpers.hub import redirect_client
 from helpers.hub_server import HubServer
@@ -118,7 +119,7 @@ def in_child(*arguments) -> int:
 
 def outcome(folder: Path) -> dict:
     """All that the run has left, but for the seconds."""
-    record = json.loads((folder / "federation.json").read_text())
+    record = read_record(folder)
     for entry in record["rounds"]:
         del entry["seconds"]
         entry["eval"] = {key: value for key, value in entry["eval"].items() if key.endswith("loss")}

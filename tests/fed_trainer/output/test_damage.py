@@ -111,8 +111,8 @@ def nothing_more(folder: Path) -> None:
 def test_a_damaged_file_is_named_whichever_it_is(finished, run, damage):
     files = [path.relative_to(run / "checkpoint-3") for path in (run / "checkpoint-3").rglob("*") if path.is_file()]
     assert {str(path) for path in files} >= {
-        "adapter_model.safetensors", "adapter_config.json", "federation.json", "trainer_state.json", "digests.json",
-        "server_state.safetensors", "clients/client_0.safetensors", "clients/client_1.safetensors",
+        "adapter_model.safetensors", "adapter_config.json", "federation.json", "federation.jsonl",
+        "trainer_state.json", "digests.json", "server_state.safetensors", "clients/client_0.safetensors", "clients/client_1.safetensors",
     }  # fmt: skip
     for name in files:
         path = run / "checkpoint-3" / name
@@ -239,8 +239,10 @@ RECORDS = {
         '{"rounds": 3}',
         '{"rounds": [3]}',
         '{"rounds": [{"round": "x"}]}',
+        '{"format": 2}',
         b"\xff",
     ],
+    "federation.jsonl": ["{\n", "[]\n", "3\n", "\n", '{"round": 2}\n', '{"round": 1}\n{"round": 3}\n', b"\xff\n"],
     "trainer_state.json": ["", "{", "[]", "null", '{"of_another_version": 1}', b"\xff"],
     "adapter_model.safetensors": ["", "{", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "[:12]],
     "server_state.safetensors": ["", "no tensors"],

@@ -272,6 +272,9 @@ def test_damaged_configs_are_named_by_every_reader(reader: str, name: str, reade
 def test_a_damaged_record_is_named_by_every_reader(read: Callable[[Path], Any], what: str, tmp_path) -> None:
     (tmp_path / "federation.json").write_text(DAMAGED_JSON[what]('{"format": 1, "rounds": []}'))
     refused(read, tmp_path, what)
+    (tmp_path / "federation.json").write_text('{"format": 2}')
+    (tmp_path / "federation.jsonl").write_text(DAMAGED_JSON[what]('{"round": 1, "clients": {}}') + "\n")
+    refused(read, tmp_path, what)
 
 
 def test_unknown_or_missing_types_of_adapters_are_named(readers, saved, tmp_path) -> None:

@@ -77,6 +77,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda out: (put(out / "federation.json"), (out / "federation.json").write_text("[]"))[0],
         "holds a federation.json that is not the record of a run",
     ),
+    "rounds": (lambda out: put(out / "federation.jsonl"), "holds federation.jsonl, which this run has not written"),
     "card": (lambda out: put(out / "README.md"), "holds README.md, which this run has not written, and would write over"),
     "config": (lambda out: put(out / "config.json"), r"holds config\.json, which this run has not written"),
     "checkpoint": (

@@ -284,8 +284,9 @@ class TestWriteReport:
         [
             ('{"format": 1', "cannot be reported: The file .* is not JSON .* Or resume the run"),
             ("[]", r"it holds \[\], not a dictionary"),
-            ("{}", "has format None, but this version reads format 1"),
-            ('{"format": 2}', "has format 2, but this version reads format 1: use the version"),
+            ("{}", "has format None, but this version reads formats 1 and 2"),
+            ('{"format": 2}', "cannot be reported: The file .*federation.jsonl' cannot be used: it cannot be read"),
+            ('{"format": 3}', "has format 3, but this version reads formats 1 and 2: use the version"),
             (
                 '{"format": 1, "rounds": [], "clients": {}, "peft_type": "SCL"}',
                 "lacks aggregation, label_column, start",

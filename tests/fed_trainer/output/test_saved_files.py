@@ -217,7 +217,7 @@ def test_what_lacks_something_is_not_written(kind, change, make_sft, tmp_path):
     losing(trainer.model, CHANGES[change])
     with pytest.raises(ValueError, match="is not what is trained"):
         trainer.train()
-    assert files_in(tmp_path / "out") - OF_THE_LOCK == {"federation.json"}
+    assert files_in(tmp_path / "out") - OF_THE_LOCK == {"federation.json", "federation.jsonl"}
     with pytest.raises(ValueError, match="is not what is trained"):
         trainer.save_model(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match="is not what is trained"):
@@ -234,7 +234,7 @@ def test_what_lacks_a_factor_of_the_base_is_not_written(change, make_sft, tmp_pa
     )
     with pytest.raises(ValueError, match="is missing or empty"):
         trainer.train()
-    assert files_in(tmp_path / "out") - OF_THE_LOCK == {"federation.json"}
+    assert files_in(tmp_path / "out") - OF_THE_LOCK == {"federation.json", "federation.jsonl"}
 
 
 # What is needed to load the result

@@ -23,7 +23,7 @@ from filelock import FileLock
 from peft import LoraConfig, PromptTuningConfig
 from safetensors.torch import load_file
 
-from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer import FederatedConfig, FederatedTrainer, read_record
 from fed_trainer.trainers.refusals.engines import check_deepspeed
 from fed_trainer.trainers.refusals.launch import check_launch
 from helpers.deepspeed import DEEPSPEED, needs_deepspeed
@@ -76,7 +76,7 @@ class Run:
         return load_file(self.folder / method / "adapter_model.safetensors")
 
     def record(self, method):
-        return json.loads((self.folder / method / "federation.json").read_text())
+        return read_record(self.folder / method)
 
 
 def launch(kind, model, folder, scope):

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Federations over `transformers.Trainer`: a classifier with an adapter and its head, or without an adapter."""
 
-import json
 import re
 from copy import deepcopy
 from functools import partial
@@ -23,7 +22,7 @@ from transformers import (
 from trl.trainer.utils import disable_dropout_in_model
 
 import peft_scl
-from fed_trainer import FederatedConfig, FederatedMixin, FederatedTaskConfig, FederatedTaskTrainer
+from fed_trainer import FederatedConfig, FederatedMixin, FederatedTaskConfig, FederatedTaskTrainer, read_record
 from fed_trainer.client.live.model import LiveModel, load_model
 from fed_trainer.federation.sampling import client_seed
 from fed_trainer.output.digests import write_digests
@@ -103,7 +102,7 @@ def test_rounds_equal_fresh_trainers_averaged_in_float64(make_trainer, tmp_path,
 def test_metrics_reach_the_log_the_record_the_report_and_the_card(make_trainer, tmp_path, capsys):
     trainer = make_trainer(peft_config=LORA, disable_tqdm=False)
     trainer.train()
-    record = json.loads((tmp_path / "out" / "federation.json").read_text())
+    record = read_record(tmp_path / "out")
     recorded = [record["start"]["eval"], *(entry["eval"] for entry in record["rounds"])]
     logged = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     assert [entry["step"] for entry in logged] == [0, 1, 2]
@@ -294,7 +293,7 @@ def test_accumulated_batches_equal_one_whatever_the_loss_of_the_model_looks_at(
             gradient_accumulation_steps=batches,
             optim="sgd",  # a multiple of the gradients would not change the steps of Adam
         ).train()
-    records = [json.loads((tmp_path / output / "federation.json").read_text()) for output in ("one", "accumulated")]
+    records = [read_record(tmp_path / output) for output in ("one", "accumulated")]
     losses = [[entry["train_loss"] for entry in record["rounds"]] for record in records]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     one, accumulated = (weights_in(tmp_path / output) for output in ("one", "accumulated"))

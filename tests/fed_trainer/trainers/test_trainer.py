@@ -1,6 +1,5 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-import json
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from peft import (
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedTrainer
+from fed_trainer import FederatedTrainer, read_record
 from fed_trainer.federation.sampling import client_seed
 from helpers.comparison import same, weights_in
 from helpers.runs import Dies, Stops
@@ -249,7 +248,7 @@ def test_record_log_history_and_table(make_trainer, tmp_path, capsys):
         clients_per_round=2, label_column="topic", partition="by hand", disable_tqdm=False, save_total_limit=1
     )
     output = trainer.train()
-    record = json.loads((tmp_path / "out" / "federation.json").read_text())
+    record = read_record(tmp_path / "out")
     size = sum(tensor.numel() * tensor.element_size() for tensor in trainer._global_state.values())
     assert record["num_trainable_parameters"] * 4 == size
     for entry in record["rounds"]:
@@ -297,7 +296,7 @@ def test_a_peft_model_is_taken_as_it_is(make_trainer, tiny_model_dir, tmp_path):
         AutoModelForCausalLM.from_pretrained(tiny_model_dir), LoraConfig(r=2, task_type="CAUSAL_LM")
     )
     make_trainer(model=model, num_rounds=1).train()
-    assert json.loads((tmp_path / "out" / "federation.json").read_text())["peft_type"] == "LORA"
+    assert read_record(tmp_path / "out")["peft_type"] == "LORA"
 
 
 def test_refusals_before_training(make_trainer, make_clients):

@@ -5,7 +5,6 @@ FedPEFT: any small part of a model can be federated, or all of it. Adapters of m
 models.
 """
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -35,7 +34,7 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer, invite, join
+from fed_trainer import FederatedTaskConfig, FederatedTaskTrainer, invite, join, read_record
 from fed_trainer.client.live import live_state
 from fed_trainer.federation.sampling import client_seed
 from helpers.comparison import same
@@ -412,7 +411,7 @@ def test_a_whole_model_is_saved_recorded_and_loaded_as_the_card_says(make_traine
     size = sum(parameter.numel() for parameter in trainer.model.parameters())  # the tied matrix once
     loss = trainer.evaluate()["eval_loss"]
     trainer.train()
-    record = json.loads((tmp_path / "out" / "federation.json").read_text())
+    record = read_record(tmp_path / "out")
     assert record["peft_type"] is None and record["base_digest"] is None
     assert record["num_trainable_parameters"] == size
     assert record["rounds"][0]["bytes_up"] == 2 * (4 * size + 8)
