@@ -3,18 +3,18 @@
 """
 What the number of clients costs, with the number of clients per round kept: start-up, memory, and seconds per round.
 
-For each number of clients a process of its own splits rows on disk (the same number per client) by Dirichlet over their labels, makes a
-`FederatedTrainer` whose clients keep tensors of their own between rounds (`fedsa_lora`), and runs some rounds with a checkpoint each.
-Start-up is from the split to the trainer that is ready to train, the base model's loading included, imports excluded. Memory is that
-which no file stands behind (`RssAnon`), since pages of memory-mapped data are given back whenever somebody needs them; it is read
-after start-up and after every round.
+For each number of clients a process of its own splits rows on disk (the same number per client) by Dirichlet over
+their labels, makes a `FederatedTrainer` whose clients keep tensors of their own between rounds (`fedsa_lora`), and
+runs some rounds with a checkpoint each. Start-up is from the split to the trainer that is ready to train, the base
+model's loading included, imports excluded. Memory is that which no file stands behind (`RssAnon`), since pages of
+memory-mapped data are given back whenever somebody needs them; it is read after start-up and after every round.
 
     python benchmarks/many_clients.py
     python benchmarks/many_clients.py --num_clients 100 1000 10000 --clients_per_round 50 --json
 
 With `--json` the last line is one JSON object: `startup_seconds` of the largest federation, `memory_growth_mib` and
-`round_ratio` of the largest over the smallest (0 and 1 are best; `round_ratio_without_preparing` leaves out tokenising, which clients
-that come back save), and the figures by number of clients.
+`round_ratio` of the largest over the smallest (0 and 1 are best; `round_ratio_without_preparing` leaves out
+tokenising, which clients that come back save), and the figures by number of clients.
 """
 
 import argparse
@@ -53,7 +53,9 @@ def parse() -> argparse.Namespace:
 
 
 def write_rows(count: int, folder: str) -> None:
-    """The offline demo's rows, repeated, as an Arrow file; in a process that ends, so that none of it stays in memory."""
+    """
+    The offline demo's rows, repeated, as an Arrow file; in a process that ends, so that none of it stays in memory.
+    """
     from datasets import Dataset
 
     sys.path.insert(0, str(ROOT / "recipes/offline"))
@@ -157,7 +159,8 @@ def main() -> None:
         figure = figures[number]
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in figure["phase_seconds"].items())
         print(
-            f"{number} clients: start-up {figure['startup_seconds']:.1f} s, round {figure['round_seconds']:.2f} s ({phases}), memory {figure['memory_before_mib']:.0f} MiB before, "
+            f"{number} clients: start-up {figure['startup_seconds']:.1f} s, round {figure['round_seconds']:.2f} s "
+            f"({phases}), memory {figure['memory_before_mib']:.0f} MiB before, "
             f"{figure['memory_after_startup_mib']:.0f} after start-up, "
             f"{', '.join(f'{mib:.0f}' for mib in figure['memory_after_rounds_mib'])} after the rounds",
             flush=True,
@@ -178,7 +181,8 @@ def main() -> None:
         "by_num_clients": figures,
     }
     print(json.dumps(result) if args.json else f"start-up {result['startup_seconds']:.1f} s, memory "
-          f"+{result['memory_growth_mib']:.0f} MiB, round x{result['round_ratio']:.2f} (most over fewest clients)")  # fmt: skip
+          f"+{result['memory_growth_mib']:.0f} MiB, round x{result['round_ratio']:.2f} (most over fewest "
+          "clients)")  # fmt: skip
 
 
 if __name__ == "__main__":

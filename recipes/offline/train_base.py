@@ -41,8 +41,8 @@ library_name: transformers
 # Base model of the offline demo
 
 A Llama of {num_parameters:,} parameters with a byte-level BPE tokenizer of {vocab_size} tokens and a context of
-{context_length} tokens, trained from scratch. It writes fragments of documentation and knows nothing else: it exists so
-that the demo of federated fine-tuning runs without a network. It is of no other use.
+{context_length} tokens, trained from scratch. It writes fragments of documentation and knows nothing else: it exists
+so that the demo of federated fine-tuning runs without a network. It is of no other use.
 
 ## Training
 
@@ -272,7 +272,8 @@ def main() -> None:
             running = 0.0
             eval_loss = evaluate(model, eval_tokens, args.context_length, args.batch_size)
             print(
-                f"step {step}: train loss {train_loss:.3f}, eval loss {eval_loss:.3f}, {time.monotonic() - start:.0f} s",
+                f"step {step}: train loss {train_loss:.3f}, eval loss {eval_loss:.3f}, "
+                f"{time.monotonic() - start:.0f} s",
                 flush=True,
             )
     model.save_pretrained(args.output_dir)
