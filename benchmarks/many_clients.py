@@ -78,6 +78,29 @@ def anonymous_mib() -> float:
     raise OSError("This kernel does not report `RssAnon` in /proc/self/status.")
 
 
+def write_rows_elsewhere(count: int, folder: str) -> None:
+    """`write_rows` in a process of its own."""
+    program = f"import many_clients; many_clients.write_rows({count}, {folder!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True, capture_output=True)
+
+
+def settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": f"{folder}/run",
+        "num_rounds": args.num_rounds,
+        "clients_per_round": args.clients_per_round,
+        "aggregation": args.aggregation,
+        "max_steps": args.max_steps,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "label_column": "client",
+        "save_total_limit": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
 def measure(args: argparse.Namespace, num_clients: int) -> dict[str, Any]:
     """Figures of one federation, in this process."""
     import torch
@@ -98,36 +121,13 @@ def measure(args: argparse.Namespace, num_clients: int) -> dict[str, Any]:
 
     memory = Memory()
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"import many_clients; many_clients.write_rows({num_clients * args.rows_per_client}, {folder!r})",
-            ],
-            cwd=Path(__file__).parent,
-            check=True,
-            capture_output=True,
-        )
+        write_rows_elsewhere(num_clients * args.rows_per_client, folder)
         rows = load_from_disk(folder)
         before, start = anonymous_mib(), time.perf_counter()
         clients = dirichlet_partition(rows, num_clients, alpha=100.0, column="client", min_examples=4)
-        config = FederatedConfig(
-            output_dir=f"{folder}/run",
-            num_rounds=args.num_rounds,
-            clients_per_round=args.clients_per_round,
-            aggregation=args.aggregation,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=4,
-            max_length=64,
-            label_column="client",
-            save_total_limit=2,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to="none",
-        )
         trainer = FederatedTrainer(
             model=args.model,
-            args=config,
+            args=FederatedConfig(**settings(args, folder)),
             train_dataset=clients,
             peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"),
             callbacks=[memory],
@@ -180,9 +180,11 @@ def main() -> None:
         "round_ratio_without_preparing": without_preparing(most) / without_preparing(fewest),
         "by_num_clients": figures,
     }
-    print(json.dumps(result) if args.json else f"start-up {result['startup_seconds']:.1f} s, memory "
-          f"+{result['memory_growth_mib']:.0f} MiB, round x{result['round_ratio']:.2f} (most over fewest "
-          "clients)")  # fmt: skip
+    shown = (
+        f"start-up {result['startup_seconds']:.1f} s, memory +{result['memory_growth_mib']:.0f} MiB, "
+        f"round x{result['round_ratio']:.2f} (most over fewest clients)"
+    )
+    print(json.dumps(result) if args.json else shown)
 
 
 if __name__ == "__main__":
