@@ -60,8 +60,8 @@ def write_state(state: TrainerState, path: Path) -> None:
 
 class RoundCheckpointsMixin(RunFilesMixin):
     """
-    A checkpoint holds what [`RunFilesMixin`] writes and what the next round depends on beside it: the state of the server
-    (`server_state.safetensors`), and what the clients keep (`clients/`, hard links).
+    A checkpoint holds what [`RunFilesMixin`] writes and what the next round depends on beside it: the state of the
+    server (`server_state.safetensors`), and what the clients keep (`clients/`, hard links).
     """
 
     federation: Federation
@@ -198,9 +198,9 @@ class RoundCheckpointsMixin(RunFilesMixin):
         visits = server.visits
         if checkpoint.visits is None and server.objective.remembers_clients:
             raise ValueError(
-                f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their ranks "
-                f"(`local_objective={self.args.local_objective!r}`). Finish the run with that version, or start a new one with this "
-                "checkpoint as `initial_adapter`."
+                f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their "
+                f"ranks (`local_objective={self.args.local_objective!r}`). Finish the run with that version, or "
+                "start a new one with this checkpoint as `initial_adapter`."
             )
         if checkpoint.visits is None:
             visits.load_rounds(checkpoint.record["rounds"])

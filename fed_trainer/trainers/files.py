@@ -80,12 +80,14 @@ class RunFilesMixin(Trainer):
     def _refuse_within_client_model(self, use: str) -> None:
         if self._owner is not None:
             raise ValueError(
-                f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave `client_model` first; "
-                "`save_client_model(client, folder)` saves the model of a client."
+                f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave "
+                "`client_model` first; `save_client_model(client, folder)` saves the model of a client."
             )
 
     def _weights_to_save(self) -> dict[str, torch.Tensor] | None:
-        """What `_save_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model."""
+        """
+        What `_save_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model.
+        """
         if self._base_changes is not None:
             return self._live_adapter.read(include_frozen=True)
         # then the model holds parts or rounded copies
@@ -139,8 +141,9 @@ class RunFilesMixin(Trainer):
         remove_own_files(folder, [CARD_NAME])  # PEFT's
         if lacking is not None:
             raise ValueError(
-                f"What `save_pretrained` of {type(self.model).__name__} has written is not what is trained: {lacking}. Nothing was saved in its "
-                "place. Another library may have changed the model or how it is saved: leave it out, or report it."
+                f"What `save_pretrained` of {type(self.model).__name__} has written is not what is trained: "
+                f"{lacking}. Nothing was saved in its place. Another library may have changed the model or how it "
+                "is saved: leave it out, or report it."
             )
 
     def create_model_card(  # type: ignore[override]
@@ -203,8 +206,9 @@ class RunFilesMixin(Trainer):
         behind = clients_between(self._record, self._published_round)
         if len(behind) == 1 and not self._is_warned:
             logger.warning(
-                f"Round {rounds[-1]['round']} is published, and the difference from what was published before is the update of a single "
-                "client. Whoever has both has the update. Let more clients count in a round, or publish less often (`save_rounds`)."
+                f"Round {rounds[-1]['round']} is published, and the difference from what was published before is "
+                "the update of a single client. Whoever has both has the update. Let more clients count in a "
+                "round, or publish less often (`save_rounds`)."
             )
         self._published_round = rounds[-1]["round"] if rounds else 0
         names = [*self._saved_names, CARD_NAME]
@@ -215,8 +219,8 @@ class RunFilesMixin(Trainer):
         """At the start of a run each of whose rounds is going to be the update of a client, for all to see."""
         if self._publishes_rounds and self.sampler.num_sampled == 1 and self.is_world_process_zero():
             logger.warning(
-                "Each round has a single client and is published, so the difference of two published rounds is the update of a client. "
-                "Raise `clients_per_round`, or set `hub_strategy='end'`."
+                "Each round has a single client and is published, so the difference of two published rounds is the "
+                "update of a client. Raise `clients_per_round`, or set `hub_strategy='end'`."
             )
             self._is_warned = True
 
