@@ -83,8 +83,8 @@ class Server:
 
     def packet_for(self, client: str, lr_factor: float = 1.0) -> Packet:
         """
-        What a client is sent in the round that has begun: the tensors that have changed since it was last here, cut to its
-        rank, also those of layers that it does not train, as it computes with them.
+        What a client is sent in the round that has begun: the tensors that have changed since it was last here, cut
+        to its rank, also those of layers that it does not train, as it computes with them.
 
         Args:
             client (`str`):
@@ -225,8 +225,8 @@ class Server:
                 size, limit = largest_product(pair.scaling, A, B), self._product_limits[pair.module]
                 if not size <= limit:
                     return (
-                        f"the product of its factors of {pair.module} may reach {size:.3g}, beyond {limit:.3g}, beside which "
-                        "the base weight would not count, or which it cannot hold. Lower `learning_rate`."
+                        f"the product of its factors of {pair.module} may reach {size:.3g}, beyond {limit:.3g}, "
+                        "beside which the base weight would not count, or which it cannot hold. Lower `learning_rate`."
                     )
         return self.objective.fault_of(update.extras, trained)
 
@@ -264,12 +264,18 @@ class Server:
         return state, change
 
     def settle(self) -> None:
-        """The new state holds: from now on the updates of the round have counted, as the clients are told in their next packets."""
+        """
+        The new state holds: from now on the updates of the round have counted, as the clients are told in their
+        next packets.
+        """
         sampled = [*self.taken, *self.refused] if self._sampled is None else self._sampled
         self.visits.end_round(self._round, sampled, self.taken, self.base_change_bytes)
 
     def _combine(self) -> tuple[AdapterState, AdapterState, AdapterState]:
-        """What the rule and the server optimiser make of the round: the state, and the factors of the base's change by module."""
+        """
+        What the rule and the server optimiser make of the round: the state, and the factors of the base's
+        change by module.
+        """
         delta = self.rule.finish()
         counts = {key: value for key, value in delta.items() if key in self.plan.buffers}
         steps = {key: value for key, value in delta.items() if key not in self.plan.buffers}
@@ -283,7 +289,8 @@ class Server:
         broken = first_not_finite(state | added)
         if broken is not None:
             raise BrokenStateError(
-                f"The step of the server has values that are not finite in {broken}, although no update had. {WAY_BACK}"
+                f"The step of the server has values that are not finite in {broken}, although no update had. "
+                f"{WAY_BACK}"
             )
         left, right = ({module: change[side] for module, change in self.rule.base_change.items()} for side in (0, 1))
         return state, left, right

@@ -189,8 +189,10 @@ class Checkpoints:
         server = trainer.federation.server
         if checkpoint.visits is None and server.objective.remembers_clients:
             raise ValueError(
-                f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their ranks "
-                f"(`local_objective={trainer.args.local_objective!r}`). Finish the run with that version, or start a new one with this "
+                f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their "
+                f"ranks "
+                f"(`local_objective={trainer.args.local_objective!r}`). Finish the run with that version, or start "
+                f"a new one with this "
                 "checkpoint as `initial_adapter`."
             )
         if not self._saved_file_is_state:

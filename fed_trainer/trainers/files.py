@@ -62,7 +62,10 @@ class RunFiles:
         write_digests(folder, self.saved_names)
 
     def weights_to_save(self) -> dict[str, torch.Tensor] | None:
-        """What `write_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a model."""
+        """
+        What `write_weights` needs: the whole adapter for a LoRA that holds base changes, or the state dict of a
+        model.
+        """
         trainer = self._trainer
         if trainer._base_changes is not None:
             return trainer._live_adapter.read(include_frozen=True)
@@ -110,7 +113,8 @@ class RunFiles:
         remove_own_files(folder, [CARD_NAME])  # PEFT's
         if lacking is not None:
             raise ValueError(
-                f"What `save_pretrained` of {type(trainer.model).__name__} has written is not what is trained: {lacking}. Nothing was saved in its "
+                f"What `save_pretrained` of {type(trainer.model).__name__} has written is not what is trained: "
+                f"{lacking}. Nothing was saved in its "
                 "place. Another library may have changed the model or how it is saved: leave it out, or report it."
             )
 
@@ -129,8 +133,10 @@ class RunFiles:
         behind = clients_between(trainer.record, self.published_round)
         if len(behind) == 1 and not self._is_warned:
             logger.warning(
-                f"Round {rounds[-1]['round']} is published, and the difference from what was published before is the update of a single "
-                "client. Whoever has both has the update. Let more clients count in a round, or publish less often (`save_rounds`)."
+                f"Round {rounds[-1]['round']} is published, and the difference from what was published before is "
+                f"the update of a single "
+                "client. Whoever has both has the update. Let more clients count in a round, or publish less often "
+                "(`save_rounds`)."
             )
         self.published_round = rounds[-1]["round"] if rounds else 0
         names = [*self.saved_names, CARD_NAME]
@@ -141,7 +147,8 @@ class RunFiles:
         """At the start of a run each of whose rounds is going to be the update of a client, for all to see."""
         if self.publishes_rounds and self._trainer.sampler.num_sampled == 1 and self._trainer.is_world_process_zero():
             logger.warning(
-                "Each round has a single client and is published, so the difference of two published rounds is the update of a client. "
+                "Each round has a single client and is published, so the difference of two published rounds is the "
+                "update of a client. "
                 "Raise `clients_per_round`, or set `hub_strategy='end'`."
             )
             self._is_warned = True

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A trainer as the place where a federation runs: its model takes the global state, and it writes down what happens."""
+"""
+A trainer as the place where a federation runs: its model takes the global state, and it writes down what happens.
+"""
 
 from __future__ import annotations
 

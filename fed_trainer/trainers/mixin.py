@@ -81,7 +81,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
-    `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the one live
+    `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the
+    one live
     model. See [`FederatedTrainer`] and [`FederatedTaskTrainer`] for the arguments.
     """
 
@@ -144,7 +145,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         """Refuse what cannot work, before anything is loaded."""
         if not isinstance(args, self._config_class):
             raise TypeError(
-                f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every field "
+                f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every "
+                f"field "
                 f"of `{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
             )
         refuse_callbacks(kwargs.get("callbacks"))
@@ -252,8 +254,9 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died before its
-                first checkpoint starts again, and one that is not there yet starts), a path from that checkpoint.
+                `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died
+                before its first checkpoint starts again, and one that is not there yet starts), a path from that
+                checkpoint.
 
         Returns:
             `TrainOutput`: the number of rounds, the mean training loss over rounds, and the totals of the run.
@@ -261,11 +264,13 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         Raises:
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
-            ValueError: If the checkpoint belongs to another run, or a whole model, which this trainer has trained already,
+            ValueError: If the checkpoint belongs to another run, or a whole model, which this trainer has trained
+            already,
                 is to be trained from its start.
             NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not
                 zero.
-            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
+            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then
+            holds the global
                 adapter of the last finished round.
             BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live
                 model holds that of the round before.
@@ -302,7 +307,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     def _refuse_within_client_model(self, use: str) -> None:
         if self._owner is not None:
             raise ValueError(
-                f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave `client_model` first; "
+                f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave "
+                f"`client_model` first; "
                 "`save_client_model(client, folder)` saves the model of a client."
             )
 
@@ -388,8 +394,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
 
     def client_state(self, client: str) -> AdapterState:
         """
-        What the model of a client is made of: the global state with the tensors that the client keeps, or its own model (Ditto).
-        A client that has not trained yet has the global state.
+        What the model of a client is made of: the global state with the tensors that the client keeps, or its own
+        model (Ditto). A client that has not trained yet has the global state.
         """
         federation = self.federation
         return self.client.model_state(federation.state, client, federation.server.visits.counted.get(client))
@@ -408,12 +414,16 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         self._drop_engine()
 
     def go_back_to_start(self) -> None:
-        """After rounds of which nothing was saved, or was deleted, a run begins where the first one of this trainer did."""
+        """
+        After rounds of which nothing was saved, or was deleted, a run begins where the first one of this trainer
+        did.
+        """
         if not self.has_left_start:
             return
         if self._start_state is None:
             raise ValueError(
-                "This trainer has trained its model already, and of a whole model the start is not kept: the run would "
+                "This trainer has trained its model already, and of a whole model the start is not kept: the run "
+                "would "
                 "begin with what was learnt before. Load the model anew and make a new trainer."
             )
         self.federation.state = self._start_state
@@ -445,12 +455,15 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         refuse_idle_adapter(self.model)
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
-        """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""
+        """
+        What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither.
+        """
         return {"model": wrapped(model, peft_config, self.args.seed)}
 
     def _shared_start(self, published: AdapterState) -> AdapterState:
         """
-        The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs. What is
+        The adapter of the first process, in all of them: they may have drawn other random numbers before they made
+        theirs. What is
         `published` is the same everywhere, and has been written.
         """
         if self._engine.num_processes > 1:
@@ -459,7 +472,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
         state = self._live_adapter.read()
         if self._engine.makes_masters:
-            # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3 with `bf16`
+            # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3
+            # with `bf16`
             state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state
