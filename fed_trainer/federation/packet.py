@@ -68,8 +68,9 @@ class Packet:
         the rule reads. Names, framing and figures for the record are not counted, nor what both sides can draw.
         """
         sent = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(f"{DRAWN}/")}
-        numbers = self.meta.get("numbers", ())
-        return state_bytes(sent) + self.meta.get("base_bytes", 0) + NUMBER_BYTES * len(numbers)
+        numbers, base = self.meta.get("numbers"), self.meta.get("base_bytes")
+        num_numbers = len(numbers) if isinstance(numbers, list) else 0
+        return state_bytes(sent) + (base if isinstance(base, int) else 0) + NUMBER_BYTES * num_numbers
 
     def to_bytes(self) -> bytes:
         """

@@ -167,26 +167,33 @@ class Federation:
         self.server.begin(self.state, round.number, sampled)
         self._movement.begin()
         packets = Packets(self.server, sampled, round.lr_factor)
+        silent = set(sampled)
         for reply in self.transport.exchange(packets, round.number, self.args.client_timeout):
-            for phase, seconds in reply.seconds.items():
-                round.seconds[phase] = round.seconds.get(phase, 0.0) + seconds
-            with timed(round.seconds, "aggregate"):
-                reason = self.server.receive(reply)
-            traffic = self.server.traffic[reply.client]
-            if reason is None:
-                self._count(round, reply, traffic)
-                continue
-            logger.warning(f"Round {round.number} goes on without client {reply.client!r}: {reason}")
-            for direction, size in traffic.items():
-                round.in_vain[direction] += size
+            silent.discard(reply.client)
+            self._take(round, reply)
+        for client in sorted(silent):
+            self._take(round, Reply(client, "lost"))
         round.refused = self.server.refused
         self._movement.end(round.number)
+
+    def _take(self, round: Round, reply: Reply) -> None:
+        for phase, seconds in reply.seconds.items():
+            round.seconds[phase] = round.seconds.get(phase, 0.0) + seconds
+        with timed(round.seconds, "aggregate"):
+            reason = self.server.receive(reply)
+        if reason is None:
+            self._count(round, reply, self.server.traffic[reply.client])
+            return
+        logger.warning(f"Round {round.number} goes on without client {reply.client!r}: {reason}")
+        if reply.client not in round.clients:  # one that has answered twice has counted once
+            for direction, size in self.server.traffic.get(reply.client, {}).items():
+                round.in_vain[direction] += size
 
     def _count(self, round: Round, reply: Reply, traffic: Mapping[str, int]) -> None:
         assert reply.packet is not None
         meta = reply.packet.meta
         self._movement.saw(reply.client, bool(meta.get("moved", True)), bool(meta.get("has_rate", True)))
-        round.clients[reply.client] = {"num_examples": meta["num_examples"], **meta.get("figures", {}), **traffic}
+        round.clients[reply.client] = {"num_examples": meta["num_examples"], **meta["figures"], **traffic}
         self.host.after_client(round, reply.client)
 
     def _finish(self, round: Round) -> None:

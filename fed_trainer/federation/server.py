@@ -153,10 +153,10 @@ class Server:
         Returns:
             `str` or `None`: why it is left out, if it is.
         """
-        if reply.packet is None:
-            reason = reply.reason or f"it has not answered ({reply.status})"
+        if (reason := self._fault_of_answer(reply)) is not None:
             self.refused[reply.client] = reason
             return reason
+        assert reply.packet is not None
         packet, meta = reply.packet, reply.packet.meta
         self.traffic.setdefault(reply.client, {})["bytes_up"] = packet.num_bytes
         asked = self.asked_of(reply.client)
@@ -164,13 +164,26 @@ class Server:
             reply.client,
             meta.get("num_examples"),  # type: ignore[arg-type]
             self.plan.up.decode(packet.part(DELTA), {key: tensor.dtype for key, tensor in asked.items()}),
-            meta.get("figures", {}),
+            meta["figures"],
             num_steps=meta.get("num_steps"),
             base_digest=meta.get("base_digest"),
             num_tokens=meta.get("num_tokens"),
             extras=packet.part(EXTRAS),
         )
         return self.take(update, asked)
+
+    def _fault_of_answer(self, reply: Reply) -> str | None:
+        """Why there is no update to look at, if there is none."""
+        if reply.packet is None:
+            return reply.reason or f"it has not answered ({reply.status})"
+        meta, asked = reply.packet.meta, ("update", self._round, reply.client)
+        if (reply.packet.kind, meta.get("round"), meta.get("client")) != asked:
+            return "its answer is to another packet than that of this round. Send one answer to each."
+        figures = meta.get("figures")
+        loss = figures.get("train_loss") if isinstance(figures, dict) else None
+        if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+            return "its figures have no `train_loss`, which is a number. Send what the local round has given."
+        return None
 
     def take(self, update: ClientUpdate, asked: AdapterState) -> str | None:
         """

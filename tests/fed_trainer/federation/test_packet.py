@@ -151,6 +151,66 @@ def test_a_client_needs_nothing_but_its_packet(name: str, make_trainer) -> None:
         assert (ours["bytes_up"], ours["bytes_down"]) == (theirs["bytes_up"], theirs["bytes_down"])
 
 
+class Unreliable(InProcess):
+    """The first client is silent, the second answers twice, the third to another round, and a stranger joins in."""
+
+    def exchange(self, packets, round, timeout=None):
+        _silent, twice, late = packets
+        for reply in super().exchange({client: packets[client] for client in (twice, late)}, round, timeout):
+            packet = reply.packet
+            if reply.client == late:
+                packet = Packet(packet.kind, packet.tensors, {**packet.meta, "round": round - 1})
+            yield Reply(reply.client, packet=packet, seconds=reply.seconds)
+            if reply.client == twice:
+                yield reply
+                yield Reply("stranger", packet=Packet("update", packet.tensors, {**packet.meta, "client": "stranger"}))
+
+
+def test_one_answer_of_each_client_counts_whatever_a_transport_does(make_trainer) -> None:
+    trainer = make_trainer("out", clients_per_round=3, num_rounds=2)
+    trainer.federation.transport = Unreliable(trainer.client)
+    trainer.train()
+    for entry in trainer.record["rounds"]:
+        assert list(entry["clients"]) == ["client_1"]
+        refused = {client: reason.split(".")[0] for client, reason in entry["refused"].items()}
+        assert refused == {
+            "client_0": "it has not answered (lost)",
+            "client_1": "it has sent one in this round already",
+            "client_2": "its answer is to another packet than that of this round",
+            "'stranger'": "it was not sampled in this round",
+        }
+    visits = trainer.federation.server.visits
+    assert visits.counted == {"client_1": 2} and visits.seen == dict.fromkeys(["client_0", "client_1", "client_2"], 2)
+
+
+BAD_ANSWERS = {
+    "no kind": ({}, "train"),
+    "no figures": ({"figures": None}, "update"),
+    "no loss": ({"figures": {"loss": 1.0}}, "update"),
+    "a text for a loss": ({"figures": {"train_loss": "nan"}}, "update"),
+    "bytes that are none": ({"numbers": 7, "base_bytes": "all"}, "update"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_an_answer_that_is_none_costs_its_client_the_round(name: str, make_trainer) -> None:
+    meta, kind = BAD_ANSWERS[name]
+
+    class Spoilt(InProcess):
+        def exchange(self, packets, round, timeout=None):
+            for reply in super().exchange(packets, round, timeout):
+                packet = reply.packet
+                if reply.client == "client_0":
+                    packet = Packet(kind, packet.tensors, {**packet.meta, **meta})
+                yield Reply(reply.client, packet=packet, seconds=reply.seconds)
+
+    trainer = make_trainer("out", clients_per_round=3, num_rounds=1)
+    trainer.federation.transport = Spoilt(trainer.client)
+    trainer.train()
+    (entry,) = trainer.record["rounds"]
+    assert list(entry["refused"]) == ([] if name == "bytes that are none" else ["client_0"])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_a_dtype_is_half_the_bytes_and_nearly_the_same_model(dtype: str, make_trainer) -> None:
     whole, half = make_trainer("whole"), make_trainer("half", wire_dtype=dtype)
