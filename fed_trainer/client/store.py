@@ -130,8 +130,17 @@ class ClientStore:
         self._unproven.add(path.name)
         self._is_unwritten = True
 
-    def flush(self) -> None:
-        """Let the other processes, and those that come after this one, know what was written since the last time."""
+    def settle(self, counted: Mapping[str, int | None]) -> None:
+        """
+        Where the verdicts are known at once, as in the process of the server: delete what no longer holds, and let
+        the other processes know what does.
+
+        Args:
+            counted (`Mapping[str, int]`):
+                By client the last round in which its update counted.
+        """
+        for client, round in counted.items():
+            self._drop(client, self._valid(client, round))
         if self._is_unwritten:
             self._write_index()
 

@@ -75,6 +75,16 @@ class Host(Protocol):
             BrokenStateError: If the model cannot compute with it.
         """
 
+    def settle(self, counted: Mapping[str, int | None]) -> None:
+        """
+        The new state holds. A client learns the verdict on its update from its next packet; what is in this process
+        may know it at once.
+
+        Args:
+            counted (`Mapping[str, int]`):
+                By client of the round the last round in which its update counted.
+        """
+
     def uninstall(self) -> None:
         """Go back to what there was before the last `install`."""
 
@@ -201,7 +211,7 @@ class Federation:
             state, base_change = self.server.finish()
             self.host.install(state, base_change)
             self.state = state
-            self.server.settle()  # last: clients keep nothing of a round that has broken the model
+            self.host.settle(self.server.settle())  # last: clients keep nothing of a round that has broken the model
             round.base_change_bytes = self.server.base_change_bytes
 
 

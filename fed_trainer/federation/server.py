@@ -276,13 +276,17 @@ class Server:
         self.base_change_bytes = sum(state_bytes(factors._asdict()) for factors in change.values())
         return state, change
 
-    def settle(self) -> None:
+    def settle(self) -> dict[str, int | None]:
         """
-        The new state holds: from now on the updates of the round have counted, as the clients are told in their
-        next packets.
+        The new state holds: from now on the updates of the round have counted, as the clients are told in their next
+        packets.
+
+        Returns:
+            `dict[str, int]`: By client of the round the last round in which its update counted.
         """
         sampled = [*self.taken, *self.refused] if self._sampled is None else self._sampled
         self.visits.end_round(self._round, sampled, self.taken, self.base_change_bytes)
+        return {client: self.visits.counted.get(client) for client in sorted(sampled)}
 
     def _combine(self) -> tuple[AdapterState, AdapterState, AdapterState]:
         """

@@ -6,6 +6,7 @@ A trainer as the place where a federation runs: its model takes the global state
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,9 @@ class TrainerHost:
         trainer._live_adapter.write(state)
         if base is not None:
             base.add(base_change)
-        first_alone(trainer.client.store.flush)
+
+    def settle(self, counted: Mapping[str, int | None]) -> None:
+        first_alone(functools.partial(self._trainer.client.store.settle, counted))
 
     def uninstall(self) -> None:
         if self._trainer._base_changes is not None:

@@ -35,7 +35,7 @@ def test_what_a_client_keeps_comes_back_by_part_bit_for_bit(tmp_path):
     assert store.read("a", LAST) == {}
     kept = {"local": state(1), "objective": {"control.weight": torch.randn(4).bfloat16()}}
     store.write("a", kept, 1, LAST)
-    store.flush()
+    store.settle({})
     found = store.read("a", LAST)
     assert found.keys() == kept.keys()
     assert all(same(found[part], kept[part]) for part in kept)
@@ -46,9 +46,9 @@ def test_what_a_client_keeps_comes_back_by_part_bit_for_bit(tmp_path):
 def test_any_name_of_a_client_is_a_file_of_its_own_inside_the_folder(tmp_path, client):
     store = ClientStore(tmp_path / "clients")
     store.write("other", {"local": state(2)}, 1, LAST)
-    store.flush()
+    store.settle({})
     store.write(client, {"local": state(1)}, 1, LAST)
-    store.flush()
+    store.settle({})
     assert same(store.read(client, LAST)["local"], state(1))
     assert same(store.read("other", LAST)["local"], state(2))
     assert len(files_of(tmp_path / "clients")) == 2
@@ -58,16 +58,16 @@ def test_any_name_of_a_client_is_a_file_of_its_own_inside_the_folder(tmp_path, c
 def test_long_names_with_the_same_beginning_do_not_meet(tmp_path):
     store = ClientStore(tmp_path / "clients")
     store.write("x" * 300 + "1", {"local": state(1)}, 1, LAST)
-    store.flush()
+    store.settle({})
     store.write("x" * 300 + "2", {"local": state(2)}, 1, LAST)
-    store.flush()
+    store.settle({})
     assert same(store.read("x" * 300 + "1", LAST)["local"], state(1))
 
 
 def test_a_client_that_keeps_nothing_leaves_no_file(tmp_path):
     store = ClientStore(tmp_path / "clients")
     store.write("a", {"local": {}}, 1, LAST)
-    store.flush()
+    store.settle({})
     assert not (tmp_path / "clients").exists()
 
 
@@ -75,13 +75,13 @@ def test_a_checkpoint_costs_no_copies_and_is_not_changed_by_later_rounds(tmp_pat
     store, checkpoint = ClientStore(tmp_path / "clients"), tmp_path / "checkpoint"
     store.write("a", {"local": state(1)}, 1, None)
     store.write("b", {"local": state(1)}, 1, None)
-    store.flush()
+    store.settle({})
     digests = store.link_into(checkpoint, {"a": 1, "b": 1})
     assert files_of(checkpoint) == sorted(digests) == ["a.safetensors", "b.safetensors"]
     assert os.stat(checkpoint / "a.safetensors").st_nlink == 2
     store.write("a", {"local": state(2)}, 2, 1)
     store.write("c", {"local": state(2)}, 2, None)
-    store.flush()
+    store.settle({})
     assert same(store.read("a", 2)["local"], state(2))
     store.restore(checkpoint, digests)
     assert same(store.read("a", 1)["local"], state(1))
@@ -95,7 +95,7 @@ def test_what_was_written_holds_once_its_round_is_said_to_have_counted(tmp_path)
     store.write("a", {"local": state(1)}, 1, None)
     store.write("a", {"local": state(2)}, 2, 1)
     store.write("b", {"local": state(2)}, 2, None)
-    store.flush()
+    store.settle({})
     for reader in (store, ClientStore(tmp_path / "clients")):
         assert same(reader.read("a", 1)["local"], state(1)), "the second round broke off, or left it out"
         assert same(reader.read("a", 2)["local"], state(2))
@@ -112,6 +112,10 @@ def test_what_was_written_holds_once_its_round_is_said_to_have_counted(tmp_path)
     assert same(store.read("b", 3)["local"], state(2)), "it had nothing new to keep"
     store.write("b", {"local": {}}, 4, None)
     assert store.read("b", 4) == {}, "what it kept has never counted"
+    store.settle({"a": 3})
+    assert files_of(tmp_path / "clients") == ["a@3.safetensors"]
+    store.settle({"a": 2})
+    assert files_of(tmp_path / "clients") == [] and ClientStore(tmp_path / "clients").read("a", 3) == {}
 
 
 def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
@@ -121,7 +125,7 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuses)
     store = ClientStore(tmp_path / "clients")
     store.write("a", {"local": state(1)}, 1, LAST)
-    store.flush()
+    store.settle({})
     digests = store.link_into(tmp_path / "checkpoint", {"a": 1})
     store.clear()
     store.restore(tmp_path / "checkpoint", digests)
@@ -137,7 +141,7 @@ def store_of(folder, rounds=2):
     for round in range(1, rounds + 1):
         for client in ("a", "b"):
             store.write(client, {"local": state(10 * round + len(client) + ord(client))}, round, LAST)
-        store.flush()
+        store.settle({})
     return store
 
 
@@ -198,7 +202,7 @@ def test_files_are_hashed_when_they_are_written_and_at_their_first_checkpoint_al
     first = store.link_into(tmp_path / "first", ALL)
     assert sorted(hashed) == ["a@2.safetensors", "b@2.safetensors"]
     store.write("b", {"local": state(7)}, 3, LAST)
-    store.flush()
+    store.settle({})
     second = store.link_into(tmp_path / "second", ALL)
     assert sorted(hashed) == ["a@2.safetensors", "b@2.safetensors", "b@3.safetensors"]
     assert first["a.safetensors"] == second["a.safetensors"] and first["b.safetensors"] != second["b.safetensors"]
@@ -232,7 +236,7 @@ def test_what_enters_a_checkpoint_is_on_the_disk(tmp_path, monkeypatch, has_link
 def test_a_file_says_whose_it_is_and_of_which_round(tmp_path, client):
     store = ClientStore(tmp_path / "clients")
     store.write(client, {"local": state(1)}, 4, LAST)
-    store.flush()
+    store.settle({})
     (path,) = (tmp_path / "clients").glob("*.safetensors")
     with safe_open(path, "pt") as file:
         (owner,) = file.metadata().values()

@@ -77,13 +77,13 @@ def test_it_is_kept_on_disk_and_a_resumed_run_ends_with_the_same_bits(make_train
     make_trainer("parts").train(resume_from_checkpoint=True)
     for file in (
         "adapter_model.safetensors",
-        ".fed_clients/client_0.safetensors",
-        ".fed_clients/client_1.safetensors",
+        ".fed_clients/client_0@3.safetensors",
+        ".fed_clients/client_1@3.safetensors",
     ):
         whole, parts = (load_file(tmp_path / run / file) for run in ("whole", "parts"))
         assert whole.keys() == parts.keys()
         assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    kept = load_file(tmp_path / "whole/.fed_clients/client_0.safetensors")
+    kept = load_file(tmp_path / "whole/.fed_clients/client_0@3.safetensors")
     assert {key.partition(":")[0] for key in kept} == {"optimizer/step", "optimizer/exp_avg", "optimizer/exp_avg_sq"}
     assert {float(value) for key, value in kept.items() if "step" in key} == {3.0 * STEPS}
 
@@ -96,7 +96,7 @@ def test_the_learning_rate_is_that_of_the_round(make_trainer):
 
 def test_a_personal_model_has_an_optimiser_of_its_own(make_trainer, tmp_path):
     make_trainer(local_objective="ditto", local_objective_kwargs={"mu": 0.1}, num_rounds=2).train()
-    kept = load_file(tmp_path / "out/.fed_clients/client_0.safetensors")
+    kept = load_file(tmp_path / "out/.fed_clients/client_0@2.safetensors")
     of_a_tensor = [key.partition("/")[2] for key in kept if key.startswith("optimizer/exp_avg:")]
     assert of_a_tensor
     for key in of_a_tensor:
@@ -106,7 +106,7 @@ def test_a_personal_model_has_an_optimiser_of_its_own(make_trainer, tmp_path):
 def test_tensors_that_are_not_trained_in_a_round_keep_their_moments(make_trainer, tmp_path):
     """RoLoRA trains B and A in turns: both have been trained for one round after two."""
     make_trainer(aggregation="rolora", num_rounds=2).train()
-    kept = load_file(tmp_path / "out/.fed_clients/client_0.safetensors")
+    kept = load_file(tmp_path / "out/.fed_clients/client_0@2.safetensors")
     assert {key.rpartition("lora_")[2][0] for key in kept} == {"A", "B"}
     assert {float(value) for key, value in kept.items() if "step" in key} == {float(STEPS)}
 
@@ -116,7 +116,7 @@ def test_a_number_goes_on_as_a_number(make_trainer, tmp_path):
     trainer = make_trainer(optim="adafactor", num_rounds=2)
     trainer.train()
     assert {type(state["step"]) for state in trainer.optimizer.state.values()} == {int}
-    kept = load_file(tmp_path / "out/.fed_clients/client_0.safetensors")
+    kept = load_file(tmp_path / "out/.fed_clients/client_0@2.safetensors")
     steps = [value for key, value in kept.items() if "/step:" in key]
     assert {(value.dtype, int(value)) for value in steps} == {(torch.int64, 2 * STEPS)}
 

@@ -75,10 +75,9 @@ def test_all_other_names_have_files_of_their_own(args, tmp_path):
     check_clients(data(*GOOD), args)
     store = ClientStore(tmp_path / "store")
     for number, name in enumerate(GOOD):
-        store.write(name, {"local": {"w": torch.full((1,), number)}}, round=1)
-    store.commit()
+        store.write(name, {"local": {"w": torch.full((1,), number)}}, round=1, counted=None)
     for number, name in enumerate(GOOD):
-        assert store.read(name)["local"]["w"].item() == number
+        assert store.read(name, counted=1)["local"]["w"].item() == number
     files = list(tmp_path.rglob("*.safetensors"))
     assert len(files) == len(GOOD)
     for one, other in itertools.combinations(files, 2):

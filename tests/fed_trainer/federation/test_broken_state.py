@@ -38,7 +38,9 @@ def test_a_broken_state_is_not_saved_and_the_round_before_goes_on(how, method, m
     seen: list[dict[str, torch.Tensor]] = []
     settle, settled = trainer.federation.server.settle, []
     monkeypatch.setattr(
-        trainer.federation.server, "settle", lambda: (settle(), settled.append(trainer.federation.server._round))
+        trainer.federation.server,
+        "settle",
+        lambda: settled.append(trainer.federation.server._round) or settle(),
     )
 
     def spoiled():

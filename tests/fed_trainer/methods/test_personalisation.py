@@ -498,7 +498,9 @@ def test_a_client_that_is_left_out_keeps_what_it_had(make_trainer, monkeypatch, 
     kept = {}
     settle = trainer.federation.server.settle
     monkeypatch.setattr(
-        trainer.federation.server, "settle", lambda: settle() or kept.setdefault("first", kept_by(trainer, "client_1"))
+        trainer.federation.server,
+        "settle",
+        lambda: (settle(), kept.setdefault("first", kept_by(trainer, "client_1")))[0],
     )
     trainer.train()
     assert list(trainer.record["rounds"][1]["refused"]) == ["client_1"]
@@ -643,8 +645,9 @@ def test_what_clients_keep_belongs_to_the_last_finished_round(make_trainer, monk
     settle = trainer.federation.server.settle
 
     def end():
-        settle()
+        counted = settle()
         finished.update({client: kept_by(trainer, client)["local"] for client in trainer._clients})
+        return counted
 
     monkeypatch.setattr(trainer.federation.server, "settle", end)
     with pytest.raises(TooFewClientsError):

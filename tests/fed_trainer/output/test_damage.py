@@ -147,7 +147,7 @@ def test_files_of_clients_that_were_swapped_are_named(run):
 
 def test_a_live_file_that_is_cut_off_damages_the_checkpoints_it_is_linked_into(finished, make_trainer, tmp_path):
     make_trainer(tmp_path / "run", num_rounds=2).train()
-    path = tmp_path / "run" / ".fed_clients" / "client_0.safetensors"
+    path = tmp_path / "run" / ".fed_clients" / "client_0@2.safetensors"
     assert path.stat().st_nlink == 2
     os.truncate(path, 30)
     assert find_damage(tmp_path / "run" / "checkpoint-2") == "clients/client_0.safetensors is not what was written"
@@ -332,7 +332,7 @@ def test_a_checkpoint_of_the_first_versions_is_resumed(finished, make_trainer, r
 
 
 def test_a_client_file_that_is_damaged_during_a_run_ends_it_by_name(make_trainer, tmp_path):
-    path = tmp_path / "run" / ".fed_clients" / "client_1.safetensors"
+    path = tmp_path / "run" / ".fed_clients" / "client_1@1.safetensors"
     trainer = make_trainer(tmp_path / "run", [Before(3, lambda: os.truncate(path, 30))])  # two steps per round
     with pytest.raises(DamagedFileError, match="What client 'client_1' keeps is damaged, .* is not what was written"):
         trainer.train()

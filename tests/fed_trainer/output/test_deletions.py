@@ -23,7 +23,7 @@ MODULES = {"os", "shutil"}  # whose `remove`, `replace` and `rename` take paths
 ALLOWED = {
     ("fed_trainer/output/checkpoint.py", "_put_aside", "os.replace"): "a damaged checkpoint, to a name that is free",
     ("fed_trainer/client/store.py", "ClientStore._write_index", "os.replace"): "the index, in a marked folder",
-    ("fed_trainer/client/store.py", "ClientStore.commit", "os.replace"): "a client's file, in a marked folder",
+    ("fed_trainer/client/store.py", "ClientStore.write", "os.replace"): "a client's file, in a marked folder",
     (
         "fed_trainer/output/disk.py",
         "replace_durably",

@@ -384,7 +384,9 @@ def test_a_prompt_and_the_head_of_a_classifier_equal_fresh_trainers(tmp_path, pe
         config = TrainingArguments(
             output_dir=str(tmp_path / "local"), save_strategy="no", lr_scheduler_type="constant", **COMMON
         )
-        local = Trainer(get_peft_model(model(), trainer._peft_config), config, train_dataset=clients[client])
+        local = Trainer(
+            get_peft_model(model(), trainer.model.active_peft_config), config, train_dataset=clients[client]
+        )
         parameters = trained_parameters(local.model)
         with torch.no_grad():
             for key, parameter in parameters.items():

@@ -156,10 +156,13 @@ def test_loss_scaling_is_refused(name: str, tmp_path: Path) -> None:
             "the client has no state and so no rank",
         ),
         (
-            lambda: FedProx(1.0).load_state_dict({"control.A": torch.ones(1)}),
-            "'control.A', which FedProx does not keep",
+            lambda: FedProx(1.0).server_half().load_state_dict({"control.A": torch.ones(1)}),
+            "'control.A', which ServerHalf does not keep",
         ),
-        (lambda: Scaffold(3).load_state_dict({"momentum.A": torch.ones(1)}), "which Scaffold does not keep"),
+        (
+            lambda: Scaffold(3).server_half().load_state_dict({"momentum.A": torch.ones(1)}),
+            "which ScaffoldServer does not keep",
+        ),
     ],
 )
 def test_values_that_make_no_sense_are_refused(build, message: str) -> None:
@@ -172,44 +175,45 @@ def test_values_that_make_no_sense_are_refused(build, message: str) -> None:
 
 def test_server_control_is_the_mean_over_all_clients_also_those_not_sampled_or_refused() -> None:
     scaffold, num_clients = Scaffold(num_clients=5), 5
+    server = scaffold.server_half()
     stored: dict[int, AdapterState] = {}
     for round, (sampled, refused) in enumerate([((0, 1, 2), ()), ((1, 3), (3,)), ((0, 3, 1), (1,)), ((4,), (4,))]):
+        server.begin_round()
         for client in sampled:
-            scaffold.begin(random_state(SHAPES, round), stored.get(client))
-            before = scaffold.state_dict()
+            scaffold.begin(random_state(SHAPES, round), stored.get(client), server.to_client(str(client)))
+            before = server.state_dict()
             scaffold.add_gradients(parameters_of(random_state(SHAPES, 7)), lr=0.1)
             new = scaffold.finish(random_state(SHAPES, 10 * round + client))
             if client not in refused:
-                scaffold.accept(scaffold.to_server(), random_state(SHAPES, 10 * round + client))
+                server.accept(str(client), scaffold.to_server(), random_state(SHAPES, 10 * round + client))
                 stored[client] = new
-            assert all(torch.equal(scaffold.state_dict()[key], before[key]) for key in before), "c moved in a round"
-        scaffold.end_round()
+            assert all(torch.equal(server.state_dict()[key], before[key]) for key in before), "c moved in a round"
+        server.end_round()
         for key in SHAPES:
             mean = sum(state[key].double() for state in stored.values()) / num_clients
-            torch.testing.assert_close(scaffold.state_dict()[f"control.{key}"].double(), mean, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(server.state_dict()[f"control.{key}"].double(), mean, rtol=1e-5, atol=1e-5)
     assert stored.keys() == {0, 1, 2, 3}
 
 
 def test_server_control_goes_through_a_file(tmp_path: Path) -> None:
-    scaffold = Scaffold(num_clients=2)
-    scaffold.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(SHAPES, 0))
-    scaffold.end_round()
-    save_file(scaffold.state_dict(), tmp_path / "control.safetensors")
-    other = Scaffold(num_clients=2)
-    other.accept({"sum_of_lrs": torch.tensor(0.5)}, random_state(SHAPES, 1))  # of a round that died
+    server = Scaffold(num_clients=2).server_half()
+    server.accept("a", {"sum_of_lrs": torch.tensor(0.5)}, random_state(SHAPES, 0))
+    server.end_round()
+    save_file(server.state_dict(), tmp_path / "control.safetensors")
+    other = Scaffold(num_clients=2).server_half()
+    other.accept("a", {"sum_of_lrs": torch.tensor(0.5)}, random_state(SHAPES, 1))  # of a round that died
     other.load_state_dict(load_file(tmp_path / "control.safetensors"))
-    for objective in (scaffold, other):
-        objective.accept({"sum_of_lrs": torch.tensor(0.2)}, random_state(SHAPES, 3))
-        objective.end_round()
-    for key, tensor in scaffold.state_dict().items():
+    for half in (server, other):
+        half.accept("b", {"sum_of_lrs": torch.tensor(0.2)}, random_state(SHAPES, 3))
+        half.end_round()
+    for key, tensor in server.state_dict().items():
         assert torch.equal(other.state_dict()[key], tensor)
 
 
 @pytest.mark.parametrize("lrs", [[0.1] * 4, [0.2, 0.1, 0.05]], ids=["constant", "schedule"])
 def test_next_client_control_is_the_mean_gradient_of_the_round(lrs: list[float]) -> None:
     scaffold, start = Scaffold(num_clients=1), random_state(SHAPES, 0)
-    scaffold.load_state_dict({f"control.{key}": tensor for key, tensor in random_state(SHAPES, 4).items()})
-    scaffold.begin(start, random_state(SHAPES, 3))
+    scaffold.begin(start, random_state(SHAPES, 3), received=random_state(SHAPES, 4))
     parameters = parameters_of(start)
     mean = {key: torch.zeros_like(tensor) for key, tensor in start.items()}
     for lr in lrs:
@@ -337,16 +341,17 @@ def test_fedavg_ends_beside_the_common_optimum_and_scaffold_and_feddyn_at_it() -
         (Scaffold(num_clients=2), None, 10, 1e-6),
         (FedDynRegularizer(1.0), FedDyn(1.0, num_clients=2), 50, 1e-3),
     ):
+        half = objective.server_half()
         state, stored = 0.0, {}
         for _ in range(100):
             deltas = []
             for client in (0, 1):
                 previous = stored.get(client)
-                objective.begin(state_of(state), previous)
+                objective.begin(state_of(state), previous, half.to_client(str(client)))
                 deltas.append(local_steps(client, state, objective, steps=steps) - state)
                 stored[client] = objective.finish(state_of(deltas[-1]))
-                objective.accept(objective.to_server(), state_of(deltas[-1]))
-            objective.end_round()
+                half.accept(str(client), objective.to_server(), state_of(deltas[-1]))
+            half.end_round()
             mean = sum(deltas) / 2
             state = state + mean if server is None else server.step(state_of(state), state_of(mean))["w"].item()
         assert state == pytest.approx(COMMON_OPTIMUM, abs=error)

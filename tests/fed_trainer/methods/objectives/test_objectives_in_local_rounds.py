@@ -178,6 +178,7 @@ def test_scaffold_equals_option_two_in_float64_over_rounds(make_federation) -> N
     federation = make_federation(lr_scheduler_type="linear")
     lrs = [LR, 0.75 * LR, 0.5 * LR, 0.25 * LR]
     scaffold, stored = Scaffold(num_clients=3), {}
+    server = scaffold.server_half()
     scaffold.check(federation.trainer.args)
     state = federation.start
     x, controls = doubled(state), [zeros(state) for _ in range(3)]
@@ -186,14 +187,14 @@ def test_scaffold_equals_option_two_in_float64_over_rounds(make_federation) -> N
         c = {key: sum(control[key] for control in controls) / 3 for key in x}
         for client in sampled:
             previous = stored.get(client)
-            scaffold.begin(state, previous)
+            scaffold.begin(state, previous, server.to_client(str(client)))
             delta = subtract(federation.local(state, client, scaffold), state)
             new = scaffold.finish(delta)
             own = controls[client]
             y, gradients = federation.local_in_float64(x, lambda v, own=own, c=c: {k: c[k] - own[k] for k in v}, lrs)
             if (round, client) in REFUSED:
                 continue
-            scaffold.accept(scaffold.to_server(), delta)
+            server.accept(str(client), scaffold.to_server(), delta)
             stored[client] = new
             deltas.append(delta)
             expected_deltas.append(subtract(y, x))
@@ -201,7 +202,7 @@ def test_scaffold_equals_option_two_in_float64_over_rounds(make_federation) -> N
                 key: sum(lr * gradient[key] for lr, gradient in zip(lrs, gradients, strict=True)) / sum(lrs)
                 for key in x
             }
-        scaffold.end_round()
+        server.end_round()
         controls = new_controls
         state = {k: tensor + sum(delta[k] for delta in deltas) / len(deltas) for k, tensor in state.items()}
         x = {k: tensor + sum(delta[k] for delta in expected_deltas) / len(deltas) for k, tensor in x.items()}
@@ -209,7 +210,7 @@ def test_scaffold_equals_option_two_in_float64_over_rounds(make_federation) -> N
         for client, control in stored.items():
             assert_close(control, controls[client], norm(controls[client]))
     c = {f"control.{key}": sum(control[key] for control in controls) / 3 for key in x}
-    assert_close(scaffold.state_dict(), c, norm(c))
+    assert_close(server.state_dict(), c, norm(c))
 
 
 def test_feddyn_equals_the_paper_in_float64_over_rounds(make_federation) -> None:
@@ -229,12 +230,10 @@ def test_feddyn_equals_the_paper_in_float64_over_rounds(make_federation) -> None
             )
             if (round, client) in REFUSED:
                 continue
-            objective.accept(objective.to_server(), delta)
             stored[client] = new
             deltas.append(delta)
             expected_deltas.append(subtract(v, w))
             own[client] = {k: own[client][k] - alpha * expected_deltas[-1][k] for k in w}
-        objective.end_round()
         mean = {k: sum(delta[k] for delta in deltas) / len(deltas) for k in state}
         state = server.step(state, mean, num_sampled=len(deltas))
         total = {k: sum(delta[k] for delta in expected_deltas) for k in w}
