@@ -243,6 +243,7 @@ def test_the_weight_is_left_alone_and_need_not_be_contiguous_or_without_gradient
 
 
 @pytest.mark.parametrize("r", [16, 100], ids=["krylov", "dense"])
+@pytest.mark.slow
 def test_one_thread_and_two_agree(r):
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(768, 1024, generator=generator) * torch.arange(1, 1025) ** -0.36

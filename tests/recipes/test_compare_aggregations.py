@@ -93,6 +93,7 @@ def compare(monkeypatch, capsys, options, tmp_path, *arguments):
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_comparison_prints_a_table_and_repeats_nothing(monkeypatch, capsys, options, tmp_path):
     own = ("--own", "ffa_lora", "weight_decay", "0.5")
     arguments = (*own, "--methods", "fedavg", "ffa_lora", "--seeds", "1", "--lr_scale", "50", "--search_rounds", "2")

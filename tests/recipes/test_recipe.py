@@ -118,6 +118,7 @@ def test_recipe_resumes_and_overrides_any_adapter_and_split(run, workspace):
     assert all("q_proj" in key for key in load_file(workspace / "out" / "adapter_model.safetensors"))
 
 
+@pytest.mark.slow
 def test_recipe_runs_under_accelerate_launch(workspace, tiny_model_dir):
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
     launch(workspace, tiny_model_dir, "--num_rounds", "1", launcher=launcher)

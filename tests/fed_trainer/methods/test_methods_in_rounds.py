@@ -199,7 +199,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.fast("fedavg", "fedsa_lora", "slora", "fedadam", "scaffold", "ditto")
+@pytest.mark.fast("fedavg", "slora", "scaffold", "ditto")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_path, variant):
     clients = make_clients(num_clients=4)

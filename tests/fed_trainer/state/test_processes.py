@@ -114,6 +114,7 @@ def test_the_others_get_what_the_first_computes_however_long_it_takes(tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_threads_have_the_time_to_let_go_before_a_process_ends(tmp_path):
     processes = [subprocess.Popen([sys.executable, "-c", ENDS_AT_ONCE, str(tmp_path), str(rank)]) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]

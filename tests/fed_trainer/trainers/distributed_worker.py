@@ -43,6 +43,11 @@ from peft_scl import FederaConfig, FederaLayer
 
 
 KIND, MODEL, FOLDER, SCOPE = sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+if KIND.startswith("zero") and SCOPE == "short":
+    import deepspeed.ops
+
+    # messages through shared memory, which has to be compiled and takes longer than all else here; gloo does it
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 SPLIT = ("zero3", "zero3_offload", "fsdp2")  # kinds that split the weights
 SWAPS = {"short": 20, "whole": 200}[SCOPE]
 LOCAL = {

@@ -199,6 +199,7 @@ def test_the_saved_file_holds_the_adapter_and_nothing_else(tmp_path):
     assert (saved["target_modules"], saved["exclude_modules"]) == (["mlp.down_proj"], None)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_the_import_and_then_gives_the_same_logits(tmp_path):
     base = ARCHITECTURES["llama"].build()
     base.save_pretrained(tmp_path / "base")

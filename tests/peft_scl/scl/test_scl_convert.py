@@ -407,6 +407,7 @@ _LOAD_WITHOUT_SCL = """
 """
 
 
+@pytest.mark.slow
 def test_the_command_writes_adapters_that_load_without_peft_scl(saved, tmp_path):
     output = str(tmp_path / "llama")
     command = [sys.executable, "-W", "error::RuntimeWarning", "-m", "peft_scl.convert", str(saved / "llama"), output]
