@@ -113,9 +113,8 @@ class Client:
         run goes on after round `done`. Then it is known as it was sent.
         """
         sent = set().union(*(self.plan.shared_keys(state, round) for round in range(1, min(done, 2) + 1)))
-        dtypes = {key: state[key].dtype for key in sent}
-        as_sent = self.plan.down.decode(self.plan.down.encode({key: state[key] for key in sent}), dtypes)
-        self._known = {**state, **as_sent}
+        shared = {key: state[key] for key in sent}
+        self._known = {**state, **self.plan.down.decode(self.plan.down.encode(shared), shared)}
 
     def turn(self, packet: Packet) -> Packet:
         """
@@ -154,8 +153,9 @@ class Client:
         client, round = meta["client"], meta["round"]
         kept = self.store.read(client, meta["counted"])
         settings = plan.settings_of(client, meta["rank"])
-        dtypes = {key: tensor.dtype for key, tensor in self._known.items()}
-        sent = {**plan.down.decode(packet.part(STATE), dtypes), **packet.part(DRAWN)}
+        known = {key: self._known[key] for key in plan.shared_keys(self._known, round)}
+        like = {**self._known, **plan.cut_to_rank(known, settings)}
+        sent = {**plan.down.decode(packet.part(STATE), like), **packet.part(DRAWN)}
         self._known |= {key: tensor for key, tensor in sent.items() if tensor.shape == self._known[key].shape}
         whole = {key: _padded(tensor, self._known[key].shape) for key, tensor in sent.items()}
         state = {**self._known, **whole}

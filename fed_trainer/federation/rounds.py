@@ -153,7 +153,13 @@ class Federation:
             NothingTrainedError: If no client has changed anything of what it trains.
             TooFewClientsError: If fewer updates of a round can be used than it needs.
             BrokenStateError: If the model cannot compute with the new state; the one before holds.
+            NotImplementedError: If the method changes base weights, of which the clients elsewhere would not learn.
         """
+        if self.server.plan.method.moves_base and not self.transport.shares_base:
+            raise NotImplementedError(
+                f"`aggregation={self.args.aggregation!r}` changes base weights, which {type(self.transport).__name__} "
+                "does not take to the clients. Use 'fedavg', or train all clients in this process."
+            )
         lr_factors = round_lr_factors(self.args)  # `num_rounds` may have been raised since
         for number in range(self.done + 1, self.args.num_rounds + 1):
             round = Round(number, lr_factors[number - 1])

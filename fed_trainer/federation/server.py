@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 import torch
 
-from ..methods.aggregation import ClientUpdate
+from ..methods.aggregation import Aggregator, ClientUpdate
 from ..methods.aggregation.limits import largest_product, product_limit, value_limits
 from ..methods.objectives import ServerHalf
 from ..methods.server_optimizers import ServerOptimizer
@@ -163,7 +163,7 @@ class Server:
         update = ClientUpdate(
             reply.client,
             meta.get("num_examples"),  # type: ignore[arg-type]
-            self.plan.up.decode(packet.part(DELTA), {key: tensor.dtype for key, tensor in asked.items()}),
+            self.plan.up.decode(packet.part(DELTA), asked),
             meta["figures"],
             num_steps=meta.get("num_steps"),
             base_digest=meta.get("base_digest"),
@@ -314,10 +314,15 @@ class Server:
 
     # What the next round depends on beside the global state
 
+    @property
+    def _parts(self) -> dict[str, Aggregator | ServerOptimizer | ServerHalf]:
+        return {"rule": self.rule, "optimizer": self.optimizer, "objective": self.objective}
+
     def state_dict(self) -> AdapterState:
-        """State of the server optimiser and of the server's part of the local objective, by flat names."""
-        state = {f"optimizer.{key}": tensor for key, tensor in self.optimizer.state_dict().items()}
-        return state | {f"objective.{key}": tensor for key, tensor in self.objective.state_dict().items()}
+        """What the rule, the server optimiser and the server's part of the local objective remember, by flat names."""
+        return {
+            f"{name}.{key}": tensor for name, part in self._parts.items() for key, tensor in part.state_dict().items()
+        }
 
     def forget(self) -> None:
         """Begin anew, because other tensors travel from now on."""
@@ -330,9 +335,9 @@ class Server:
 
     def load_state_dict(self, state: AdapterState) -> None:
         """Take over a `state_dict`."""
-        parts: dict[str, AdapterState] = {"optimizer": {}, "objective": {}}
+        states: dict[str, AdapterState] = {name: {} for name in self._parts}
         for entry, tensor in state.items():
-            part, _, key = entry.partition(".")
-            parts[part][key] = tensor
-        self.optimizer.load_state_dict(parts["optimizer"])
-        self.objective.load_state_dict(parts["objective"])
+            name, _, key = entry.partition(".")
+            states[name][key] = tensor
+        for name, part in self._parts.items():
+            part.load_state_dict(states[name])

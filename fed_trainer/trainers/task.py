@@ -75,7 +75,7 @@ class FederatedTaskTrainer(FederatedMixin, LossProbeMixin, Trainer):
     ```
     """
 
-    _config_class = FederatedTaskConfig
+    _config_class: type[FederationArguments] = FederatedTaskConfig
 
     def __init__(
         self,

@@ -12,7 +12,15 @@ __all__ = ["Transport"]
 
 
 class Transport(ABC):
-    """Carries the packets of a round to clients, and their answers back."""
+    """
+    Carries the packets of a round to clients, and their answers back.
+
+    Attributes:
+        shares_base (`bool`):
+            Whether the base model of the clients is the server's own: what is added to it is not in a packet.
+    """
+
+    shares_base: bool = False
 
     @abstractmethod
     def exchange(self, packets: Mapping[str, Packet], round: int, timeout: float | None = None) -> Iterator[Reply]:

@@ -35,6 +35,8 @@ class InProcess(Transport):
             Takes the turns of all of them.
     """
 
+    shares_base = True
+
     def __init__(self, client: TakesTurns) -> None:
         self._client = client
 

@@ -144,6 +144,23 @@ class Aggregator(ABC):
         """
         return {}
 
+    def state_dict(self) -> AdapterState:
+        """What the rule remembers between rounds, as flat names for safetensors; copies. Nothing for most rules."""
+        return {}
+
+    def load_state_dict(self, state: AdapterState) -> None:
+        """
+        Take over a `state_dict`; an empty one is that of a rule that has seen no round.
+
+        Raises:
+            ValueError: If it is that of another rule.
+        """
+        if state:
+            raise ValueError(
+                f"The state has {next(iter(state))!r}, which {type(self).__name__} does not keep. Resume with the "
+                "aggregation the run was started with."
+            )
+
 
 def check_weights(weights: object, name: str = "weights", choices: tuple[str, ...] = WEIGHTS) -> None:
     """Refuse what is no way to weight clients."""

@@ -349,3 +349,9 @@ class NormBounding(Aggregator):
     @property
     def base_change(self) -> dict[str, LowRank]:
         return self.aggregator.base_change
+
+    def state_dict(self) -> AdapterState:
+        return self.aggregator.state_dict()
+
+    def load_state_dict(self, state: AdapterState) -> None:
+        self.aggregator.load_state_dict(state)

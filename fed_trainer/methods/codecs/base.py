@@ -55,15 +55,15 @@ class Step(ABC):
         """
 
     @abstractmethod
-    def decode(self, state: AdapterState, dtypes: Mapping[str, torch.dtype]) -> AdapterState:
+    def decode(self, state: AdapterState, like: Mapping[str, torch.Tensor]) -> AdapterState:
         """
         What was meant by what came in; it may be anything, and what is not as `encode` makes it is left as it is.
 
         Args:
             state (`dict[str, torch.Tensor]`):
                 What came in.
-            dtypes (`Mapping[str, torch.dtype]`):
-                The dtypes that the tensors had before.
+            like (`Mapping[str, torch.Tensor]`):
+                Tensors of the names, shapes and dtypes that were encoded: what comes in may lie about them.
         """
 
 
@@ -87,10 +87,10 @@ class Pipeline:
             state = step.encode(state, seed)
         return state
 
-    def decode(self, state: AdapterState, dtypes: Mapping[str, torch.dtype]) -> AdapterState:
+    def decode(self, state: AdapterState, like: Mapping[str, torch.Tensor]) -> AdapterState:
         """What was meant; see [`Step.decode`]."""
         for step in reversed(self.steps):
-            state = step.decode(state, dtypes)
+            state = step.decode(state, like)
         return state
 
     @property

@@ -56,18 +56,18 @@ class DtypeStep(Step):
             encoded[key] = nearest if self.rounding == "nearest" else _drawn(tensor, nearest, generator)
         return encoded
 
-    def decode(self, state: AdapterState, dtypes: Mapping[str, torch.dtype]) -> AdapterState:
+    def decode(self, state: AdapterState, like: Mapping[str, torch.Tensor]) -> AdapterState:
         return {
-            key: tensor.to(dtypes[key]) if self._was_narrowed(tensor, dtypes.get(key)) else tensor
+            key: tensor.to(like[key].dtype) if self._was_narrowed(tensor, like.get(key)) else tensor
             for key, tensor in state.items()
         }
 
     def _narrows(self, dtype: torch.dtype) -> bool:
         return dtype.is_floating_point and dtype.itemsize > self.dtype.itemsize
 
-    def _was_narrowed(self, tensor: object, dtype: torch.dtype | None) -> bool:
+    def _was_narrowed(self, tensor: object, before: torch.Tensor | None) -> bool:
         is_plain = type(tensor) is torch.Tensor and tensor.dtype == self.dtype
-        return is_plain and dtype is not None and self._narrows(dtype)
+        return is_plain and before is not None and self._narrows(before.dtype)
 
 
 def _drawn(value: torch.Tensor, nearest: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -59,6 +59,8 @@ def combined(name: str, updates: list[ClientUpdate], **options: Any) -> dict[str
 @pytest.mark.parametrize(("name", "option"), WEIGHTED)
 def test_every_rule_with_weights(name: str, option: str) -> None:
     """The same as numbers of examples that are the tokens, or all one."""
+    takes = inspect.signature(METHODS[name].rule).parameters
+    assert option in takes, f"give {name!r} the option `weights`, or enter it into OPTION or BY_VALUES_ALONE above"
     by_tokens = [replace(update, num_examples=update.num_tokens or 0) for update in UPDATES]
     alike = [replace(update, num_examples=1) for update in UPDATES]
     expected = {"examples": UPDATES, "tokens": by_tokens, "uniform": alike}

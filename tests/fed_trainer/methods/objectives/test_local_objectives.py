@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,15 @@ def term_of(objective: LocalObjective, parameters: dict[str, nn.Parameter]) -> t
 
 
 def begun(name: str) -> LocalObjective:
-    objective = {
+    kinds: dict[str, Callable[[], LocalObjective]] = {
         "ditto": lambda: Ditto(0.3),
         "fedprox": lambda: FedProx(0.3),
         "feddyn": lambda: FedDynRegularizer(0.3),
         "scaffold": lambda: Scaffold(num_clients=10),
         "rank_pruning": lambda: RankPruning(PAIRS, decay=0.5, penalty_weight=0.3),
-    }[name]()
+    }
+    assert name in kinds, f"add {name!r} to `begun`, and what it adds to the loss to `term_of`"
+    objective = kinds[name]()
     assert type(objective) is LOCAL_OBJECTIVES[name]
     objective.begin(
         random_state(SHAPES, 0), {"rank": torch.tensor(3)} if name == "rank_pruning" else random_state(SHAPES, 2)
