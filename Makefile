@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 NEWEST := .venv-newest
-# Quantisation libraries, for the tests of quantised bases only: PEFT imports them whenever it can, and they print to stderr
-# and take seconds
+# Quantisation libraries, for the tests of quantised bases only: PEFT imports them whenever it can, and they print to
+# stderr and take seconds
 QUANTIZATION := .venv/quantization
-# DeepSpeed, for tests/test_distributed.py only: where it can be imported, Accelerate, PEFT and TRL do so, which takes seconds
+# DeepSpeed, for the tests that launch it only: where it can be imported, Accelerate, PEFT and TRL do so, which takes
+# seconds
 DEEPSPEED := .venv/deepspeed
 
-.PHONY: env demo test quality conformance conformance-fast conformance-newest clean
+.PHONY: env demo test test-all quality conformance conformance-fast conformance-newest clean
 
 env: $(STAMP)
 
@@ -25,8 +26,14 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)
 	$(BIN)/python recipes/offline/demo.py --output_dir out/demo
 
+PYTEST := PYTHONPATH=$(QUANTIZATION) DEEPSPEED_FOLDER=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -n 2 --dist worksteal
+
 test: $(STAMP)
-	PYTHONPATH=$(QUANTIZATION) DEEPSPEED_FOLDER=$(abspath $(DEEPSPEED)) $(BIN)/python -m pytest -n 2
+	$(PYTEST)
+
+# what is marked as slow, too: it repeats with more methods, adapters and engines what `make test` tests with some
+test-all: $(STAMP)
+	$(PYTEST) -m "not gpu"
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -36,8 +36,9 @@ setup(
     packages=find_packages(include=["peft_scl", "peft_scl.*", "fed_trainer", "fed_trainer.*"]),
     entry_points={"console_scripts": ["scl-to-lora=peft_scl.convert:main"]},
     package_data={"peft_scl": ["py.typed"], "fed_trainer": ["py.typed"]},
-    # Lower bounds are the versions this was developed and tested with; nothing is known about older ones. The upper bounds
-    # of peft, transformers and trl stand because a tuner and a trainer rely on their internals (docs/federation.md).
+    # Lower bounds are the versions this was developed and tested with; nothing is known about older ones. The upper
+    # bounds of peft, transformers and trl stand because a tuner and a trainer rely on their internals
+    # (docs/federation.md).
     install_requires=[
         "accelerate>=1.15",
         "datasets>=5.2",

@@ -3,14 +3,15 @@
 """
 Speed and memory of averaging many client updates, read from safetensors files one at a time.
 
-- `throughput_ratio`: a plain loop that reads the same files and adds them up, over reading, validating and aggregating them, in
-  seconds. Both take turns, a block of clients each, so that other load on the machine falls on both.
-- `memory_in_adapters`: peak resident memory of a process that aggregates the updates and steps, beyond what it holds with the
-  global adapter, in adapters; the largest of several numbers of clients, each in a process of its own.
+- `throughput_ratio`: a plain loop that reads the same files and adds them up, over reading, validating and aggregating
+  them, in seconds. Both take turns, a block of clients each, so that other load on the machine falls on both.
+- `memory_in_adapters`: peak resident memory of a process that aggregates the updates and steps, beyond what it holds
+  with the global adapter, in adapters; the largest of several numbers of clients, each in a process of its own.
 - `speedup_over_flower`: reading the files and averaging them with the function that Flower's strategies call
-  (`aggregate_arrayrecords`), over the same with `FedAvg`, validation included, in seconds. The function takes Flower's own
-  records, so the arrays are put into those in between; `speedup_over_flower_without_wrapping` leaves that out.
-  `speedup_over_flower_in_memory` starts, on both sides, from updates that are in memory already, and does not validate. Flower runs in an environment of its own, `.venv/flower`, made if it is not there.
+  (`aggregate_arrayrecords`), over the same with `FedAvg`, validation included, in seconds. The function takes
+  Flower's own records, so the arrays are put into those in between; `speedup_over_flower_without_wrapping` leaves
+  that out. `speedup_over_flower_in_memory` starts, on both sides, from updates that are in memory already, and does
+  not validate. Flower runs in an environment of its own, `.venv/flower`, made if it is not there.
 
 The clients cycle through a few files; after the first pass they come from the page cache, on all sides.
 
@@ -66,7 +67,8 @@ in_memory = time.perf_counter()
 mean = aggregate_arrayrecords(records, "num-examples")
 end = time.perf_counter()
 save_file({key: array.numpy().astype(np.float32) for key, array in mean.items()}, output)
-print(json.dumps({"all": end - start, "without_wrapping": end - in_memory + read - start, "in_memory": end - in_memory}))
+in_memory_only = end - in_memory
+print(json.dumps({"all": end - start, "without_wrapping": in_memory_only + read - start, "in_memory": in_memory_only}))
 """
 
 
@@ -110,7 +112,10 @@ def update_of(files: list[str], client: int) -> ClientUpdate:
 
 
 def zeros_like(file: str) -> AdapterState:
-    """Without reading it: what is read once stays with the allocator, and would hide in the memory the process begins with."""
+    """
+    Without reading it: what is read once stays with the allocator, and would hide in the memory the process
+    begins with.
+    """
     with safe_open(file, "pt") as tensors:
         state = {key: torch.empty(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     return {key: tensor.fill_(0.0) for key, tensor in state.items()}

@@ -56,7 +56,9 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is run on one task: budgets of trainable parameters, the first guess of the learning rate, and when to look."""
+    """
+    What is run on one task: budgets of trainable parameters, the first guess of the learning rate, and when to look.
+    """
 
     tasks: list[Task]  # variants of the data; the learning rate is chosen on the first
     budgets: list[int]  # [0] if the methods have none
@@ -84,7 +86,10 @@ class Runs:
         self, setting: Setting, task: Task, method: Method, budget: int, learning_rate: float, seed: int
     ) -> dict[str, Any] | None:
         """The figures of a run; None if the method has no member at this budget."""
-        key = f"{task.name} | {method.name} | {budget} | {learning_rate:.3g} | {seed} | {self.num_rounds or task.num_rounds}"
+        key = (
+            f"{task.name} | {method.name} | {budget} | {learning_rate:.3g} | {seed} | "
+            f"{self.num_rounds or task.num_rounds}"
+        )
         if key not in self.finished:
             member = method.member(task, budget)
             if member is None:
@@ -122,7 +127,9 @@ class Runs:
 def choose_learning_rate(
     runs: Runs, setting: Setting, method: Method, budget: int, first: float, search: bool
 ) -> float | None:
-    """The best learning rate on the validation split with seed 0; climbs from `first` until both neighbours are worse."""
+    """
+    The best learning rate on the validation split with seed 0; climbs from `first` until both neighbours are worse.
+    """
 
     def score(step: int) -> float:
         run = runs(setting, setting.tasks[0], method, budget, first * setting.factor**step, 0)
@@ -211,7 +218,8 @@ def table(rows: list[dict[str, Any]], metric: str, sign: int) -> str:
             curve = " | ".join(f"{row['curve'][index]:.3f}" if index in row["curve"] else "-" for index in rounds)
             cross = row["cross_term"]
             lines += [
-                f"| {row['method']} | {row['rank'] or '-'} | {layers} | {row['adapter_parameters']} | {row['learning_rate']:.2g} | {curve} | "
+                f"| {row['method']} | {row['rank'] or '-'} | {layers} | {row['adapter_parameters']} | "
+                f"{row['learning_rate']:.2g} | {curve} | "
                 + ("-" if row["sd"] is None else f"{row['sd']:.3f}")
                 + (f" | {cross['first']:.3f} to {cross['last']:.3f} |" if cross else " | - |")
             ]

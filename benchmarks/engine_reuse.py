@@ -1,28 +1,31 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What changing from one client to the next costs beyond its optimiser steps, with the engine kept and with one built anew.
+What changing from one client to the next costs beyond its optimiser steps, with the engine kept and with one built
+anew.
 
-Each engine is launched as users launch it (`recipes/accelerate`; ZeRO with two processes on the CPU). In one process, on the
-same prepared data, the sides take their turns with every client, in a shuffled order:
+Each engine is launched as users launch it (`recipes/accelerate`; ZeRO with two processes on the CPU). In one process,
+on the same prepared data, the sides take their turns with every client, in a shuffled order:
 
 * kept: `local_rounds` of a `FederatedTrainer`;
-* fresh_trainer (plain): write the state into the loaded model, `SFTTrainer(...)`, `train()`, read the state; arguments,
+* fresh_trainer (plain): write the state into the loaded model, `SFTTrainer(...)`, `train()`, read the state;
+arguments,
   tokeniser and tokens are there already;
 * fresh_model (plain): the same, with the base model loaded anew;
-* rewrap (ZeRO-2, ZeRO-3): write the state, let `train()` of a trainer that stays destroy its engine and prepare another one,
-  read the state.
+* rewrap (ZeRO-2, ZeRO-3): write the state, let `train()` of a trainer that stays destroy its engine and prepare
+  another one, read the state.
 
-All have to arrive at the same adapter. A step lasts from fetching its batch to the end of its update; what is left of a turn
-counts. The garbage of the turn before is collected off the clock. Most of what `train()` adds to its steps is one
-`gc.collect()`, which looks at everything that was ever imported and which a kept engine saves. So all is measured twice:
-as it is, and (`_frozen`) after a `gc.freeze()`, which keeps the imports out of it.
+All have to arrive at the same adapter. A step lasts from fetching its batch to the end of its update; what is left of
+a turn counts. The garbage of the turn before is collected off the clock. Most of what `train()` adds to its steps is
+one `gc.collect()`, which looks at everything that was ever imported and which a kept engine saves. So all is measured
+twice: as it is, and (`_frozen`) after a `gc.freeze()`, which keeps the imports out of it.
 
     python benchmarks/engine_reuse.py --engines plain
     python benchmarks/engine_reuse.py --model MODEL --dataset_name DATA --prompt_column question \
         --completion_column answer --client_column collection --json
 
-With `--json` the last line is one JSON object; its ratios are kept over the other (small is good), medians over repetitions.
+With `--json` the last line is one JSON object; its ratios are kept over the other (small is good), medians over
+repetitions.
 """
 
 import argparse
@@ -171,7 +174,8 @@ class Rewrap(Side):
     """One trainer, which builds a new DeepSpeed engine around its model for every client."""
 
     def __init__(self, args: argparse.Namespace, folder: str, tokenizer: Any, dataset: Dataset) -> None:
-        # not before the other trainer is built: Accelerate takes one DeepSpeed plugin, and new arguments reset its state
+        # not before the other trainer is built: Accelerate takes one DeepSpeed plugin, and new arguments reset its
+        # state
         config = SFTConfig(**settings(args, folder), dataset_kwargs={"skip_prepare_dataset": True})
         split_all_weights(config)
         self.trainer = SFTTrainer(
@@ -337,8 +341,10 @@ def check_deepspeed(folder: str | None) -> None:
     """Refuse to start what would fail after minutes."""
     if importlib.util.find_spec("deepspeed") is None and not Path(folder or "", "deepspeed").is_dir():
         sys.exit(
-            "DeepSpeed cannot be imported, so ZeRO cannot be measured. Install it (`pip install peft-scl[deepspeed] ninja`), say "
-            "where it is with --deepspeed_folder (`make env` puts it into .venv/deepspeed), or leave ZeRO out with `--engines plain`."
+            "DeepSpeed cannot be imported, so ZeRO cannot be measured. Install it (`pip install peft-scl[deepspeed] "
+            "ninja`), say "
+            "where it is with --deepspeed_folder (`make env` puts it into .venv/deepspeed), or leave ZeRO out with "
+            "`--engines plain`."
         )
 
 
@@ -351,7 +357,8 @@ def main() -> None:
         check_deepspeed(args.deepspeed_folder)
     result: dict[str, Any] = {}
     print(
-        f"{args.num_clients} clients, {args.max_steps} steps of batch {args.batch_size}, {args.threads} threads per process"
+        f"{args.num_clients} clients, {args.max_steps} steps of batch {args.batch_size}, {args.threads} threads per "
+        f"process"
     )
     print(f"{'':<8} {'':<14} {'ms per client beyond its steps':>32}   {'kept over it':<22} apart")
     for engine in args.engines:

@@ -3,21 +3,21 @@
 """
 Time, error and memory of a FeDeRA start and of PEFT's `init_lora_weights="pissa"` and `"pissa_niter_16"`.
 
-Each side wraps one `nn.Linear` that holds the same weight: principal factors, and the residual written back. The sides take
-turns in one process; a speedup is the median over the rounds of the time of PEFT over ours in the same round. The full SVD of
-`pissa` takes minutes on the large shapes, so it runs in the first round only there (`--pissa_repetitions`). The error is
-the norm of the residual, as written back, over that of the best approximation of rank `r`, from the eigenvalues of the float64
-Gram matrix. Memory is the peak of the bytes that torch's operations allocate, over those of the weight as stored; workspaces inside
-LAPACK are not counted.
+Each side wraps one `nn.Linear` that holds the same weight: principal factors, and the residual written back. The
+sides take turns in one process; a speedup is the median over the rounds of the time of PEFT over ours in the same
+round. The full SVD of `pissa` takes minutes on the large shapes, so it runs in the first round only there
+(`--pissa_repetitions`). The error is the norm of the residual, as written back, over that of the best approximation
+of rank `r`, from the eigenvalues of the float64 Gram matrix. Memory is the peak of the bytes that torch's
+operations allocate, over those of the weight as stored; workspaces inside LAPACK are not counted.
 
-The spectra are `gaussian` (independent entries), `decaying` (singular values fall as `i ** -0.36`, the median over the dense
-weights of all-MiniLM-L6-v2) and `steep` (`1 / i`).
+The spectra are `gaussian` (independent entries), `decaying` (singular values fall as `i ** -0.36`, the median over
+the dense weights of all-MiniLM-L6-v2) and `steep` (`1 / i`).
 
     python benchmarks/federa_init.py
     python benchmarks/federa_init.py --shapes 1024x4096 --dtypes bfloat16 --r 64 --json
 
-With `--json` the last line is one JSON object; the two speedups are the smallest and `error_over_optimal` the largest over the
-large weights (4096 rows or columns and more).
+With `--json` the last line is one JSON object; the two speedups are the smallest and `error_over_optimal` the
+largest over the large weights (4096 rows or columns and more).
 """
 
 import argparse
@@ -70,8 +70,8 @@ def federa(model: nn.Module, r: int) -> PeftModel:
     return get_peft_model(model, FederaConfig(r=r, lora_alpha=2 * r, target_modules=["linear"]))
 
 
-def pissa(model: nn.Module, r: int, init: str) -> PeftModel:
-    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["linear"], init_lora_weights=init)  # type: ignore[arg-type]
+def pissa(model: nn.Module, r: int, init: Any) -> PeftModel:
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["linear"], init_lora_weights=init)
     return get_peft_model(model, config)
 
 

@@ -7,12 +7,13 @@ FeDeRA against LoRA, BitFit and full fine-tuning: federated intent classificatio
     python benchmarks/federa_vs_lora.py --data BANKING77 --json
     python benchmarks/federa_vs_lora.py --data BANKING77 --quick --json
 
-MiniLM-L6 (22 million parameters) on BANKING77 with ten clients: Dirichlet 0.1, Dirichlet 0.5 and IID. Every method's learning
-rate is chosen with seed 0 on the validation split at Dirichlet 0.5; then all three partitions are run with three seeds. After
-every second round accuracy and macro-F1 on held-out sentences, and how far the weights moved in length and in direction.
+MiniLM-L6 (22 million parameters) on BANKING77 with ten clients: Dirichlet 0.1, Dirichlet 0.5 and IID. Every
+method's learning rate is chosen with seed 0 on the validation split at Dirichlet 0.5; then all three partitions are
+run with three seeds. After every second round accuracy and macro-F1 on held-out sentences, and how far the weights
+moved in length and in direction.
 
-Finished runs are kept in `--results` (JSON lines) and not repeated. `--quick` runs two methods for two rounds with one seed and
-one learning rate. With `--json` the last line is one JSON object.
+Finished runs are kept in `--results` (JSON lines) and not repeated. `--quick` runs two methods for two rounds with
+one seed and one learning rate. With `--json` the last line is one JSON object.
 """
 
 import argparse
@@ -114,11 +115,13 @@ def more(rows: list[dict[str, Any]]) -> str:
         moves = ["-", "-"]
         if row["movement"]:
             moves = [
-                f"{statistics.mean(row['movement']['round_magnitude']):.2e}, {statistics.mean(row['movement']['round_direction']):.2e}",
+                f"{statistics.mean(row['movement']['round_magnitude']):.2e}, "
+                f"{statistics.mean(row['movement']['round_direction']):.2e}",
                 f"{row['movement']['total_magnitude'][-1]:.2e}, {row['movement']['total_direction'][-1]:.2e}",
             ]
         lines += [
-            f"| {row['task']} | {row['method']} | {row['macro_f1']:.3f}{spread} | {reached} | {moves[0]} | {moves[1]} |"
+            f"| {row['task']} | {row['method']} | {row['macro_f1']:.3f}{spread} | {reached} | {moves[0]} | "
+            f"{moves[1]} |"
         ]
     return "\n".join(lines)
 

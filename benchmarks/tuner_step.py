@@ -3,18 +3,18 @@
 """
 Time and memory of a training step with SCL and with PEFT's LoRA, at equal trainable parameters.
 
-A step is forward, backward and AdamW over a stack of Llama blocks (no embedding, no head). All sides are built once, with the
-same frozen weights, and take their steps in turn, in one process; a ratio is the median over the rounds of the time of one
-side over that of LoRA on the down projections in the same round. Memory is the peak of all live tensors (weights, gradients,
-optimiser, activations) in a step, counted tensor by tensor on the CPU, or the peak of CUDA's allocator; `memory_ratio` leaves the
-frozen weights out, which are the same on both sides.
+A step is forward, backward and AdamW over a stack of Llama blocks (no embedding, no head). All sides are built
+once, with the same frozen weights, and take their steps in turn, in one process; a ratio is the median over the
+rounds of the time of one side over that of LoRA on the down projections in the same round. Memory is the peak of
+all live tensors (weights, gradients, optimiser, activations) in a step, counted tensor by tensor on the CPU, or the
+peak of CUDA's allocator; `memory_ratio` leaves the frozen weights out, which are the same on both sides.
 
     python benchmarks/tuner_step.py
     python benchmarks/tuner_step.py --hidden_sizes 2048 --dtype bfloat16 --json
     python benchmarks/tuner_step.py --device cuda --dtype bfloat16 --json
 
-With `--json` the last line is one JSON object; `time_ratio` and `memory_ratio` are the default `SclConfig` over LoRA on the down
-projections at the largest hidden size.
+With `--json` the last line is one JSON object; `time_ratio` and `memory_ratio` are the default `SclConfig` over
+LoRA on the down projections at the largest hidden size.
 """
 
 import argparse
@@ -222,10 +222,12 @@ def main() -> None:
     for hidden in args.hidden_sizes:
         results[hidden] = figures = measure(args, hidden)
         print(
-            f"\nhidden {hidden}, {args.num_layers} layers, {args.tokens[0]} x {args.tokens[1]} tokens, {args.dtype}, {args.device}"
+            f"\nhidden {hidden}, {args.num_layers} layers, {args.tokens[0]} x {args.tokens[1]} tokens, "
+            f"{args.dtype}, {args.device}"
         )
         print(
-            f"{'':<38} {'trainable':>9} {'s/step':>7} {'time':>6} {'(range)':>14} {'memory':>7} {'total':>6} {'forward/base':>13}"
+            f"{'':<38} {'trainable':>9} {'s/step':>7} {'time':>6} {'(range)':>14} {'memory':>7} {'total':>6} "
+            f"{'forward/base':>13}"
         )
         for name, row in figures.items():
             spread = f"({row['time_ratio_min']:.2f}-{row['time_ratio_max']:.2f})"

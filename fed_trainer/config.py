@@ -59,7 +59,8 @@ _MAPPINGS = (
 @dataclass
 class FederationArguments(_Arguments):
     """
-    What a federation adds to any [`~transformers.TrainingArguments`]: `class MyConfig(FederationArguments, SomeConfig)`.
+    What a federation adds to any [`~transformers.TrainingArguments`]:
+    `class MyConfig(FederationArguments, SomeConfig)`.
 
     The fields are explained in [`FederatedConfig`].
     """
@@ -75,8 +76,8 @@ class FederationArguments(_Arguments):
     clients_per_round: NumberOrFraction | None = field(
         default=None,
         metadata={
-            "help": "Clients sampled per round: a number (1, 2, ...) or a fraction of all clients (0.1, ..., 1.0 for all). All "
-            "clients if not given."
+            "help": "Clients sampled per round: a number (1, 2, ...) or a fraction of all clients (0.1, ..., 1.0 "
+            "for all). All clients if not given."
         },
     )
     min_clients: int = field(default=1, metadata={"help": "Usable updates that a round needs."})
@@ -89,7 +90,8 @@ class FederationArguments(_Arguments):
     keep_optimizer_state: bool = field(
         default=False,
         metadata={
-            "help": "Whether the local optimiser of a client goes on from its last local round, instead of starting afresh."
+            "help": "Whether the local optimiser of a client goes on from its last local round, instead of "
+            "starting afresh."
         },
     )
     aggregation: str = field(
@@ -197,7 +199,8 @@ class FederationArguments(_Arguments):
         for name, names in choices:
             if getattr(self, name) not in names:
                 raise ValueError(
-                    f"`{name}` should be one of {sorted(names, key=str)} but the value passed is {getattr(self, name)!r}"
+                    f"`{name}` should be one of {sorted(names, key=str)} but the value passed is "
+                    f"{getattr(self, name)!r}"
                 )
         if self.initial_adapter_revision is not None and self.initial_adapter is None:
             raise ValueError(
@@ -205,8 +208,8 @@ class FederationArguments(_Arguments):
             )
         if self.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                f"`hub_strategy={HubStrategy(self.hub_strategy).value!r}` would push checkpoint folders. Use 'every_save' (one commit per "
-                "saved round) or 'end'."
+                f"`hub_strategy={HubStrategy(self.hub_strategy).value!r}` would push checkpoint folders. Use "
+                "'every_save' (one commit per saved round) or 'end'."
             )
         self._refuse_local_evaluation_and_saving()
 
@@ -214,13 +217,13 @@ class FederationArguments(_Arguments):
         """Refuse a local round without a step, and a schedule that it could not follow."""
         if self.max_steps != -1 and not self.max_steps >= 1:
             raise ValueError(
-                "`max_steps` is the budget of a client in a round, so it should be at least 1 (or left out, for `num_train_epochs`), but "
-                f"the value passed is {self.max_steps!r}"
+                "`max_steps` is the budget of a client in a round, so it should be at least 1 (or left out, for "
+                f"`num_train_epochs`), but the value passed is {self.max_steps!r}"
             )
         if self.max_steps == -1 and not self.num_train_epochs > 0:
             raise ValueError(
-                "`num_train_epochs` is the budget of a client in a round, so it should be positive (or `max_steps` be set), but the value "
-                f"passed is {self.num_train_epochs!r}"
+                "`num_train_epochs` is the budget of a client in a round, so it should be positive (or `max_steps` "
+                f"be set), but the value passed is {self.num_train_epochs!r}"
             )
         steps = -1 if self.client_settings else self.max_steps  # a client may have a budget of its own
         kwargs: Any = self.lr_scheduler_kwargs  # `TrainingArguments` has read its JSON
@@ -229,8 +232,8 @@ class FederationArguments(_Arguments):
     def _refuse_local_evaluation_and_saving(self) -> None:
         if self.eval_strategy != "no":
             raise ValueError(
-                f"`eval_strategy={IntervalStrategy(self.eval_strategy).value!r}` would evaluate in the middle of a client's local steps. "
-                "Leave it at 'no' and set `eval_rounds`."
+                f"`eval_strategy={IntervalStrategy(self.eval_strategy).value!r}` would evaluate in the middle of a "
+                "client's local steps. Leave it at 'no' and set `eval_rounds`."
             )
         if self.load_best_model_at_end:
             raise ValueError(
@@ -239,8 +242,8 @@ class FederationArguments(_Arguments):
             )
         if self.enable_jit_checkpoint:
             raise ValueError(
-                "`enable_jit_checkpoint=True` would save in the middle of a client's local steps. Leave it out: a run that is stopped goes on "
-                "from its last round with `train(resume_from_checkpoint=True)`."
+                "`enable_jit_checkpoint=True` would save in the middle of a client's local steps. Leave it out: a "
+                "run that is stopped goes on from its last round with `train(resume_from_checkpoint=True)`."
             )
         if self.auto_find_batch_size:
             raise ValueError(
@@ -271,45 +274,50 @@ class FederatedConfig(FederationArguments, SFTConfig):
             clients (`1`, `2`, ...), or a fraction of all clients (`0.1`; `1.0` is all of them, `1` is one client). All
             clients if not given.
         min_clients (`int`, *optional*, defaults to `1`):
-            Usable updates that a round needs. A client whose local round fails (an exception, out of memory, too slow), or
-            whose update cannot be used (values that are not finite, ...), is named in the log and the record, and left out.
+            Usable updates that a round needs. A client whose local round fails (an exception, out of memory, too
+            slow), or whose update cannot be used (values that are not finite, ...), is named in the log and the
+            record, and left out.
         client_retries (`int`, *optional*, defaults to `0`):
             How often the local round of a client that failed is tried again, from the same start with the same seed.
         client_timeout (`float`, *optional*):
-            Seconds after which a local round counts as failed, looked at after every optimiser step; no limit if not given.
+            Seconds after which a local round counts as failed, looked at after every optimiser step; no limit
+            if not given.
         keep_optimizer_state (`bool`, *optional*, defaults to `False`):
-            Whether what the local optimiser of a client remembers (moments, numbers of steps) is kept on disk and goes on in its next
-            local round, instead of starting afresh. The learning rate follows its schedules either way.
+            Whether what the local optimiser of a client remembers (moments, numbers of steps) is kept on disk and goes
+            on in its next local round, instead of starting afresh. The learning rate follows its schedules either way.
         round_lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
             Schedule of the learning rate *over rounds*, a name that `transformers.get_scheduler` knows without further
             arguments (`"constant"`, `"linear"`, `"cosine"`, ...) or metrics. Round `t` of `T` trains with
             `learning_rate` times the factor of step `t - 1` of `T`.
         initial_adapter (`str`, *optional*):
-            Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings its
-            own PEFT config.
+            Adapter to start from, a folder or a Hub id, for instance the result of an earlier federation. It brings
+            its own PEFT config.
         initial_adapter_revision (`str`, *optional*):
             Branch, tag or commit of `initial_adapter` on the Hub.
 
         > Parameters that control the aggregation
 
         aggregation (`str`, *optional*, defaults to `"fedavg"`):
-            How client updates become the next global adapter, a name in `fed_trainer.methods.aggregation.METHODS`. `"fedavg"`: mean
-            weighted by the clients' numbers of examples (McMahan et al., 2017), or otherwise with `weights`.
+            How client updates become the next global adapter, a name in
+            `fed_trainer.methods.aggregation.METHODS`. `"fedavg"`: mean weighted by the clients' numbers of
+            examples (McMahan et al., 2017), or otherwise with `weights`.
         aggregation_kwargs (`dict` or `str`, *optional*):
             Options of the aggregation, as its class names them: `{"trim": 0.2}` for `"trimmed_mean"`. Rules that are
             weighted means take `weights`: `"examples"`, `"uniform"` (all clients alike) or `"tokens"` (those that
             carry a loss).
         tensor_roles (`dict` or `str`, *optional*):
-            Which tensors are shared, which stay with a client and which nobody trains: fields of [`TensorRoles`], as in
-            `{"local": ["classifier"]}`, in addition to what the aggregation sets. With local tensors `eval_dataset` is a
-            dictionary by client, each client is evaluated with its own, and `eval_loss` is the mean weighted by examples.
+            Which tensors are shared, which stay with a client and which nobody trains: fields of [`TensorRoles`],
+            as in `{"local": ["classifier"]}`, in addition to what the aggregation sets. With local tensors
+            `eval_dataset` is a dictionary by client, each client is evaluated with its own, and `eval_loss` is the
+            mean weighted by examples.
         client_settings (`dict` or `str`, *optional*):
-            What single clients do differently, by client: `{"a": {"r": 4, "layers_to_transform": [0, 1], "max_steps": 5}}`.
-            `r` is at most the rank of the PEFT config (for `"flora"`, `"flexlora"`, `"hetlora"`), with the scaling of that config;
+            What single clients do differently, by client:
+            `{"a": {"r": 4, "layers_to_transform": [0, 1], "max_steps": 5}}`. `r` is at most the rank of the PEFT
+            config (for `"flora"`, `"flexlora"`, `"hetlora"`), with the scaling of that config;
             `layers_to_transform` are the layers whose tensors the client trains; `max_steps` is its local budget.
         server_optimizer (`str`, *optional*, defaults to `"sgd"`):
-            What the server does with the aggregated update: `"sgd"` adds `server_lr` times it, `"fedavgm"`, `"fedadagrad"`,
-            `"fedadam"` and `"fedyogi"` are those of Reddi et al. (2020).
+            What the server does with the aggregated update: `"sgd"` adds `server_lr` times it, `"fedavgm"`,
+            `"fedadagrad"`, `"fedadam"` and `"fedyogi"` are those of Reddi et al. (2020).
         server_lr (`float`, *optional*):
             Learning rate of the server: 1 for `"sgd"` and `"fedavgm"`, 0.01 for the others if not given.
         server_optimizer_kwargs (`dict` or `str`, *optional*):
@@ -322,12 +330,12 @@ class FederatedConfig(FederationArguments, SFTConfig):
         > Parameters that control what is sent
 
         wire_dtype (`str`, *optional*):
-            Floating dtype in which tensors are sent, if theirs is wider: `"bfloat16"` or `"float16"` halve the bytes of float32.
-            Updates are rounded without bias (stochastically), what the server sends to the nearest. As they are if not
-            given.
+            Floating dtype in which tensors are sent, if theirs is wider: `"bfloat16"` or `"float16"` halve the
+            bytes of float32. Updates are rounded without bias (stochastically), what the server sends to the
+            nearest. As they are if not given.
         codecs (`dict` or `str`, *optional*):
-            Steps that an update goes through before it is sent, in order: names in `fed_trainer.methods.codecs.CODECS` with
-            their options, such as `{"dtype": {"dtype": "bfloat16"}}`. `wire_dtype` is a last step behind them.
+            Steps that an update goes through before it is sent, in order: names in `fed_trainer.methods.codecs.CODECS`
+            with their options, such as `{"dtype": {"dtype": "bfloat16"}}`. `wire_dtype` is a last step behind them.
 
         > Parameters that control evaluation and saving
 
@@ -339,8 +347,8 @@ class FederatedConfig(FederationArguments, SFTConfig):
         > Parameters that describe the run
 
         partition (`str`, *optional*):
-            How the data was split into clients, in words (`"dirichlet(alpha=0.1) over category"`), for the record and the
-            model card.
+            How the data was split into clients, in words (`"dirichlet(alpha=0.1) over category"`), for the record
+            and the model card.
         label_column (`str`, *optional*):
             Column whose values are counted per client for the record and the heat map of the split. Nothing is counted
             if not given: such counts leave the clients.
@@ -359,7 +367,8 @@ class FederatedConfig(FederationArguments, SFTConfig):
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.SFTConfig`]:
-    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`, which would fall to zero within every round.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`, which would fall to zero within
+    >   every round.
     > - `eval_on_start`: Defaults to `True` instead of `False`: a curve over rounds starts before the first.
     > - `bf16`: Defaults to `True` only where an accelerator supports it.
     """
@@ -368,11 +377,11 @@ class FederatedConfig(FederationArguments, SFTConfig):
 @dataclass
 class FederatedTaskConfig(FederationArguments, TrainingArguments):
     """
-    Configuration of a [`FederatedTaskTrainer`]: every field of [`~transformers.TrainingArguments`], plus what a federation
-    adds.
+    Configuration of a [`FederatedTaskTrainer`]: every field of [`~transformers.TrainingArguments`], plus what a
+    federation adds.
 
-    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type` and `eval_on_start`
-    are those of [`FederatedConfig`]. `bf16` keeps its default, `False`.
+    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type` and
+    `eval_on_start` are those of [`FederatedConfig`]. `bf16` keeps its default, `False`.
     """
 
 
@@ -381,22 +390,23 @@ class FederatedDPOConfig(FederationArguments, DPOConfig):
     """
     Configuration of a [`FederatedDPOTrainer`]: every field of [`~trl.DPOConfig`], plus what a federation adds.
 
-    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type`, `eval_on_start` and
-    `bf16` are those of [`FederatedConfig`]. One more:
+    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type`,
+    `eval_on_start` and `bf16` are those of [`FederatedConfig`]. One more:
 
     Parameters:
         reference (`str`, *optional*, defaults to `"initial"`):
-            The reference policy of the loss. `"initial"`: the policy before the first round, fixed over the whole federation: a
-            copy of the adapter it starts from (of `initial_adapter`, say). `"base"`: the model without the adapter, fixed too.
-            `"round"`: the global adapter at the start of the round, for all clients of the round and its evaluation.
-            `precompute_ref_log_probs` is possible with `"base"` alone, `sync_ref_model` with none.
+            The reference policy of the loss. `"initial"`: the policy before the first round, fixed over the whole
+            federation: a copy of the adapter it starts from (of `initial_adapter`, say). `"base"`: the model
+            without the adapter, fixed too. `"round"`: the global adapter at the start of the round, for all clients
+            of the round and its evaluation. `precompute_ref_log_probs` is possible with `"base"` alone,
+            `sync_ref_model` with none.
     """
 
     reference: str = field(
         default="initial",
         metadata={
-            "help": "The reference policy: the adapter the federation starts from, the base model without an adapter, or the "
-            "global adapter at the start of each round.",
+            "help": "The reference policy: the adapter the federation starts from, the base model without an "
+            "adapter, or the global adapter at the start of each round.",
             "choices": list(REFERENCES),
         },
     )
@@ -409,8 +419,8 @@ class FederatedDPOConfig(FederationArguments, DPOConfig):
             )
         if self.sync_ref_model:
             raise ValueError(
-                "`sync_ref_model=True` moves the reference in the middle of a client's local steps, so that it would go on from "
-                "client to client. Set `reference='round'`, which moves it from round to round."
+                "`sync_ref_model=True` moves the reference in the middle of a client's local steps, so that it "
+                "would go on from client to client. Set `reference='round'`, which moves it from round to round."
             )
         if self.precompute_ref_log_probs and self.reference != "base":
             raise ValueError(
@@ -424,8 +434,8 @@ class FederatedRewardConfig(FederationArguments, RewardConfig):
     """
     Configuration of a [`FederatedRewardTrainer`]: every field of [`~trl.RewardConfig`], plus what a federation adds.
 
-    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type`, `eval_on_start` and
-    `bf16` are those of [`FederatedConfig`].
+    The fields that are added, how the inherited ones are meant, and the defaults of `lr_scheduler_type`,
+    `eval_on_start` and `bf16` are those of [`FederatedConfig`].
     """
 
 
@@ -452,8 +462,8 @@ def _check_clients_per_round(value: object) -> None:
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if value is not None and not (0 < number < 1 or (1 <= number < math.inf and number == int(number))):
         raise ValueError(
-            "`clients_per_round` should be a number of clients (1, 2, ...) or a fraction of them up to 1.0, which is all of them, but "
-            f"the value passed is {value!r}"
+            "`clients_per_round` should be a number of clients (1, 2, ...) or a fraction of them up to 1.0, which "
+            f"is all of them, but the value passed is {value!r}"
         )
 
 

@@ -7,11 +7,11 @@ The configs of `configs/aggregations` compared on one model and one data set, as
         --lr_scale 50 --num_rounds 8 --search_rounds 4 --max_length 128 --use_cpu
     python recipes/compare_aggregations.py --methods fedavg flora --seeds 1 --model_name_or_path ... --dataset_name ...
 
-Every method gets a learning rate of its own, the best one on rows held out of the training split (seed 0): from `lr_scale` times the
-config's, by steps of `lr_step`, until both neighbours are worse. Then it runs with every seed, on all training rows, and is
-evaluated on the test split. Each run has a folder below `output_dir`, and is not repeated if it has been finished there, so a
-comparison that was cut off goes on where it was. Options that are not listed here go to every run; an option of one method is
-`--own hetlora_ranks client_settings '{"client_0": {"r": 4}}'`.
+Every method gets a learning rate of its own, the best one on rows held out of the training split (seed 0): from
+`lr_scale` times the config's, by steps of `lr_step`, until both neighbours are worse. Then it runs with every seed, on
+all training rows, and is evaluated on the test split. Each run has a folder below `output_dir`, and is not repeated if
+it has been finished there, so a comparison that was cut off goes on where it was. Options that are not listed here go
+to every run; an option of one method is `--own hetlora_ranks client_settings '{"client_0": {"r": 4}}'`.
 """
 
 import argparse
@@ -53,7 +53,8 @@ class Comparison:
 
     Args:
         output_dir (`Path`):
-            Parent of `<method>/lr-<learning rate>/seed-<seed>` and, for the runs that a learning rate is chosen by, `.../validation`.
+            Parent of `<method>/lr-<learning rate>/seed-<seed>` and, for the runs that a learning rate is chosen by,
+            `.../validation`.
         overrides (`Sequence[str]`):
             Options of every run.
         own (`Sequence[tuple[str, str, str]]`):
@@ -155,8 +156,8 @@ def refuse_other_settings(record: dict[str, Any], args: FederatedConfig, folder:
     if differing:
         name = differing[0]
         raise ValueError(
-            f"{str(folder)!r} holds a finished run with `{name}={theirs.get(name)!r}`, but {ours[name]!r} is asked for. Give "
-            "another `--output_dir`, or the options that the comparison was started with."
+            f"{str(folder)!r} holds a finished run with `{name}={theirs.get(name)!r}`, but {ours[name]!r} is asked "
+            "for. Give another `--output_dir`, or the options that the comparison was started with."
         )
 
 
@@ -204,12 +205,13 @@ def summary(method: str, learning_rate: float, seed: int, record: dict[str, Any]
 
 def table(runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> str:
     """
-    A Markdown table of the learning rate and the records of every method, the smallest loss first. A seed draws the same clients for
-    all methods, so the difference from the baseline is taken seed by seed. The held-out loss weights clients by their rows, as most
-    methods do; the mean over clients weights them alike.
+    A Markdown table of the learning rate and the records of every method, the smallest loss first. A seed draws the
+    same clients for all methods, so the difference from the baseline is taken seed by seed. The held-out loss
+    weights clients by their rows, as most methods do; the mean over clients weights them alike.
     """
     lines = [
-        f"| method | learning rate | held-out loss | minus that of `{BASELINE}` | mean over clients | trained parameters | MB up | MB down | seconds |",
+        f"| method | learning rate | held-out loss | minus that of `{BASELINE}` | mean over clients | trained "
+        "parameters | MB up | MB down | seconds |",
         "|---" * 9 + "|",
     ]
     losses = {method: [last_loss(record) for record in records] for method, (_, records) in runs.items()}
@@ -226,7 +228,8 @@ def table(runs: dict[str, tuple[float, list[dict[str, Any]]]]) -> str:
         lines.append(
             f"| `{method}` | {learning_rate:.2g} | {cell(losses[method])} | {difference} | "
             f"{cell(alike) if alike else '-'} | "
-            f"{records[0]['num_trainable_parameters']:,} | {up:.3f} | {down:.3f} | {statistics.median(map(seconds, records)):.0f} |"
+            f"{records[0]['num_trainable_parameters']:,} | {up:.3f} | {down:.3f} | "
+            f"{statistics.median(map(seconds, records)):.0f} |"
         )
     return "\n".join(lines)
 

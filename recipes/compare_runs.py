@@ -1,7 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Held-out loss, or another metric, over rounds of several runs as a Markdown table: mean and standard deviation over the seeds of each method.
+Held-out loss, or another metric, over rounds of several runs as a Markdown table: mean and standard deviation over
+the seeds of each method.
 
     python recipes/compare_runs.py SCL=out/scl-0,out/scl-1,out/scl-2 LoRA=out/lora-0,out/lora-1,out/lora-2
     python recipes/compare_runs.py --metric eval_accuracy LoRA=out/lora-0 BitFit=out/bitfit-0

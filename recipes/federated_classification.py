@@ -6,8 +6,8 @@ Federated text classification with FeDeRA and the methods it is compared with, o
     python recipes/federated_classification.py --config recipes/configs/banking77_federa.yaml
     python recipes/federated_classification.py --config recipes/configs/banking77_federa.yaml --method lora
 
-Every field of `FederatedTaskConfig` (hence of `TrainingArguments`) and of `RecipeArguments` below can stand in the YAML and
-be overridden on the command line. `--resume_from_checkpoint True` continues a run that died.
+Every field of `FederatedTaskConfig` (hence of `TrainingArguments`) and of `RecipeArguments` below can stand in the
+YAML and be overridden on the command line. `--resume_from_checkpoint True` continues a run that died.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,8 @@ class RecipeArguments:
         max_eval_samples (`int`, *optional*):
             Evaluate on so many test rows only, drawn with `seed`: test splits are often sorted by class.
         partition_method (`str`, *optional*, defaults to `"dirichlet"`):
-            How the training split becomes clients: `"dirichlet"`, `"pathological"` or `"iid"`, see `fed_trainer.data.partition`.
+            How the training split becomes clients: `"dirichlet"`, `"pathological"` or `"iid"`, see
+            `fed_trainer.data.partition`.
         num_clients (`int`, *optional*, defaults to `10`):
             Number of clients.
         alpha (`float`, *optional*, defaults to `0.1`):
@@ -72,15 +73,16 @@ class RecipeArguments:
             Least number of examples per client for `"dirichlet"`.
         method (`str`, *optional*, defaults to `"federa"`):
             What is trained beside the head. `"federa"`: LoRA started from the principal singular directions. `"lora"`.
-            `"scl"`: compression layers in place of the down projections. `"adapter"`: a GELU bottleneck of width `r` in
-            front of each down projection (`SclConfig`; Houlsby et al. put theirs behind the block). `"bitfit"`: all biases.
-            `"full"`: everything. Each has a learning rate of its own: set `learning_rate` along.
+            `"scl"`: compression layers in place of the down projections. `"adapter"`: a GELU bottleneck of width `r`
+            in front of each down projection (`SclConfig`; Houlsby et al. put theirs behind the block). `"bitfit"`:
+            all biases. `"full"`: everything. Each has a learning rate of its own: set `learning_rate` along.
         r (`int`, *optional*, defaults to `8`):
             Rank or width of the adapter.
         lora_alpha (`int`, *optional*, defaults to `8`):
             For `"federa"` and `"lora"`: their update is scaled by `lora_alpha / r`.
         target_modules (`str`, *optional*, defaults to `"all-linear"`):
-            For `"federa"` and `"lora"`: the layers to adapt, a regular expression or `"all-linear"` (all but the head).
+            For `"federa"` and `"lora"`: the layers to adapt, a regular expression or `"all-linear"` (all but the
+            head).
         peft_config (`dict`, *optional*):
             Further fields of the adapter's PEFT config.
     """

@@ -3,13 +3,14 @@
 """
 Federated DPO of any causal language model on preferences from any Hub id or local folder.
 
-    python recipes/federated_dpo.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name PREFERENCES \
-        --partition_column annotator --peft_config '{"peft_type": "LORA", "r": 16}' --reference base --beta 0.1 \
-        --num_rounds 10 --max_steps 10 --learning_rate 5e-5 --output_dir out
+    python recipes/federated_dpo.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --dataset_name PREFERENCES --partition_column annotator --peft_config '{"peft_type": "LORA", "r": 16}' \
+        --reference base --beta 0.1 --num_rounds 10 --max_steps 10 --learning_rate 5e-5 --output_dir out
 
-The rows have `chosen` and `rejected`, and a `prompt` unless both begin with it, as texts or messages. `--initial_adapter`, such as that
-of `federated_sft.py`, takes the place of `--peft_config`. Every field of `FederatedDPOConfig` (hence of TRL's `DPOConfig`) and
-of the arguments of `federated_sft.py` can stand in a YAML too (`--config`).
+The rows have `chosen` and `rejected`, and a `prompt` unless both begin with it, as texts or messages.
+`--initial_adapter`, such as that of `federated_sft.py`, takes the place of `--peft_config`. Every field of
+`FederatedDPOConfig` (hence of TRL's `DPOConfig`) and of the arguments of `federated_sft.py` can stand in a YAML too
+(`--config`).
 """
 
 from federated_sft import RecipeArguments, load_data, make_peft_config, prepare, resume

@@ -3,11 +3,12 @@
 """
 Federated image classification with a vision transformer, on any Hub id or local folder, or a `.npz` of MedMNIST.
 
-    python recipes/federated_images.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name pneumoniamnist.npz \
-        --method scl --num_rounds 15 --clients_per_round 5 --max_steps 10 --learning_rate 5e-3 --output_dir out
+    python recipes/federated_images.py --model_name_or_path google/vit-base-patch16-224-in21k \
+        --dataset_name pneumoniamnist.npz --method scl --num_rounds 15 --clients_per_round 5 --max_steps 10 \
+        --learning_rate 5e-3 --output_dir out
 
-Every field of `FederatedTaskConfig` (hence of `TrainingArguments`) and of `RecipeArguments` below can stand in a YAML too
-(`--config`). `--resume_from_checkpoint True` continues a run that died.
+Every field of `FederatedTaskConfig` (hence of `TrainingArguments`) and of `RecipeArguments` below can stand in a
+YAML too (`--config`). `--resume_from_checkpoint True` continues a run that died.
 """
 
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ class RecipeArguments:
 
     Args:
         model_name_or_path (`str`):
-            Base model, a Hub id or a folder with a ViT or the like and its image processor. It gets a new classification head.
+            Base model, a Hub id or a folder with a ViT or the like and its image processor. It gets a new
+            classification head.
         dataset_name (`str`):
             Data with the splits `train` and `test`: a Hub id, a folder, or a `.npz` of MedMNIST.
         image_column (`str`, *optional*, defaults to `"image"`):
@@ -52,8 +54,9 @@ class RecipeArguments:
         min_examples (`int`, *optional*, defaults to `32`):
             Least number of examples per client.
         method (`str`, *optional*, defaults to `"scl"`):
-            What is trained beside the head. `"scl"`: compression layers in place of the down projections. `"lora"`, `"federa"`:
-            on all linear layers. `"full"`: everything. Each has a learning rate of its own: set `learning_rate` along.
+            What is trained beside the head. `"scl"`: compression layers in place of the down projections. `"lora"`,
+            `"federa"`: on all linear layers. `"full"`: everything. Each has a learning rate of its own: set
+            `learning_rate` along.
         r (`int`, *optional*, defaults to `8`):
             Rank or width of the adapter.
     """

@@ -6,8 +6,8 @@ Federated supervised fine-tuning of any causal language model on any Hub id or l
     python recipes/federated_sft.py --config recipes/configs/dolly_scl.yaml
     accelerate launch recipes/federated_sft.py --config recipes/configs/dolly_scl.yaml --num_rounds 30 --seed 1
 
-Every field of `FederatedConfig` (hence of TRL's `SFTConfig`) and of `RecipeArguments` below can stand in the YAML and be
-overridden on the command line. `--resume_from_checkpoint True` continues a run that died.
+Every field of `FederatedConfig` (hence of TRL's `SFTConfig`) and of `RecipeArguments` below can stand in the YAML
+and be overridden on the command line. `--resume_from_checkpoint True` continues a run that died.
 """
 
 from collections.abc import Iterable, Mapping
@@ -56,11 +56,12 @@ class RecipeArguments:
         max_eval_samples (`int`, *optional*):
             Evaluate on the first so many held-out rows only; of each client with `evaluate_clients`.
         evaluate_clients (`bool`, *optional*, defaults to `False`):
-            Evaluate the model of every client on the held-out rows that have its value of `partition_column`; `eval_loss` is the
-            mean weighted by rows. Needs `partition_method="natural"`, and is needed where clients keep tensors to themselves.
+            Evaluate the model of every client on the held-out rows that have its value of `partition_column`;
+            `eval_loss` is the mean weighted by rows. Needs `partition_method="natural"`, and is needed where
+            clients keep tensors to themselves.
         prompt_template (`str`, *optional*):
-            Prompt made of the columns of a row, as in `"Question: {question}\nAnswer: "`. Needs `completion_column`. Rows
-            with an empty completion are dropped. Without it the rows are used as they are.
+            Prompt made of the columns of a row, as in `"Question: {question}\nAnswer: "`. Needs `completion_column`.
+            Rows with an empty completion are dropped. Without it the rows are used as they are.
         completion_column (`str`, *optional*):
             Column with the text to learn.
         partition_method (`str`, *optional*, defaults to `"natural"`):
@@ -77,8 +78,8 @@ class RecipeArguments:
         min_examples (`int`, *optional*, defaults to `32`):
             Least number of examples per client for `"dirichlet"` and `"quantity_skew"`.
         peft_config (`dict`, *optional*):
-            Fields of any PEFT config, with `peft_type`: `{peft_type: SCL, r: 16}`. Without it (`--peft_config null`) and without
-            `initial_adapter`, the whole model is fine-tuned.
+            Fields of any PEFT config, with `peft_type`: `{peft_type: SCL, r: 16}`. Without it
+            (`--peft_config null`) and without `initial_adapter`, the whole model is fine-tuned.
     """
 
     model_name_or_path: str = field(metadata={"help": "Base model, a Hub id or a folder."})
@@ -114,17 +115,20 @@ class RecipeArguments:
         self.peft_config = json_mapping("peft_config", self.peft_config)
         if (self.prompt_template is None) != (self.completion_column is None):
             raise ValueError(
-                f"`prompt_template` is {self.prompt_template!r} and `completion_column` is {self.completion_column!r}: give both "
-                "to make prompts and completions from columns, or neither to use the rows as they are."
+                f"`prompt_template` is {self.prompt_template!r} and `completion_column` is "
+                f"{self.completion_column!r}: give both to make prompts and completions from columns, or neither "
+                "to use the rows as they are."
             )
         if self.partition_method in ("natural", "dirichlet", "pathological") and self.partition_column is None:
             raise ValueError(
-                f"`partition_method={self.partition_method!r}` splits by a column, but `partition_column` is not given."
+                f"`partition_method={self.partition_method!r}` splits by a column, but `partition_column` is not "
+                "given."
             )
         if self.evaluate_clients and self.partition_method != "natural":
             raise ValueError(
-                f"`evaluate_clients` takes a client's held-out rows by `partition_column`, but `partition_method={self.partition_method!r}` "
-                "does not give every client a value of its own. Use 'natural', or leave `evaluate_clients` out."
+                "`evaluate_clients` takes a client's held-out rows by `partition_column`, but "
+                f"`partition_method={self.partition_method!r}` does not give every client a value of its own. Use "
+                "'natural', or leave `evaluate_clients` out."
             )
 
 
@@ -203,7 +207,8 @@ def held_out(rows: Dataset, recipe: RecipeArguments, clients: Iterable[str]) -> 
     if not own:
         raise ValueError(
             f"`evaluate_clients` needs held-out rows of the clients, but those have the values {list(parts)} of "
-            f"{recipe.partition_column!r}, and none of the clients has. Hold out rows of the same {recipe.partition_column!r}."
+            f"{recipe.partition_column!r}, and none of the clients has. Hold out rows of the same "
+            f"{recipe.partition_column!r}."
         )
     return own
 

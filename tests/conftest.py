@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 # before anything imports the libraries that read them
@@ -22,9 +25,10 @@ import hypothesis
 import pytest
 import torch
 from datasets import Dataset
-from hub_fixture import hub  # noqa: F401
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from helpers.data import clients_of
+from helpers.hub import hub  # noqa: F401
+from helpers.models import save_tiny_llama
 
 
 torch.set_num_threads(1)
@@ -33,27 +37,23 @@ datasets.disable_progress_bars()
 hypothesis.settings.register_profile("deterministic", derandomize=True, deadline=None, max_examples=30)
 hypothesis.settings.load_profile("deterministic")
 
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-TOPICS = {
-    "sums": lambda a, b: (f"What is {a} plus {b}?", f" {a + b}"),
-    "order": lambda a, b: (f"Which is larger, {a} or {b}?", f" {max(a, b)}"),
-    "words": lambda a, b: (f"Write {a} times the letter {'abcde'[b % 5]}.", " " + "abcde"[b % 5] * a),
-}
 
-
-def clients_of(num_clients: int = 3, rows: int = 16) -> dict[str, Dataset]:
-    """`num_clients` clients of `rows` rows; what they hold depends on their index and these numbers only."""
-    clients = {}
-    for client in range(num_clients):
-        columns: dict[str, list[str]] = {"prompt": [], "completion": [], "topic": []}
-        for row in range(rows):
-            # two rows in three are of the client's own topic, the third goes round: clients differ, labels overlap
-            topic = list(TOPICS)[(client if row % 3 else row // 3) % len(TOPICS)]
-            prompt, completion = TOPICS[topic]((row * 7 + client) % 10, (row * 3 + client * 5) % 10)
-            for column, value in zip(columns, (prompt, completion, topic), strict=True):
-                columns[column].append(value)
-        clients[f"client_{client}"] = Dataset.from_dict(columns)
-    return clients
+@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked with `fast`, all parametrisations but those named there are slow."""
+    unseen: dict[str, set[str]] = {}
+    for item in items:
+        mark = item.get_closest_marker("fast")
+        if mark is None:
+            continue
+        function, given = item.nodeid.split("[")[0], item.callspec.params
+        unseen.setdefault(function, set(mark.args)).discard(item.callspec.id)
+        is_fast = item.callspec.id in mark.args or any(given[name] in values for name, values in mark.kwargs.items())
+        if not is_fast:
+            item.add_marker(pytest.mark.slow)
+    wrong = {function: ids for function, ids in unseen.items() if ids}
+    if wrong and not any("[" in argument for argument in config.args):
+        raise pytest.UsageError(f"`pytest.mark.fast` names parametrisations that do not exist: {wrong}")
 
 
 @pytest.fixture(scope="session")
@@ -75,36 +75,27 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `<bos>`, `<eos>`, `<pad>` and a chat template. The same weights in every session. Tests must not write to it.
     """
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<bos>", "<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    rows = [row for dataset in clients_of().values() for row in dataset]
-    bpe.train_from_iterator([row["prompt"] + row["completion"] for row in rows], trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", model_max_length=128
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+    save_tiny_llama(folder)
     return folder
+
+
+@pytest.fixture
+def make_trainer(request: pytest.FixtureRequest, tiny_model_dir: Path, tmp_path: Path) -> Callable[..., Any]:
+    """
+    `make_trainer(output="out", peft_config=..., **others)`: a trainer that writes to `tmp_path / output`, see
+    [`helpers.trainers.make`]. A file or a test says what its trainers have in common with `pytest.mark.trainer(...)`.
+    """
+    from helpers.trainers import make  # imports TRL, which takes seconds and not all tests need
+
+    common: dict[str, Any] = {}
+    for mark in reversed(list(request.node.iter_markers("trainer"))):  # that of the test comes last
+        common |= mark.kwargs
+    return functools.partial(make, tmp_path, tiny_model_dir, **common)
+
+
+@pytest.fixture(scope="module")
+def little_garbage() -> Iterator[None]:
+    """For files in which garbage is collected again and again."""
+    gc.freeze()
+    yield
+    gc.unfreeze()

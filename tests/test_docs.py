@@ -5,12 +5,12 @@
 import ast
 import importlib
 import re
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), *sorted((ROOT / "recipes").glob("*.md"))]
 BLOCKS = [
     pytest.param(match[1], id=f"{page.relative_to(ROOT)}:{page.read_text()[: match.start()].count(chr(10)) + 2}")

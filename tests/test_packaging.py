@@ -6,10 +6,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
-
-ROOT = Path(__file__).resolve().parent.parent
+from helpers.paths import ROOT
 
 
 def test_the_source_distribution_holds_the_packages_and_no_tests_that_cannot_run(tmp_path):

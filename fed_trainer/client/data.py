@@ -104,13 +104,13 @@ class ClientData:
     def _check_prepared(self, client: str, num_raw: int, num_prepared: int) -> None:
         if num_prepared == 0:
             raise ClientError(
-                f"Client {client!r} has {num_raw} examples, but none is left after preparation: no label of them is within "
-                "`max_length`. Raise it (prompts may fill it), or leave the client out."
+                f"Client {client!r} has {num_raw} examples, but none is left after preparation: no label of them "
+                "is within `max_length`. Raise it (prompts may fill it), or leave the client out."
             )
         batch = local_batch(self._trainer.args)
         if num_prepared < batch and not joins_examples(self._trainer.args):
             raise ClientError(
-                f"Client {client!r} has {num_raw} examples, but only {num_prepared} are left after preparation (the others have no "
-                f"label within `max_length`), fewer than one local batch of {batch}. Raise `max_length` (prompts may fill it), lower "
-                "the batch size, or leave the client out."
+                f"Client {client!r} has {num_raw} examples, but only {num_prepared} are left after preparation "
+                f"(the others have no label within `max_length`), fewer than one local batch of {batch}. Raise "
+                "`max_length` (prompts may fill it), lower the batch size, or leave the client out."
             )

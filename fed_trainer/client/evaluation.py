@@ -35,8 +35,9 @@ logger = logging.get_logger(__name__)
 
 class ClientEvaluationMixin(AgreementMixin):
     """
-    Where `eval_dataset` is a dictionary by client, each is evaluated with the model of that client: the global one, with the
-    tensors that the client keeps. Where there is no model for all, whatever uses the live model says whose it is.
+    Where `eval_dataset` is a dictionary by client, each is evaluated with the model of that client: the global
+    one, with the tensors that the client keeps. Where there is no model for all, whatever uses the live model
+    says whose it is.
     """
 
     _live_adapter: LiveState
@@ -103,8 +104,8 @@ class ClientEvaluationMixin(AgreementMixin):
             )
         if self.is_in_train:
             raise RuntimeError(
-                "The live model is in training, where another cannot take its place. Use `client_model` between rounds, as in "
-                "`on_evaluate` or `on_log`."
+                "The live model is in training, where another cannot take its place. Use `client_model` between "
+                "rounds, as in `on_evaluate` or `on_log`."
             )
         try:
             self._live_adapter.write(self.client_state(client))
@@ -205,8 +206,9 @@ class ClientEvaluationMixin(AgreementMixin):
     def _refuse_without_owner(self, use: str) -> None:
         if self.has_personal_models and self._owner is None:
             raise ValueError(
-                f"Every client has a model of its own, so there is not one to {use}. Within `with trainer.client_model(client):` the "
-                "live model is that of a client; `evaluate()` takes all clients in turn; `save_client_model(client, folder)` saves one."
+                f"Every client has a model of its own, so there is not one to {use}. Within "
+                "`with trainer.client_model(client):` the live model is that of a client; `evaluate()` takes all "
+                "clients in turn; `save_client_model(client, folder)` saves one."
             )
 
     def _check_held_out_name(self, name: str) -> None:
@@ -276,13 +278,13 @@ class ClientEvaluationMixin(AgreementMixin):
             prepared = self._prepare_held_out_dataset(held_out[client], client)
         except Exception as error:
             raise ClientError(
-                f"The held-out data of client {client!r} cannot be prepared: {public_reason(error)}. Correct it, or leave the client out "
-                "of `eval_dataset`."
+                f"The held-out data of client {client!r} cannot be prepared: {public_reason(error)}. Correct it, "
+                "or leave the client out of `eval_dataset`."
             ) from error
         if len(prepared) == 0:
             raise ClientError(
-                f"Of the held-out data of client {client!r} nothing is left after preparation: no label of it is within `max_length`. "
-                "Raise it, or leave the client out of `eval_dataset`."
+                f"Of the held-out data of client {client!r} nothing is left after preparation: no label of it is "
+                "within `max_length`. Raise it, or leave the client out of `eval_dataset`."
             )
         return prepared
 

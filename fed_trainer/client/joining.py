@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""How a process that holds its own copy of the base model joins a federation: the start is the server's, everywhere."""
+"""
+How a process that holds its own copy of the base model joins a federation: the start is the server's, everywhere.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ class Invitation:
         peft_config (`dict[str, Any]`):
             Fields of the server's PEFT config, as JSON keeps them.
         adapter (`dict[str, torch.Tensor]`):
-            The whole adapter as PEFT saves it, on CPU, with what is never trained: the start of SCL and FeDeRA. Of a prompt,
-            the whole encoder.
+            The whole adapter as PEFT saves it, on CPU, with what is never trained: the start of SCL and FeDeRA. Of
+            a prompt, the whole encoder.
     """
 
     base_digest: str | None
@@ -65,30 +67,30 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
     """
     Take over the server's adapter, bit for bit; a base model that holds a FeDeRA residual moves with it.
 
-    Singular vectors that another machine has computed from the same weights are as good as the server's but not the same
-    tensors, and averaging factors presupposes that all clients start from the same ones. Of a quantised base model, on
-    either side, the weights are not compared, only the adapter and its PEFT config.
+    Singular vectors that another machine has computed from the same weights are as good as the server's but not the
+    same tensors, and averaging factors presupposes that all clients start from the same ones. Of a quantised base
+    model, on either side, the weights are not compared, only the adapter and its PEFT config.
 
     Args:
         model (`PeftModel`):
-            The client's model, with an adapter made from the same PEFT config; only how it starts (`init_lora_weights` and the
-            like) and the `keep_base` of FeDeRA may differ.
+            The client's model, with an adapter made from the same PEFT config; only how it starts
+            (`init_lora_weights` and the like) and the `keep_base` of FeDeRA may differ.
         invitation (`Invitation`):
             What the server sent.
         client (`str`):
             Name of the client, for the error message.
 
     Raises:
-        ValueError: If the client holds another base model or has another PEFT config, or the adapter does not fit; `model`
-            is unchanged.
+        ValueError: If the client holds another base model or has another PEFT config, or the adapter does not fit;
+            `model` is unchanged.
     """
     _check_invitation(invitation, client)
     ours = base_digest(model)
     if ours is not None and invitation.base_digest is not None and ours != invitation.base_digest:
         raise ValueError(
             f"Client {client!r} holds another base model than the server (digests {ours[:12]} and "
-            f"{invitation.base_digest[:12]}), so what it trains would not fit what the others train. Load the server's "
-            "checkpoint, unchanged, on every client."
+            f"{invitation.base_digest[:12]}), so what it trains would not fit what the others train. Load the "
+            "server's checkpoint, unchanged, on every client."
         )
     config = model.peft_config[model.active_adapters[0]]
     here = {"peft_type": peft_type_name(config), **peft_fields(config)}
@@ -99,8 +101,8 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
         if here.get(field) != there.get(field):
             raise ValueError(
                 f"The adapter of client {client!r} has another PEFT config than the server's (`{field}` is "
-                f"{here.get(field)!r} instead of {there.get(field)!r}), so the same tensors would compute something else. "
-                "Make it with the server's PEFT config."
+                f"{here.get(field)!r} instead of {there.get(field)!r}), so the same tensors would compute "
+                "something else. Make it with the server's PEFT config."
             )
     live_state(model).load(invitation.adapter, f"The adapter that the server sent to client {client!r}")
 
@@ -116,5 +118,6 @@ def _check_invitation(invitation: Invitation, client: str) -> None:
             isinstance(value, dict) and not all(isinstance(key, str) for key in value)
         ):
             raise ValueError(
-                f"The invitation of client {client!r} has a `{field}` of type {type(value).__name__}. Send what `invite` returns."
+                f"The invitation of client {client!r} has a `{field}` of type {type(value).__name__}. Send what "
+                "`invite` returns."
             )

@@ -51,8 +51,9 @@ class LossProbeMixin(AgreementMixin):
                     self.model_accepts_loss_kwargs = depends
                     return
         logger.warning(
-            "No client has rows with labels on which the loss is finite, so what it is divided by is not known. It is taken to be the "
-            "number of labels of a step, as `Trainer` does. State it by `accepts_loss_kwargs` of the model's class."
+            "No client has rows with labels on which the loss is finite, so what it is divided by is not known. It "
+            "is taken to be the number of labels of a step, as `Trainer` does. State it by `accepts_loss_kwargs` "
+            "of the model's class."
         )
 
     def _labelled_batches(self) -> Iterator[dict[str, Any] | None]:

@@ -1,6 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a PyTorch optimiser remembers, as tensors by name: to be kept with a client, and given back to the optimiser of another time."""
+"""
+What a PyTorch optimiser remembers, as tensors by name: to be kept with a client, and given back to the optimiser of
+another time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def read_optimizer(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], initial: dict[str, Any]
 ) -> AdapterState:
     """
-    What an optimiser remembers of `parameters`: `<name>:<key>`, on CPU. A Python integer becomes an int64, a float a float64.
+    What an optimiser remembers of `parameters`: `<name>:<key>`, on CPU. A Python integer becomes an int64, a
+    float a float64.
 
     Args:
         optimizer (`torch.optim.Optimizer`):
@@ -41,16 +45,16 @@ def read_optimizer(
         for name, value in group.items():
             if name not in ("params", "lr", "initial_lr") and value != fresh.get(name):
                 raise UnkeptOptimizerError(
-                    f"`keep_optimizer_state=True`, but {type(optimizer).__name__} counts in its parameter groups too ({name!r}), which "
-                    "are not kept by client. Set `optim='adamw_torch'`."
+                    f"`keep_optimizer_state=True`, but {type(optimizer).__name__} counts in its parameter groups "
+                    f"too ({name!r}), which are not kept by client. Set `optim='adamw_torch'`."
                 )
     state = {}
     for key, parameter in parameters.items():
         for name, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, (torch.Tensor, int, float)):
                 raise UnkeptOptimizerError(
-                    f"`keep_optimizer_state=True`, but {type(optimizer).__name__} remembers {name!r} as a {type(value).__name__}, not "
-                    "as a tensor or a number. Set `optim='adamw_torch'`."
+                    f"`keep_optimizer_state=True`, but {type(optimizer).__name__} remembers {name!r} as a "
+                    f"{type(value).__name__}, not as a tensor or a number. Set `optim='adamw_torch'`."
                 )
             dtype = {int: torch.int64, float: torch.float64}.get(type(value))
             state[f"{name}:{key}"] = torch.as_tensor(value, dtype=dtype).detach().to("cpu", copy=True)
@@ -64,7 +68,8 @@ def with_state(
     parameters: Mapping[str, nn.Parameter],
 ) -> dict[str, Any]:
     """
-    The `state_dict` of a new optimiser with what `read_optimizer` gave; entries of others than `parameters` are left out.
+    The `state_dict` of a new optimiser with what `read_optimizer` gave; entries of others than `parameters` are
+    left out.
 
     Args:
         initial (`dict`):

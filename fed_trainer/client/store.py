@@ -42,9 +42,10 @@ class KeptFile(NamedTuple):
 
 class ClientStore:
     """
-    One safetensors file per client and round. A file never changes after it was written, and a client has two at most: that
-    of the last update that counted, and that of its last turn, of which it learns in its next packet whether it counted. So a
-    round that breaks off leaves all clients as they were, and checkpoints hold hard links instead of copies.
+    One safetensors file per client and round. A file never changes after it was written, and a client has two at
+    most: that of the last update that counted, and that of its last turn, of which it learns in its next packet
+    whether it counted. So a round that breaks off leaves all clients as they were, and checkpoints hold hard links
+    instead of copies.
 
     The digest of a file is computed once, when it is written, and kept in `index.json` with the client and the round;
     whenever the file is read, it is compared. The first process writes, the others read.
@@ -99,8 +100,8 @@ class ClientStore:
 
     def write(self, client: str, parts: dict[str, AdapterState], round: int, counted: int | None) -> None:
         """
-        Keep `parts`, of `round`: they hold in place of what the client has kept so far as soon as the update of that round is
-        said to have counted.
+        Keep `parts`, of `round`: they hold in place of what the client has kept so far as soon as the update of
+        that round is said to have counted.
 
         Args:
             client (`str`):
@@ -129,8 +130,17 @@ class ClientStore:
         self._unproven.add(path.name)
         self._is_unwritten = True
 
-    def flush(self) -> None:
-        """Let the other processes, and those that come after this one, know what was written since the last time."""
+    def settle(self, counted: Mapping[str, int | None]) -> None:
+        """
+        Where the verdicts are known at once, as in the process of the server: delete what no longer holds, and let
+        the other processes know what does.
+
+        Args:
+            counted (`Mapping[str, int]`):
+                By client the last round in which its update counted.
+        """
+        for client, round in counted.items():
+            self._drop(client, self._valid(client, round))
         if self._is_unwritten:
             self._write_index()
 
@@ -204,8 +214,8 @@ class ClientStore:
         if foreign:
             shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
             raise FileExistsError(
-                f"{str(self.folder)!r} holds what no run has written ({shown}). A run keeps there what its clients keep, and would "
-                "write over it. Move that away, or choose another `output_dir`."
+                f"{str(self.folder)!r} holds what no run has written ({shown}). A run keeps there what its clients "
+                "keep, and would write over it. Move that away, or choose another `output_dir`."
             )
         remove_own_files(self.folder, [*own, MARKER])  # the mark last
 

@@ -49,7 +49,8 @@ def count_tokens(
             labels = batch.get("shift_labels", batch.get("labels"))
             if not isinstance(labels, torch.Tensor):
                 raise ClientError(
-                    "its batches have no `labels`, so there are no tokens to weight it by. Use `weights='examples'` or 'uniform'"
+                    "its batches have no `labels`, so there are no tokens to weight it by. Use "
+                    "`weights='examples'` or 'uniform'"
                 )
             if shifts_labels and "shift_labels" not in batch:
                 labels = labels[..., 1:]

@@ -86,8 +86,8 @@ class Outcome:
 
 class Client:
     """
-    The clients of this process, one after the other on its one live model. Nothing of the server is known here but what is
-    in a packet, and nothing that a client keeps is known there.
+    The clients of this process, one after the other on its one live model. Nothing of the server is known here but
+    what is in a packet, and nothing that a client keeps is known there.
 
     Args:
         trainer ([`EngineMixin`]):
@@ -109,8 +109,8 @@ class Client:
 
     def begin(self, state: AdapterState, done: int = 0) -> None:
         """
-        What is trained is known to be `state`: at the start, as other tensors are trained from now on, or when a run goes on
-        after round `done`. Then it is known as it was sent.
+        What is trained is known to be `state`: at the start, as other tensors are trained from now on, or when a
+        run goes on after round `done`. Then it is known as it was sent.
         """
         sent = set().union(*(self.plan.shared_keys(state, round) for round in range(1, min(done, 2) + 1)))
         shared = {key: state[key] for key in sent}
@@ -140,8 +140,8 @@ class Client:
 
     def model_state(self, state: AdapterState, client: str, counted: int | None) -> AdapterState:
         """
-        What the model of a client is made of: the global `state` with the tensors that the client keeps, or its own model
-        (Ditto). One that has not trained yet has the global state.
+        What the model of a client is made of: the global `state` with the tensors that the client keeps, or its own
+        model (Ditto). One that has not trained yet has the global state.
         """
         kept = self.store.read(client, counted)
         return {**state, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}

@@ -41,15 +41,17 @@ def check_optimizer(optimizer: Any, trained: Mapping[str, nn.Parameter], model: 
     lacking = [key for key, parameter in trained.items() if id(parameter) not in held]
     if lacking:
         raise ValueError(
-            f"The optimiser ({type(optimizer).__name__}) lacks {len(lacking)} of the {len(trained)} tensors that are trained (the first: "
-            f"{lacking[0]}), so they would stay as they are. One that was made before the model had its adapter does not know it: pass a "
-            "`PeftModel` and make the optimiser from its parameters, or pass `optimizer_cls_and_kwargs`, or set `optim` and `optim_args`."
+            f"The optimiser ({type(optimizer).__name__}) lacks {len(lacking)} of the {len(trained)} tensors that "
+            f"are trained (the first: {lacking[0]}), so they would stay as they are. One that was made before the "
+            "model had its adapter does not know it: pass a `PeftModel` and make the optimiser from its "
+            "parameters, or pass `optimizer_cls_and_kwargs`, or set `optim` and `optim_args`."
         )
     foreign = held - {id(parameter) for parameter in model.parameters()}
     if foreign:
         raise ValueError(
-            f"The optimiser ({type(optimizer).__name__}) holds {len(foreign)} tensors that are not parameters of the model, so what one "
-            "client learns in them would go on to the next and never travel. Make it from the parameters of the model alone."
+            f"The optimiser ({type(optimizer).__name__}) holds {len(foreign)} tensors that are not parameters of "
+            "the model, so what one client learns in them would go on to the next and never travel. Make it from "
+            "the parameters of the model alone."
         )
 
 
@@ -74,14 +76,14 @@ class UserSchedule:
         kind = type(schedule).__name__
         if optimizer is None or getattr(schedule, "optimizer", None) is not optimizer:
             raise ValueError(
-                f"The schedule of `optimizers` ({kind}) belongs to {'no' if optimizer is None else 'another'} optimiser of that pair, so it "
-                "would set the rates of an optimiser that trains nothing. Give both, the schedule made for the optimiser; or set "
-                "`lr_scheduler_type` and `lr_scheduler_kwargs`."
+                f"The schedule of `optimizers` ({kind}) belongs to {'no' if optimizer is None else 'another'} "
+                "optimiser of that pair, so it would set the rates of an optimiser that trains nothing. Give both, "
+                "the schedule made for the optimiser; or set `lr_scheduler_type` and `lr_scheduler_kwargs`."
             )
         if isinstance(schedule, (ReduceLROnPlateau, GreedyLR)):
             raise ValueError(
-                f"The schedule of `optimizers` ({kind}) follows the figures of evaluations within a training run, and a client makes none. "
-                "Give one that follows the number of steps."
+                f"The schedule of `optimizers` ({kind}) follows the figures of evaluations within a training run, "
+                "and a client makes none. Give one that follows the number of steps."
             )
         self._schedule: Any = schedule
         self._optimizer: Any = optimizer
@@ -91,16 +93,18 @@ class UserSchedule:
             self._fresh = self._copied(vars(schedule))
         except Exception as error:  # whatever a class of the user's raises
             raise ValueError(
-                f"The schedule of `optimizers` ({kind}) cannot be copied ({type(error).__name__}: {error}), so it cannot start afresh at each "
-                "client. Give one that `copy.deepcopy` copies, or set `lr_scheduler_type` and `lr_scheduler_kwargs`."
+                f"The schedule of `optimizers` ({kind}) cannot be copied ({type(error).__name__}: {error}), so it "
+                "cannot start afresh at each client. Give one that `copy.deepcopy` copies, or set "
+                "`lr_scheduler_type` and `lr_scheduler_kwargs`."
             ) from error
         steps = max_steps if max_steps > 0 else _SOME_STEPS
         with self._put_back():
             first, second = self._tried(steps), self._tried(steps)
         if first != second:
             raise ValueError(
-                f"The schedule of `optimizers` ({kind}) gives other rates when it starts afresh ({second} after {first}): what it remembers is "
-                "outside of it, so it would go on from client to client. Keep it in attributes of the schedule, or give one without."
+                f"The schedule of `optimizers` ({kind}) gives other rates when it starts afresh ({second} after "
+                f"{first}): what it remembers is outside of it, so it would go on from client to client. Keep it "
+                "in attributes of the schedule, or give one without."
             )
 
     def restart(self, factor: float) -> UserSchedule:
@@ -162,8 +166,8 @@ class UserSchedule:
                     self._schedule.step()
                 except Exception as error:  # whatever a class of the user's raises
                     raise ValueError(
-                        f"The schedule of `optimizers` ({type(self._schedule).__name__}) fails in a local round of {steps} steps "
-                        f"({type(error).__name__}: {error}). It starts afresh at each client in each round: make it for the local budget, "
-                        "and so that `step()` needs no arguments."
+                        f"The schedule of `optimizers` ({type(self._schedule).__name__}) fails in a local round of "
+                        f"{steps} steps ({type(error).__name__}: {error}). It starts afresh at each client in each "
+                        "round: make it for the local budget, and so that `step()` needs no arguments."
                     ) from error
         return rates

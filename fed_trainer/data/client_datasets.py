@@ -18,9 +18,9 @@ class ClientDatasets(Mapping[str, Dataset]):
     """
     Clients by name, each a selection of the rows of one dataset, in the order of their names.
 
-    It is used like a dictionary from names to datasets, and `dict(clients)` is one. A client's `Dataset` is made anew each time it is
-    asked for, which takes about a millisecond; what stays in memory is eight bytes per row. It does not change: for other clients take
-    `dict(clients) | {...}`.
+    It is used like a dictionary from names to datasets, and `dict(clients)` is one. A client's `Dataset` is made
+    anew each time it is asked for, which takes about a millisecond; what stays in memory is eight bytes per row. It
+    does not change: for other clients take `dict(clients) | {...}`.
 
     Args:
         dataset (`Dataset`):
@@ -47,8 +47,8 @@ class ClientDatasets(Mapping[str, Dataset]):
             positions = np.asarray(rows[client], dtype=np.int64)
             if len(positions) and not 0 <= positions.min() <= positions.max() < len(dataset):
                 raise ValueError(
-                    f"Client {client!r} has rows from {positions.min()} to {positions.max()}, but those of the dataset are 0 to "
-                    f"{len(dataset) - 1}."
+                    f"Client {client!r} has rows from {positions.min()} to {positions.max()}, but those of the "
+                    f"dataset are 0 to {len(dataset) - 1}."
                 )
             self._rows[client] = positions
 
@@ -74,7 +74,10 @@ class ClientDatasets(Mapping[str, Dataset]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} clients, {sum(self.num_rows.values())} rows of {self.dataset.column_names})"
+        return (
+            f"{type(self).__name__}({len(self)} clients, {sum(self.num_rows.values())} rows of "
+            f"{self.dataset.column_names})"
+        )
 
     @property
     def num_rows(self) -> dict[str, int]:

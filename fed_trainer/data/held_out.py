@@ -53,13 +53,13 @@ def check_held_out(eval_dataset: Any, clients: Collection[str], takes_torch: boo
         what = f"The held-out data of {name!r}" if is_several else "`eval_dataset`"
         if not isinstance(dataset, kinds):
             raise ValueError(
-                f"{what} is a {type(dataset).__name__}, but should be a `datasets.Dataset` (or a stream, an `IterableDataset`). "
-                f"{advice_for(dataset)}"
+                f"{what} is a {type(dataset).__name__}, but should be a `datasets.Dataset` (or a stream, an "
+                f"`IterableDataset`). {advice_for(dataset)}"
             )
         if by_client and not hasattr(dataset, "__len__"):
             raise ValueError(
-                f"{what} is a stream ({type(dataset).__name__}), but held-out data by client is weighted by its number of rows, so it has to "
-                f"be known. {advice_for(dataset)}"
+                f"{what} is a stream ({type(dataset).__name__}), but held-out data by client is weighted by its "
+                f"number of rows, so it has to be known. {advice_for(dataset)}"
             )
         if not is_several and hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError("`eval_dataset` is empty. Leave it out, or hold out some rows.")

@@ -186,32 +186,11 @@ def pathological_partition(
     """
     _check_num_clients(dataset, num_clients)
     labels, codes = _encode(_column_values(dataset, column))
-    if classes_per_client < 1:
-        raise ValueError(
-            f"`classes_per_client` is {classes_per_client}, but a client needs rows of at least one class: pass a "
-            f"number from 1 to the number of classes in '{column}', {len(labels)}."
-        )
-    if classes_per_client > len(labels):
-        raise ValueError(
-            f"`classes_per_client` is {classes_per_client}, but column '{column}' has only {len(labels)} distinct "
-            f"values: pass {len(labels)} or less."
-        )
-    if num_clients * classes_per_client < len(labels):
-        raise ValueError(
-            f"{num_clients} clients with {classes_per_client} classes each hold at most "
-            f"{num_clients * classes_per_client} of the {len(labels)} classes in column '{column}', so rows would be "
-            "left without a client: raise `num_clients` or `classes_per_client`."
-        )
+    _check_classes_per_client(classes_per_client, num_clients, len(labels), column)
 
     generator = _generator(seed)
-    held = np.empty((num_clients, classes_per_client), dtype=np.int64)
-    num_holders = np.zeros(len(labels), dtype=np.int64)
-    for client in range(num_clients):
-        # Each client takes the labels with the fewest holders so far, ties broken at random. So the numbers of holders
-        # never differ by more than one, and no label is left out.
-        held[client] = np.lexsort((generator.random(len(labels)), num_holders))[:classes_per_client]
-        num_holders[held[client]] += 1
-
+    held = _deal_labels(num_clients, classes_per_client, len(labels), generator)
+    num_holders = np.bincount(held.ravel(), minlength=len(labels))
     num_rows = np.bincount(codes)
     if np.any(num_rows < num_holders):
         label = int(np.argmax(num_holders - num_rows))
@@ -354,6 +333,20 @@ def _largest_remainder(proportions: np.ndarray, total: int) -> np.ndarray:
     return counts
 
 
+def _deal_labels(
+    num_clients: int, classes_per_client: int, num_labels: int, generator: np.random.Generator
+) -> np.ndarray:
+    """Returns the labels that each client holds, `(num_clients, classes_per_client)`."""
+    held = np.empty((num_clients, classes_per_client), dtype=np.int64)
+    num_holders = np.zeros(num_labels, dtype=np.int64)
+    for client in range(num_clients):
+        # Each client takes the labels with the fewest holders so far, ties broken at random. So the numbers of holders
+        # never differ by more than one, and no label is left out.
+        held[client] = np.lexsort((generator.random(num_labels), num_holders))[:classes_per_client]
+        num_holders[held[client]] += 1
+    return held
+
+
 def _shuffled_by_label(codes: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Returns the row numbers grouped by label, shuffled inside each label."""
     return np.lexsort((generator.permutation(len(codes)), codes))
@@ -419,6 +412,25 @@ def _check_num_clients(dataset: Dataset, num_clients: int) -> None:
         raise ValueError(
             f"`num_clients` is {num_clients}, but the dataset has only {len(dataset)} rows, so a client would be "
             f"empty: pass {len(dataset)} or less."
+        )
+
+
+def _check_classes_per_client(classes_per_client: int, num_clients: int, num_labels: int, column: str) -> None:
+    if classes_per_client < 1:
+        raise ValueError(
+            f"`classes_per_client` is {classes_per_client}, but a client needs rows of at least one class: pass a "
+            f"number from 1 to the number of classes in '{column}', {num_labels}."
+        )
+    if classes_per_client > num_labels:
+        raise ValueError(
+            f"`classes_per_client` is {classes_per_client}, but column '{column}' has only {num_labels} distinct "
+            f"values: pass {num_labels} or less."
+        )
+    if num_clients * classes_per_client < num_labels:
+        raise ValueError(
+            f"{num_clients} clients with {classes_per_client} classes each hold at most "
+            f"{num_clients * classes_per_client} of the {num_labels} classes in column '{column}', so rows would be "
+            "left without a client: raise `num_clients` or `classes_per_client`."
         )
 
 

@@ -16,8 +16,8 @@ from ..state.adapter_state import AdapterState
 __all__ = ["WAY_BACK", "BrokenStateError", "refuse_broken_loss", "refuse_overflow"]
 
 WAY_BACK = (
-    "It is not saved: `train(resume_from_checkpoint=True)` goes on from the last checkpoint, which is of a round before. Lower "
-    "`learning_rate` or `server_lr`, or bound the updates with `aggregation='norm_bounding'`."
+    "It is not saved: `train(resume_from_checkpoint=True)` goes on from the last checkpoint, which is of a round "
+    "before. Lower `learning_rate` or `server_lr`, or bound the updates with `aggregation='norm_bounding'`."
 )
 
 
@@ -48,7 +48,8 @@ def refuse_overflow(state: AdapterState, dtypes: Mapping[str, torch.dtype]) -> N
             continue
         if not torch.isfinite(tensor.abs().max().to(dtype)):
             raise BrokenStateError(
-                f"The new global state has values in {key} that {dtype}, in which the model holds it, cannot represent. {WAY_BACK}"
+                f"The new global state has values in {key} that {dtype}, in which the model holds it, cannot "
+                f"represent. {WAY_BACK}"
             )
 
 
@@ -70,8 +71,8 @@ def refuse_broken_loss(evaluation: Mapping[str, Any], earlier: Iterable[Mapping[
     lost = sorted(once_finite & _losses(evaluation).keys())
     if lost and not _finite_losses(evaluation):
         raise BrokenStateError(
-            f"The model cannot compute with the new global state: `{lost[0]}` is {evaluation[lost[0]]}, but was finite in an earlier "
-            f"round. {WAY_BACK}"
+            f"The model cannot compute with the new global state: `{lost[0]}` is {evaluation[lost[0]]}, but was "
+            f"finite in an earlier round. {WAY_BACK}"
         )
 
 

@@ -62,7 +62,8 @@ def parse_client_settings(
             Names of the tensors of the adapter.
 
     Raises:
-        ValueError: For a client or a layer that does not exist, an unknown setting, or a value that is no positive integer.
+        ValueError: For a client or a layer that does not exist, an unknown setting, or a value that is no
+            positive integer.
     """
     known, names = set(clients), [field.name for field in fields(ClientSettings)]
     layers = {layer_of(key) for key in keys} - {None}
@@ -70,8 +71,8 @@ def parse_client_settings(
     for client, values in (settings or {}).items():
         if client not in known:
             raise ValueError(
-                f"`client_settings` names the client {client!r}, which is not among the {len(known)} clients (the first: "
-                f"{min(known)!r})."
+                f"`client_settings` names the client {client!r}, which is not among the {len(known)} clients (the "
+                f"first: {min(known)!r})."
             )
         if not isinstance(values, Mapping) or not set(values) <= set(names):
             raise ValueError(f"`client_settings[{client!r}]` is {values!r}. Give a dictionary with some of {names}.")

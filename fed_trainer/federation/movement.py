@@ -60,11 +60,15 @@ class Movement:
         if self._moves or not self._idle:
             self._has_begun |= self._moves
             return
-        what = f"In round {round} no client has changed what it trains by a single bit ({', '.join(map(repr, self._idle[:3]))})"
+        what = (
+            f"In round {round} no client has changed what it trains by a single bit "
+            f"({', '.join(map(repr, self._idle[:3]))})"
+        )
         causes = (
-            "The optimiser may not hold what is trained, the loss may not depend on it (an adapter that is switched off, labels that are "
-            "all masked, a loss of your own that is detached), the learning rate may be below the resolution of the weights (bfloat16: "
-            "load the model in float32), or a callback or hook may clear the gradients."
+            "The optimiser may not hold what is trained, the loss may not depend on it (an adapter that is "
+            "switched off, labels that are all masked, a loss of your own that is detached), the learning rate may "
+            "be below the resolution of the weights (bfloat16: load the model in float32), or a callback or hook "
+            "may clear the gradients."
         )
         if not self._has_begun:
             raise NothingTrainedError(

@@ -41,15 +41,15 @@ class Packet:
         kind (`str`):
             `"train"`, from the server: a client's turn of a round. `"update"`, from a client: what came of it.
         tensors (`dict[str, torch.Tensor]`):
-            On the CPU, as `<part>/<name>`. Nothing changes them in place. Down: `state` (shared tensors that have changed
-            since the client was last here), `objective` (what the local objective sends along), `drawn` (what every
-            machine could draw itself from the seed of the run, so it is not counted). Up: `delta` and `extras`.
+            On the CPU, as `<part>/<name>`. Nothing changes them in place. Down: `state` (shared tensors that have
+            changed since the client was last here), `objective` (what the local objective sends along), `drawn` (what
+            every machine could draw itself from the seed of the run, so it is not counted). Up: `delta` and `extras`.
         meta (`dict[str, Any]`):
-            What goes into JSON. Down: `round`, `client`, `lr_factor`, `counted` (the last round in which an update of the
-            client counted; none, if there is none), `rank` (if it is not that of the PEFT config), `base_bytes` (of what
-            went into base weights since the client was last here; in one process the base is the server's too). Up:
-            `round`, `client`, `num_examples`, `num_steps`, `num_tokens`, `base_digest`, `numbers` (the names of those
-            that the rule reads), `figures`, `moved`, `has_rate`, `seconds`.
+            What goes into JSON. Down: `round`, `client`, `lr_factor`, `counted` (the last round in which an update
+            of the client counted; none, if there is none), `rank` (if it is not that of the PEFT config),
+            `base_bytes` (of what went into base weights since the client was last here; in one process the base is
+            the server's too). Up: `round`, `client`, `num_examples`, `num_steps`, `num_tokens`, `base_digest`,
+            `numbers` (the names of those that the rule reads), `figures`, `moved`, `has_rate`, `seconds`.
     """
 
     kind: str
@@ -64,15 +64,18 @@ class Packet:
     @property
     def num_bytes(self) -> int:
         """
-        Bytes of what is sent: the tensors as they are encoded, what went into base weights, and 8 per number that the rule
-        reads. Names, framing and figures for the record are not counted, nor what both sides can draw.
+        Bytes of what is sent: the tensors as they are encoded, what went into base weights, and 8 per number that
+        the rule reads. Names, framing and figures for the record are not counted, nor what both sides can draw.
         """
         sent = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(f"{DRAWN}/")}
-        numbers = self.meta.get("numbers", ())
-        return state_bytes(sent) + self.meta.get("base_bytes", 0) + NUMBER_BYTES * len(numbers)
+        numbers, base = self.meta.get("numbers"), self.meta.get("base_bytes")
+        num_numbers = len(numbers) if isinstance(numbers, list) else 0
+        return state_bytes(sent) + (base if isinstance(base, int) else 0) + NUMBER_BYTES * num_numbers
 
     def to_bytes(self) -> bytes:
-        """As one safetensors file, with the dictionary as JSON in its metadata; numbers that are not finite are strings."""
+        """
+        As one safetensors file, with the dictionary as JSON in its metadata; numbers that are not finite are strings.
+        """
         meta = json.dumps({"kind": self.kind, "meta": storable(self.meta)}, allow_nan=False)
         return save({key: tensor.contiguous() for key, tensor in self.tensors.items()}, metadata={META: meta})
 

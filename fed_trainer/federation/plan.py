@@ -1,9 +1,11 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the settings imply for both sides: whose tensors are whose, the method, the local objective, what clients do differently.
+What the settings imply for both sides: whose tensors are whose, the method, the local objective, what clients do
+differently.
 
-The server and every client build it from the same settings and the same facts of the model, and then agree without a word.
+The server and every client build it from the same settings and the same facts of the model, and then agree
+without a word.
 """
 
 from __future__ import annotations
@@ -48,8 +50,8 @@ class ModelFacts:
         buffers (`Collection[str]`):
             Names of the tensors that a forward pass in training changes: running statistics and counts.
         base_dtypes (`Mapping[str, tuple[torch.dtype, ...]]`):
-            By module of a pair the dtype of its base weight, if it is one of floating-point numbers; a quantised weight takes
-            no addition.
+            By module of a pair the dtype of its base weight, if it is one of floating-point numbers; a quantised
+            weight takes no addition.
         base_digest (`str`, *optional*):
             [`base_digest`] of the base model, which clients that send one must agree with.
     """
@@ -114,8 +116,8 @@ class Plan:
         if num_sampled < needed:
             raise ValueError(
                 f"A round needs {needed} usable updates (`min_clients={args.min_clients}`, and "
-                f"{self.rule.min_updates} for {args.aggregation!r}), but only {num_sampled} clients are sampled per round. "
-                "Raise `clients_per_round`."
+                f"{self.rule.min_updates} for {args.aggregation!r}), but only {num_sampled} clients are sampled "
+                "per round. Raise `clients_per_round`."
             )
 
     def _rule_options(self, args: FederationArguments) -> dict[str, Any]:
@@ -152,46 +154,48 @@ class Plan:
                 names = [name for name, method in METHODS.items() if method.takes_layers]
                 raise ValueError(
                     f"`client_settings` lets client {client!r} train the layers {list(own.layers_to_transform)}, but "
-                    f"{aggregation!r} compares or weights whole updates. Use one of {names}, or train all layers everywhere."
+                    f"{aggregation!r} compares or weights whole updates. Use one of {names}, or train all layers "
+                    "everywhere."
                 )
             if not any(own.trains(key) for key in shared):
                 raise ValueError(
-                    f"Client {client!r} would send nothing: no tensor of the layers {list(own.layers_to_transform or ())} is "
-                    "shared. Change `client_settings` or `tensor_roles`."
+                    f"Client {client!r} would send nothing: no tensor of the layers "
+                    f"{list(own.layers_to_transform or ())} is shared. Change `client_settings` or `tensor_roles`."
                 )
 
     def _check_rank(self, aggregation: str, client: str, rank: int, state: AdapterState) -> None:
         if not self.method.takes_ranks:
             names = [name for name, method in METHODS.items() if method.takes_ranks]
             raise ValueError(
-                f"`client_settings` gives client {client!r} the rank {rank}, but {aggregation!r} combines adapters of one rank. "
-                f"Use one of {names}, or leave `r` out."
+                f"`client_settings` gives client {client!r} the rank {rank}, but {aggregation!r} combines adapters "
+                f"of one rank. Use one of {names}, or leave `r` out."
             )
         largest = self.largest_rank(state)
         if rank > largest:
             raise ValueError(
-                f"`client_settings` gives client {client!r} the rank {rank}, but the PEFT config has the rank {largest}, "
-                "which has to be the largest of all clients. Raise it there."
+                f"`client_settings` gives client {client!r} the rank {rank}, but the PEFT config has the rank "
+                f"{largest}, which has to be the largest of all clients. Raise it there."
             )
         truncate_ranks(state, self.pairs, rank)  # refuses factors that cannot be cut
 
     def _check_stages(self, args: FederationArguments) -> None:
         if self.sparse_rounds >= args.num_rounds:
             raise ValueError(
-                f"`sparse_rounds={self.sparse_rounds}` of {args.num_rounds} rounds leaves none for the LoRA, which is what "
-                f"{args.aggregation!r} publishes. Lower it, or raise `num_rounds`."
+                f"`sparse_rounds={self.sparse_rounds}` of {args.num_rounds} rounds leaves none for the LoRA, which "
+                f"is what {args.aggregation!r} publishes. Lower it, or raise `num_rounds`."
             )
         if self.sparse_rounds and (role := self.roles(1).role(f"{self.pairs[0].module}.sparse_values")) != "shared":
             raise ValueError(
-                f"By `tensor_roles` what no pattern matches is {role}, but the sparse change that {args.aggregation!r} trains "
-                "first has to be shared. Leave `default` at 'shared', and name the tensors by patterns."
+                f"By `tensor_roles` what no pattern matches is {role}, but the sparse change that "
+                f"{args.aggregation!r} trains first has to be shared. Leave `default` at 'shared', and name the "
+                "tensors by patterns."
             )
 
     def _check_objective(self, args: FederationArguments, objective: LocalObjective) -> None:
         if objective.is_personal and self.sparse_rounds:
             reason = (
-                f"keeps a model of every client over all rounds, but {args.aggregation!r} trains other tensors in its second "
-                "stage"
+                f"keeps a model of every client over all rounds, but {args.aggregation!r} trains other tensors in "
+                "its second stage"
             )
         elif objective.follows_factors and self.method.adds_to_base:
             reason = (
@@ -199,7 +203,10 @@ class Plan:
                 f"{args.aggregation!r} moves a part of it into the base in every round"
             )
         elif self.partial and objective.needs_all_tensors:
-            reason = "is defined over all tensors of every client, but `layers_to_transform` of `client_settings` leaves some out"
+            reason = (
+                "is defined over all tensors of every client, but `layers_to_transform` of `client_settings` "
+                "leaves some out"
+            )
         else:
             return
         raise ValueError(
@@ -242,7 +249,9 @@ class Plan:
     # Clients that differ
 
     def settings_of(self, client: str, rank: int | None = None) -> ClientSettings:
-        """What a client does differently; `rank` is the one that it has by now, if the local objective has changed it."""
+        """
+        What a client does differently; `rank` is the one that it has by now, if the local objective has changed it.
+        """
         settings = self.settings.get(client, ClientSettings())
         return settings if rank is None else replace(settings, r=rank)
 
@@ -287,8 +296,8 @@ def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clien
     if args.local_objective is None:
         if args.local_objective_kwargs:
             raise ValueError(
-                f"`local_objective_kwargs` is {args.local_objective_kwargs}, but there is no `local_objective` for them. Name "
-                f"one of {sorted(LOCAL_OBJECTIVES)}."
+                f"`local_objective_kwargs` is {args.local_objective_kwargs}, but there is no `local_objective` for "
+                f"them. Name one of {sorted(LOCAL_OBJECTIVES)}."
             )
         return None
     kind = LOCAL_OBJECTIVES[args.local_objective]
@@ -299,8 +308,8 @@ def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clien
         if not METHODS[args.aggregation].takes_ranks:
             names = [name for name, method in METHODS.items() if method.takes_ranks]
             raise ValueError(
-                f"`local_objective={args.local_objective!r}` gives every client a rank of its own, but `aggregation` is "
-                f"{args.aggregation!r}. Use one of {names}."
+                f"`local_objective={args.local_objective!r}` gives every client a rank of its own, but "
+                f"`aggregation` is {args.aggregation!r}. Use one of {names}."
             )
         options["pairs"] = pairs
     objective = _built("local_objective_kwargs", lambda: kind(**options))
@@ -312,7 +321,10 @@ def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clien
 
 def _check_plain_mean(args: FederationArguments) -> None:
     weights = given(args, "aggregation_kwargs").get("weights", "uniform")
-    what = f"`local_objective={args.local_objective!r}` is defined for the plain mean over clients, all weighted alike, but"
+    what = (
+        f"`local_objective={args.local_objective!r}` is defined for the plain mean over clients, all weighted "
+        "alike, but"
+    )
     if weights != "uniform":
         raise ValueError(f"{what} `aggregation_kwargs` has `weights={weights!r}`. Leave it out.")
     if not METHODS[args.aggregation].is_mean:
@@ -327,15 +339,16 @@ def _server_optimizer(
     if not METHODS[args.aggregation].takes_server_optimizer and not is_plain:
         raise ValueError(
             f"`server_optimizer={args.server_optimizer!r}` with `server_lr={args.server_lr}` cannot follow "
-            f"{args.aggregation!r}: it sets the factors to new values, which are no direction to step along. Leave the server "
-            "optimiser out, or use 'fedavg'."
+            f"{args.aggregation!r}: it sets the factors to new values, which are no direction to step along. Leave "
+            "the server optimiser out, or use 'fedavg'."
         )
     own = None if objective is None else objective.server_optimizer(num_clients)
     if own is not None:
         if not is_plain:
             raise ValueError(
                 f"`local_objective={args.local_objective!r}` has a server step of its own, but "
-                f"`server_optimizer={args.server_optimizer!r}` with `server_lr={args.server_lr}` was given. Leave both out."
+                f"`server_optimizer={args.server_optimizer!r}` with `server_lr={args.server_lr}` was given. Leave "
+                "both out."
             )
         return own
     kind = SERVER_OPTIMIZERS[args.server_optimizer]

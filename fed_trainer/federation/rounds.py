@@ -75,6 +75,16 @@ class Host(Protocol):
             BrokenStateError: If the model cannot compute with it.
         """
 
+    def settle(self, counted: Mapping[str, int | None]) -> None:
+        """
+        The new state holds. A client learns the verdict on its update from its next packet; what is in this process
+        may know it at once.
+
+        Args:
+            counted (`Mapping[str, int]`):
+                By client of the round the last round in which its update counted.
+        """
+
     def uninstall(self) -> None:
         """Go back to what there was before the last `install`."""
 
@@ -173,26 +183,33 @@ class Federation:
         self.server.begin(self.state, round.number, sampled)
         self._movement.begin()
         packets = Packets(self.server, sampled, round.lr_factor)
+        silent = set(sampled)
         for reply in self.transport.exchange(packets, round.number, self.args.client_timeout):
-            for phase, seconds in reply.seconds.items():
-                round.seconds[phase] = round.seconds.get(phase, 0.0) + seconds
-            with timed(round.seconds, "aggregate"):
-                reason = self.server.receive(reply)
-            traffic = self.server.traffic[reply.client]
-            if reason is None:
-                self._count(round, reply, traffic)
-                continue
-            logger.warning(f"Round {round.number} goes on without client {reply.client!r}: {reason}")
-            for direction, size in traffic.items():
-                round.in_vain[direction] += size
+            silent.discard(reply.client)
+            self._take(round, reply)
+        for client in sorted(silent):
+            self._take(round, Reply(client, "lost"))
         round.refused = self.server.refused
         self._movement.end(round.number)
+
+    def _take(self, round: Round, reply: Reply) -> None:
+        for phase, seconds in reply.seconds.items():
+            round.seconds[phase] = round.seconds.get(phase, 0.0) + seconds
+        with timed(round.seconds, "aggregate"):
+            reason = self.server.receive(reply)
+        if reason is None:
+            self._count(round, reply, self.server.traffic[reply.client])
+            return
+        logger.warning(f"Round {round.number} goes on without client {reply.client!r}: {reason}")
+        if reply.client not in round.clients:  # one that has answered twice has counted once
+            for direction, size in self.server.traffic.get(reply.client, {}).items():
+                round.in_vain[direction] += size
 
     def _count(self, round: Round, reply: Reply, traffic: Mapping[str, int]) -> None:
         assert reply.packet is not None
         meta = reply.packet.meta
         self._movement.saw(reply.client, bool(meta.get("moved", True)), bool(meta.get("has_rate", True)))
-        round.clients[reply.client] = {"num_examples": meta["num_examples"], **meta.get("figures", {}), **traffic}
+        round.clients[reply.client] = {"num_examples": meta["num_examples"], **meta["figures"], **traffic}
         self.host.after_client(round, reply.client)
 
     def _finish(self, round: Round) -> None:
@@ -200,7 +217,7 @@ class Federation:
             state, base_change = self.server.finish()
             self.host.install(state, base_change)
             self.state = state
-            self.server.settle()  # last: clients keep nothing of a round that has broken the model
+            self.host.settle(self.server.settle())  # last: clients keep nothing of a round that has broken the model
             round.base_change_bytes = self.server.base_change_bytes
 
 

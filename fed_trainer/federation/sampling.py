@@ -42,8 +42,8 @@ class ClientSampler:
             self.num_sampled = max(1, round(clients_per_round * len(self.clients)))
         if self.num_sampled > len(self.clients):
             raise ValueError(
-                f"`clients_per_round` is {clients_per_round}, but there are only {len(self.clients)} clients. Set it to at "
-                f"most {len(self.clients)}, or leave it out to train all of them in every round."
+                f"`clients_per_round` is {clients_per_round}, but there are only {len(self.clients)} clients. Set "
+                f"it to at most {len(self.clients)}, or leave it out to train all of them in every round."
             )
 
     def sample(self, round: int) -> list[str]:

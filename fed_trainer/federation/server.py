@@ -83,8 +83,8 @@ class Server:
 
     def packet_for(self, client: str, lr_factor: float = 1.0) -> Packet:
         """
-        What a client is sent in the round that has begun: the tensors that have changed since it was last here, cut to its
-        rank, also those of layers that it does not train, as it computes with them.
+        What a client is sent in the round that has begun: the tensors that have changed since it was last here, cut
+        to its rank, also those of layers that it does not train, as it computes with them.
 
         Args:
             client (`str`):
@@ -153,10 +153,10 @@ class Server:
         Returns:
             `str` or `None`: why it is left out, if it is.
         """
-        if reply.packet is None:
-            reason = reply.reason or f"it has not answered ({reply.status})"
+        if (reason := self._fault_of_answer(reply)) is not None:
             self.refused[reply.client] = reason
             return reason
+        assert reply.packet is not None
         packet, meta = reply.packet, reply.packet.meta
         self.traffic.setdefault(reply.client, {})["bytes_up"] = packet.num_bytes
         asked = self.asked_of(reply.client)
@@ -164,13 +164,26 @@ class Server:
             reply.client,
             meta.get("num_examples"),  # type: ignore[arg-type]
             self.plan.up.decode(packet.part(DELTA), asked),
-            meta.get("figures", {}),
+            meta["figures"],
             num_steps=meta.get("num_steps"),
             base_digest=meta.get("base_digest"),
             num_tokens=meta.get("num_tokens"),
             extras=packet.part(EXTRAS),
         )
         return self.take(update, asked)
+
+    def _fault_of_answer(self, reply: Reply) -> str | None:
+        """Why there is no update to look at, if there is none."""
+        if reply.packet is None:
+            return reply.reason or f"it has not answered ({reply.status})"
+        meta, asked = reply.packet.meta, ("update", self._round, reply.client)
+        if (reply.packet.kind, meta.get("round"), meta.get("client")) != asked:
+            return "its answer is to another packet than that of this round. Send one answer to each."
+        figures = meta.get("figures")
+        loss = figures.get("train_loss") if isinstance(figures, dict) else None
+        if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+            return "its figures have no `train_loss`, which is a number. Send what the local round has given."
+        return None
 
     def take(self, update: ClientUpdate, asked: AdapterState) -> str | None:
         """
@@ -225,8 +238,8 @@ class Server:
                 size, limit = largest_product(pair.scaling, A, B), self._product_limits[pair.module]
                 if not size <= limit:
                     return (
-                        f"the product of its factors of {pair.module} may reach {size:.3g}, beyond {limit:.3g}, beside which "
-                        "the base weight would not count, or which it cannot hold. Lower `learning_rate`."
+                        f"the product of its factors of {pair.module} may reach {size:.3g}, beyond {limit:.3g}, "
+                        "beside which the base weight would not count, or which it cannot hold. Lower `learning_rate`."
                     )
         return self.objective.fault_of(update.extras, trained)
 
@@ -263,13 +276,23 @@ class Server:
         self.base_change_bytes = sum(state_bytes(factors._asdict()) for factors in change.values())
         return state, change
 
-    def settle(self) -> None:
-        """The new state holds: from now on the updates of the round have counted, as the clients are told in their next packets."""
+    def settle(self) -> dict[str, int | None]:
+        """
+        The new state holds: from now on the updates of the round have counted, as the clients are told in their next
+        packets.
+
+        Returns:
+            `dict[str, int]`: By client of the round the last round in which its update counted.
+        """
         sampled = [*self.taken, *self.refused] if self._sampled is None else self._sampled
         self.visits.end_round(self._round, sampled, self.taken, self.base_change_bytes)
+        return {client: self.visits.counted.get(client) for client in sorted(sampled)}
 
     def _combine(self) -> tuple[AdapterState, AdapterState, AdapterState]:
-        """What the rule and the server optimiser make of the round: the state, and the factors of the base's change by module."""
+        """
+        What the rule and the server optimiser make of the round: the state, and the factors of the base's
+        change by module.
+        """
         delta = self.rule.finish()
         counts = {key: value for key, value in delta.items() if key in self.plan.buffers}
         steps = {key: value for key, value in delta.items() if key not in self.plan.buffers}
@@ -283,7 +306,8 @@ class Server:
         broken = first_not_finite(state | added)
         if broken is not None:
             raise BrokenStateError(
-                f"The step of the server has values that are not finite in {broken}, although no update had. {WAY_BACK}"
+                f"The step of the server has values that are not finite in {broken}, although no update had. "
+                f"{WAY_BACK}"
             )
         left, right = ({module: change[side] for module, change in self.rule.base_change.items()} for side in (0, 1))
         return state, left, right

@@ -62,8 +62,8 @@ def validated(
         update ([`ClientUpdate`]):
             What came in.
         reference (`dict[str, torch.Tensor]`):
-            What the client was sent: its keys, shapes and dtypes are those of the delta. For a client of a smaller rank that
-            is what [`truncate_ranks`] gives.
+            What the client was sent: its keys, shapes and dtypes are those of the delta. For a client of a smaller
+            rank that is what [`truncate_ranks`] gives.
         seen (`Collection[str]`, *optional*):
             Clients whose update has been taken in this round.
         base_digest (`str`, *optional*):
@@ -151,39 +151,60 @@ def _fault_of_fields(
     if update.client in seen:
         return "it has sent one in this round already. A client counts once per round."
     if update.base_digest is not None and not isinstance(update.base_digest, str):
-        return f"its digest of the base model is of type {type(update.base_digest).__name__}. Send what `base_digest` returns."
+        return (
+            f"its digest of the base model is of type {type(update.base_digest).__name__}. Send what `base_digest` "
+            "returns."
+        )
     if base_digest is not None and update.base_digest is not None and update.base_digest != base_digest:
         return (
-            f"it was trained on another base model (digest {update.base_digest[:12]}, expected {base_digest[:12]}). Load the same "
-            "checkpoint on every machine."
+            f"it was trained on another base model (digest {update.base_digest[:12]}, expected "
+            f"{base_digest[:12]}). Load the same checkpoint on every machine."
         )
     if not _is_count(update.num_examples):
-        return f"`num_examples` is {_shown(update.num_examples)}, but it should be a positive integer: it is the weight in the mean."
+        return (
+            f"`num_examples` is {_shown(update.num_examples)}, but it should be a positive integer: it is the "
+            "weight in the mean."
+        )
     if update.num_steps is not None and not (_is_count(update.num_steps) and update.num_steps <= most_steps):
         return (
-            f"`num_steps` is {_shown(update.num_steps)}, but it should be a positive integer of at most {most_steps}. Send what the "
-            "local round counted."
+            f"`num_steps` is {_shown(update.num_steps)}, but it should be a positive integer of at most "
+            f"{most_steps}. Send what the local round counted."
         )
     if update.num_tokens is not None and not _is_count(update.num_tokens):
-        return f"`num_tokens` is {_shown(update.num_tokens)}, but it should be a positive integer: it may be the weight in the mean."
+        return (
+            f"`num_tokens` is {_shown(update.num_tokens)}, but it should be a positive integer: it may be the "
+            "weight in the mean."
+        )
     return _fault_of_scalings(update.scalings)
 
 
 def _fault_of_scalings(scalings: object) -> str | None:
     if scalings is not None and not isinstance(scalings, dict):
-        return f"`scalings` is of type {type(scalings).__name__}, but it should be a dictionary by module. Send `lora_alpha / r`."
+        return (
+            f"`scalings` is of type {type(scalings).__name__}, but it should be a dictionary by module. Send "
+            "`lora_alpha / r`."
+        )
     for module, scaling in (scalings or {}).items():
         if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not 0 < scaling < math.inf:
-            return f"the scaling of {_shown(module, _text)} is {_shown(scaling)}, but it should be positive and finite. Send `lora_alpha / r`."
+            return (
+                f"the scaling of {_shown(module, _text)} is {_shown(scaling)}, but it should be positive and "
+                "finite. Send `lora_alpha / r`."
+            )
     return None
 
 
 def _fault_of_names(what: str, state: object, expected: Mapping[str, object], partial: bool) -> str | None:
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        return f"the {what} are of type {type(state).__name__}, but should be a dictionary by name. Send what was received."
+        return (
+            f"the {what} are of type {type(state).__name__}, but should be a dictionary by name. Send what was "
+            "received."
+        )
     unexpected, missing = sorted(state.keys() - expected.keys()), sorted(expected.keys() - state.keys())
     if unexpected:
-        return f"{len(unexpected)} {what} are not shared in this round (the first: {_shown(unexpected[0], _text)}). Send what was received."
+        return (
+            f"{len(unexpected)} {what} are not shared in this round (the first: {_shown(unexpected[0], _text)}). "
+            "Send what was received."
+        )
     if missing and (not partial or len(missing) == len(expected)):
         return f"{len(missing)} {what} are missing (the first: {missing[0]}). Send everything that is shared."
     return None
@@ -197,9 +218,15 @@ def _fault_of_tensors(
         if (kind := foreign_kind(tensor)) is not None:
             return f"{key} is {kind}, but it should be a plain tensor in memory. Send what `LiveState.read` returns."
         if tensor.numel() == 0 and expected.numel() > 0:
-            return f"{key} is empty, as read from a partitioned model (ZeRO-3, FSDP). Gather the parameters before reading."
+            return (
+                f"{key} is empty, as read from a partitioned model (ZeRO-3, FSDP). Gather the parameters before "
+                "reading."
+            )
         if tensor.shape != expected.shape:
-            return f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(expected.shape)}. The PEFT configs differ."
+            return (
+                f"{key} has the shape {tuple(tensor.shape)} instead of {tuple(expected.shape)}. The PEFT configs "
+                "differ."
+            )
         if tensor.dtype not in (expected.dtype, torch.float32):
             return f"{key} is {tensor.dtype}, expected {expected.dtype} or torch.float32. Cast it before sending."
         if tensor.numel() == 0:
@@ -209,8 +236,8 @@ def _fault_of_tensors(
         limit = min(LARGEST_VALUE, (limits or {}).get(key, LARGEST_VALUE))
         if tensor.detach().abs().max() > limit:
             return (
-                f"{key} has values beyond {limit:.3g}, beside which the other updates and the state would not count, or their sum "
-                "may overflow. Lower `learning_rate`."
+                f"{key} has values beyond {limit:.3g}, beside which the other updates and the state would not "
+                "count, or their sum may overflow. Lower `learning_rate`."
             )
     return None
 

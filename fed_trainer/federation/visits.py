@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the server remembers of the clients' visits: who was here when, whose update counted, what went into the base."""
+"""
+What the server remembers of the clients' visits: who was here when, whose update counted, what went into the base.
+"""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def check_schedule_name(field: str, name: str) -> None:
         raise ValueError(f"`{field}` should be one of {names} but the value passed is {name!r}")
     if name in _FOLLOWS_METRICS:
         raise ValueError(
-            f"`{field}={SchedulerType(name).value!r}` follows the figures of evaluations within a training run, and a client makes "
-            "none. Use 'linear' or 'cosine', or another one that follows the number of steps."
+            f"`{field}={SchedulerType(name).value!r}` follows the figures of evaluations within a training run, "
+            "and a client makes none. Use 'linear' or 'cosine', or another one that follows the number of steps."
         )
 
 
@@ -86,11 +86,12 @@ def lr_factors(
         given = f"`{field}={SchedulerType(name).value!r}`"
         if field != "lr_scheduler_type":
             raise ValueError(
-                f"{given} needs options of its own, for which there is no field. Use one that needs none, such as 'linear' or 'cosine'."
+                f"{given} needs options of its own, for which there is no field. Use one that needs none, such as "
+                "'linear' or 'cosine'."
             ) from error
         raise ValueError(
-            f"{given} is no schedule with `lr_scheduler_kwargs={options}` ({error}). Set what it needs there, or use one that needs "
-            "nothing, such as 'linear' or 'cosine'."
+            f"{given} is no schedule with `lr_scheduler_kwargs={options}` ({error}). Set what it needs there, or "
+            "use one that needs nothing, such as 'linear' or 'cosine'."
         ) from error
     return factors
 
@@ -118,20 +119,21 @@ def check_local_schedule(
     """
     if kwargs and name in _WITHOUT_KWARGS:
         raise ValueError(
-            f"`lr_scheduler_kwargs` is {dict(kwargs)}, but `lr_scheduler_type={SchedulerType(name).value!r}` takes no options. Name the "
-            "schedule that they are for (the default of a federation is 'constant'), or leave them out."
+            f"`lr_scheduler_kwargs` is {dict(kwargs)}, but `lr_scheduler_type={SchedulerType(name).value!r}` takes "
+            "no options. Name the schedule that they are for (the default of a federation is 'constant'), or leave "
+            "them out."
         )
     if warmup_steps > 0 and name == SchedulerType.CONSTANT:
         raise ValueError(
-            f"`warmup_steps` is {warmup_steps}, but `lr_scheduler_type='constant'`, the default of a federation, has no warm-up. Set "
-            "'constant_with_warmup' or another schedule, or leave `warmup_steps` out."
+            f"`warmup_steps` is {warmup_steps}, but `lr_scheduler_type='constant'`, the default of a federation, "
+            "has no warm-up. Set 'constant_with_warmup' or another schedule, or leave `warmup_steps` out."
         )
     num_steps = max_steps if max_steps > 0 else _SOME_STEPS
     warmup = int(warmup_steps) if warmup_steps >= 1 else math.ceil(num_steps * warmup_steps)
     factors = lr_factors("lr_scheduler_type", name, num_steps, warmup, kwargs, lr or 1.0)
     if max_steps > 0 and not any(factors):
         raise ValueError(
-            f"By `lr_scheduler_type={SchedulerType(name).value!r}` with `warmup_steps={warmup_steps}` the learning rate of all {max_steps} "
-            "steps of a local round is 0, so nothing would be learnt. The schedule starts afresh at each client in each round: lower "
-            "`warmup_steps`, or raise `max_steps`."
+            f"By `lr_scheduler_type={SchedulerType(name).value!r}` with `warmup_steps={warmup_steps}` the learning "
+            f"rate of all {max_steps} steps of a local round is 0, so nothing would be learnt. The schedule starts "
+            "afresh at each client in each round: lower `warmup_steps`, or raise `max_steps`."
         )

@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 What the server does with the aggregated delta: the optimisers of Adaptive Federated Optimization (Reddi et al., 2020,
-https://huggingface.co/papers/2003.00295, algorithm 2), FedAvgM (Hsu et al., 2019, https://huggingface.co/papers/1909.06335), and
-the server's half of FedDyn (Acar et al., 2021, https://huggingface.co/papers/2111.04263).
+https://huggingface.co/papers/2003.00295, algorithm 2), FedAvgM (Hsu et al., 2019,
+https://huggingface.co/papers/1909.06335), and the server's half of FedDyn (Acar et al., 2021,
+https://huggingface.co/papers/2111.04263).
 
-A step is `state = optimizer.step(state, delta)`, on dictionaries of tensors, in float32, kept in the dtypes of `state`. A state in
-bfloat16 loses steps below its resolution. Methods that restart the adapter (FLoRA) must not be combined with one: their
-delta is not a direction.
+A step is `state = optimizer.step(state, delta)`, on dictionaries of tensors, in float32, kept in the dtypes of
+`state`. A state in bfloat16 loses steps below its resolution. Methods that restart the adapter (FLoRA) must not be
+combined with one: their delta is not a direction.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ __all__ = [
 
 class ServerOptimizer:
     """
-    The plain step `w <- w + lr Delta`, `"sgd"` in the config. With `lr=1` the new adapter is what the aggregation gave.
+    The plain step `w <- w + lr Delta`, `"sgd"` in the config. With `lr=1` the new adapter is what the
+    aggregation gave.
 
     Args:
         lr (`float`, *optional*, defaults to `1.0`):
@@ -53,7 +55,8 @@ class ServerOptimizer:
             state (`dict[str, torch.Tensor]`):
                 The global adapter; not changed.
             delta (`dict[str, torch.Tensor]`):
-                What the aggregation gave, for all of `state` or a part of it (RoLoRA alternates). The rest stays as it is.
+                What the aggregation gave, for all of `state` or a part of it (RoLoRA alternates). The rest
+                stays as it is.
             num_sampled (`int`, *optional*):
                 Number of clients that the mean was over; of interest to [`FedDyn`] only.
         """
@@ -94,15 +97,15 @@ class ServerOptimizer:
             name, _, key = entry.partition(".")
             if name not in buffers:
                 raise ValueError(
-                    f"The state has {entry!r}, which {type(self).__name__} does not keep (it keeps {list(self.buffers)}). Resume "
-                    "with the server optimiser the run was started with."
+                    f"The state has {entry!r}, which {type(self).__name__} does not keep (it keeps "
+                    f"{list(self.buffers)}). Resume with the server optimiser the run was started with."
                 )
             buffers[name][key] = tensor.to(torch.float32, copy=True)
         incomplete = [name for name, tensors in buffers.items() if tensors.keys() != buffers[self.buffers[0]].keys()]
         if incomplete:
             raise ValueError(
-                f"The state has no {incomplete[0]!r} for some of its tensors, which {type(self).__name__} keeps for all. Resume "
-                "with the server optimiser the run was started with."
+                f"The state has no {incomplete[0]!r} for some of its tensors, which {type(self).__name__} keeps "
+                "for all. Resume with the server optimiser the run was started with."
             )
         self._buffers = buffers
 
@@ -111,8 +114,8 @@ class FedAvgM(ServerOptimizer):
     """
     Server momentum: `v <- beta v + Delta`, `w <- w + lr v`.
 
-    The momentum is a sum, as in `torch.optim.SGD`, not an average `(1 - beta) Delta`: a constant `Delta` ends up as steps of
-    `lr Delta / (1 - beta)`, ten times `Delta` for `beta=0.9` and `lr=1`.
+    The momentum is a sum, as in `torch.optim.SGD`, not an average `(1 - beta) Delta`: a constant `Delta` ends up as
+    steps of `lr Delta / (1 - beta)`, ten times `Delta` for `beta=0.9` and `lr=1`.
 
     Args:
         lr (`float`, *optional*, defaults to `1.0`):
@@ -134,8 +137,8 @@ class FedAvgM(ServerOptimizer):
 
 class FedAdam(ServerOptimizer):
     """
-    `m <- b1 m + (1 - b1) Delta`, `v <- b2 v + (1 - b2) Delta^2`, `w <- w + lr m / (sqrt(v) + tau)`, from `m = 0` and `v = tau^2`, without
-    bias correction. The second moment is that of `Delta`, not of `m`.
+    `m <- b1 m + (1 - b1) Delta`, `v <- b2 v + (1 - b2) Delta^2`, `w <- w + lr m / (sqrt(v) + tau)`, from `m = 0`
+    and `v = tau^2`, without bias correction. The second moment is that of `Delta`, not of `m`.
 
     Args:
         lr (`float`, *optional*, defaults to `0.01`):
@@ -168,7 +171,10 @@ class FedAdam(ServerOptimizer):
 
 
 class FedYogi(FedAdam):
-    """[`FedAdam`] with `v <- v - (1 - b2) Delta^2 sign(v - Delta^2)`, which grows by no more than `(1 - b2) Delta^2` a round."""
+    """
+    [`FedAdam`] with `v <- v - (1 - b2) Delta^2 sign(v - Delta^2)`, which grows by no more than
+    `(1 - b2) Delta^2` a round.
+    """
 
     def _update_second_moment(self, second_moment: torch.Tensor, squared: torch.Tensor) -> None:
         second_moment.sub_(squared * torch.sign(second_moment - squared), alpha=1 - self.beta2)
@@ -196,8 +202,9 @@ class FedAdagrad(FedAdam):
 
 class FedDyn(ServerOptimizer):
     """
-    The server's half of FedDyn: `h <- h - alpha / m sum_k Delta_k` over the clients of the round, `w <- w + mean_k Delta_k - h / alpha`,
-    with `m` the number of *all* clients. The mean is uniform. The clients' half is in `fed_trainer.methods.objectives`.
+    The server's half of FedDyn: `h <- h - alpha / m sum_k Delta_k` over the clients of the round,
+    `w <- w + mean_k Delta_k - h / alpha`, with `m` the number of *all* clients. The mean is uniform. The clients'
+    half is in `fed_trainer.methods.objectives`.
 
     Args:
         alpha (`float`):
@@ -234,8 +241,8 @@ SERVER_OPTIMIZERS: dict[str, type[ServerOptimizer]] = {
     "fedyogi": FedYogi,
 }
 """
-By the name in the config; the one dictionary that is looked up, so that no name can mean a plain step by accident. [`FedDyn`]
-is not in it: without the clients' half it is not FedDyn, so the local objective brings it.
+By the name in the config; the one dictionary that is looked up, so that no name can mean a plain step by accident.
+[`FedDyn`] is not in it: without the clients' half it is not FedDyn, so the local objective brings it.
 """
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from peft_scl.card import IMPORT_LINE, LOADERS
 
+from ..methods.objectives import LOCAL_OBJECTIVES, LocalObjective
 from .figures import evaluations
 
 
@@ -134,22 +135,25 @@ def _what_stays(record: dict[str, Any]) -> list[str]:
             "what is published is the shared part, to be trained further, and no model of any client.",
             "",
         ]
-    if _is_ditto(record):
+    if (objective := _personal_objective(record)) is not None:
+        name = objective.__name__
         lines += [
-            "Every client has trained a model of its own too (Ditto), which stays with it. This is the global one.",
+            f"Every client has trained a model of its own too ({name}), which stays with it. This is the global one.",
             "",
         ]
     return lines
 
 
 def _evaluated(record: dict[str, Any]) -> str:
-    if record.get("num_local_parameters") or _is_ditto(record):
+    if record.get("num_local_parameters") or _personal_objective(record) is not None:
         return "clients' own models"
     return f"global {'adapter' if record['peft_type'] else 'model'}"
 
 
-def _is_ditto(record: dict[str, Any]) -> bool:
-    return record["federation"]["local_objective"] == "ditto"
+def _personal_objective(record: dict[str, Any]) -> type[LocalObjective] | None:
+    """The local objective, if clients train models of their own by it."""
+    objective = LOCAL_OBJECTIVES.get(record["federation"]["local_objective"])
+    return objective if objective is not None and objective.is_personal else None
 
 
 def _loading(

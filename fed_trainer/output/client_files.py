@@ -47,8 +47,8 @@ def owner_of(path: Path) -> tuple[str, int | None]:
 
 def file_name(client: str, round: int | None = None) -> str:
     """
-    The name of the file of a client: its own, as far as file systems take it, and in the store of a run, which may hold two,
-    the round behind it.
+    The name of the file of a client: its own, as far as file systems take it, and in the store of a run, which may
+    hold two, the round behind it.
     """
     name = quote(client, safe=" ")  # which has no @
     if len(name) > LONGEST_NAME:  # file systems take 255 bytes

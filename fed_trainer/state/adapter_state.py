@@ -70,8 +70,8 @@ def check_same_layout(state: AdapterState, reference: AdapterState, source: str)
         dtype = reference[key].dtype
         if not (is_trainable_kind(tensor.dtype) and dtype.is_floating_point) and tensor.dtype != dtype:
             raise ValueError(
-                f"{source} does not fit: {key} is {tensor.dtype}, which cannot stand for the {dtype} of the model. It was not written by "
-                "a training run."
+                f"{source} does not fit: {key} is {tensor.dtype}, which cannot stand for the {dtype} of the model. "
+                "It was not written by a training run."
             )
         if not torch.isfinite(tensor).all():
             raise ValueError(
@@ -79,8 +79,8 @@ def check_same_layout(state: AdapterState, reference: AdapterState, source: str)
             )
         if not torch.isfinite(tensor.to(dtype)).all():
             raise ValueError(
-                f"{source} has values in {key} that {dtype}, in which the model holds it, cannot represent. Load the model in a wider "
-                "dtype."
+                f"{source} has values in {key} that {dtype}, in which the model holds it, cannot represent. Load "
+                "the model in a wider dtype."
             )
 
 
@@ -120,8 +120,8 @@ def foreign_kind(tensor: object) -> str | None:
 
 def state_digest(state: AdapterState) -> str:
     """
-    SHA-256 of names, dtypes, shapes and all values: whether two machines hold the same frozen tensors, such as the `A` of
-    FFA-LoRA.
+    SHA-256 of names, dtypes, shapes and all values: whether two machines hold the same frozen tensors, such as the
+    `A` of FFA-LoRA.
     """
     digest = hashlib.sha256()
     for key, tensor in sorted(state.items()):

@@ -23,13 +23,14 @@ class FactorPair:
     """
     Two tensors of an adapter whose product changes a linear map of the base model.
 
-    With the whole factors `A (r, in)` and `B (out, r)`, the map `W (out, in)` becomes `W + scaling (B A - B0 A0)`. For LoRA
-    the whole factors are the tensors themselves and `B0 A0` is zero. FeDeRA keeps the start as constants and trains the whole
-    factors. SCL `compress` with a kept residual trains the changes `A - A0`, `B - B0`. Two pairs of SCL stand elsewhere: the
-    product of a bottleneck is in front of `W`, `W (I + scaling B A)`, and without a residual it is in the place of `W`.
+    With the whole factors `A (r, in)` and `B (out, r)`, the map `W (out, in)` becomes `W + scaling (B A - B0 A0)`.
+    For LoRA the whole factors are the tensors themselves and `B0 A0` is zero. FeDeRA keeps the start as constants
+    and trains the whole factors. SCL `compress` with a kept residual trains the changes `A - A0`, `B - B0`. Two
+    pairs of SCL stand elsewhere: the product of a bottleneck is in front of `W`, `W (I + scaling B A)`, and without
+    a residual it is in the place of `W`.
 
-    The start is constant, so it cancels in every difference of clients: the mean of the clients' changes is the change by
-    the mean of their products, and the residual of FedEx-LoRA is the same for `A` as for `A - A0`.
+    The start is constant, so it cancels in every difference of clients: the mean of the clients' changes is the
+    change by the mean of their products, and the residual of FedEx-LoRA is the same for `A` as for `A - A0`.
 
     Args:
         module (`str`):
@@ -64,7 +65,9 @@ class FactorPair:
         return A + self.start[0].to("cpu", torch.float32), B + self.start[1].to("cpu", torch.float32)
 
     def change(self, A: torch.Tensor, B: torch.Tensor) -> LowRank:
-        """`B A - B0 A0` from the whole factors, as `(B - B0) A + B0 (A - A0)`, in which large products do not cancel."""
+        """
+        `B A - B0 A0` from the whole factors, as `(B - B0) A + B0 (A - A0)`, in which large products do not cancel.
+        """
         if self.start is None:
             return LowRank(B, A)
         start_A, start_B = (tensor.to("cpu", torch.float32) for tensor in self.start)
@@ -112,8 +115,8 @@ def truncate_ranks(
         scalings (`dict[str, float]`, *optional*):
             The client's scaling by module, if not the server's; `B` is rescaled so that the product does not change.
         pad (`bool`, *optional*, defaults to `False`):
-            Keep the shapes, with zeros for what is left out. With both factors zero there, those directions have no gradient,
-            so that one live model of the full rank can train clients of any.
+            Keep the shapes, with zeros for what is left out. With both factors zero there, those directions have no
+            gradient, so that one live model of the full rank can train clients of any.
 
     Returns:
         `dict[str, torch.Tensor]`: a new adapter; tensors other than factors are those of `state`.
@@ -145,7 +148,7 @@ def refuse_start(pair: FactorPair, what: str) -> None:
     """Refuse a pair that is relative to the principal part of the base weight."""
     if pair.start is not None:
         raise ValueError(
-            f"The factors of {pair.module} start from the principal part of the base weight, which the model subtracts again, so "
-            f"they cannot be {what}: the part that is subtracted would have to be cut too. Give all clients one rank, or use "
-            "LoRA."
+            f"The factors of {pair.module} start from the principal part of the base weight, which the model "
+            f"subtracts again, so they cannot be {what}: the part that is subtracted would have to be cut too. "
+            "Give all clients one rank, or use LoRA."
         )

@@ -29,15 +29,16 @@ def product_svd(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, 
     """
     Thin singular value decomposition of `left @ right`, by QR of both factors and an SVD of the core between them.
 
-    In float64. The signs are fixed (the entry of largest magnitude of each left vector is positive), so that independent
-    machines agree.
+    In float64. The signs are fixed (the entry of largest magnitude of each left vector is positive), so that
+    independent machines agree.
 
     Args:
         left (`torch.Tensor`): `(out, k)`.
         right (`torch.Tensor`): `(k, in)`.
 
     Returns:
-        `tuple`: `U (out, q)`, the singular values `(q,)` in descending order, `Vt (q, in)`, with `q = min(k, out, in)`.
+        `tuple`: `U (out, q)`, the singular values `(q,)` in descending order, `Vt (q, in)`, with
+        `q = min(k, out, in)`.
     """
     q_left, r_left = torch.linalg.qr(left.double())
     q_right, r_right = torch.linalg.qr(right.double().T)
@@ -59,7 +60,10 @@ def truncate(product: LowRank, rank: int) -> tuple[LowRank, float]:
 
 
 def product_norm(left: torch.Tensor, right: torch.Tensor) -> float:
-    """`||left @ right||_F` from the two `(k, k)` Grams, in float64: `trace((left^T left) (right right^T))` under the root."""
+    """
+    `||left @ right||_F` from the two `(k, k)` Grams, in float64: `trace((left^T left) (right right^T))` under the
+    root.
+    """
     left, right = left.double(), right.double()
     squared = ((left.T @ left) * (right @ right.T)).sum()  # both Grams are symmetric
     return float(squared.clamp(min=0).sqrt())
@@ -72,8 +76,8 @@ def stacked(terms: Sequence[LowRank]) -> LowRank:
 
 def bounded(product: LowRank) -> LowRank:
     """
-    The same matrix with at most `min(out, in)` columns: itself, or, if it has more, the whole product and the identity, which
-    costs one matrix product where an SVD, of no lower rank as a rule, costs about thirty.
+    The same matrix with at most `min(out, in)` columns: itself, or, if it has more, the whole product and the
+    identity, which costs one matrix product where an SVD, of no lower rank as a rule, costs about thirty.
     """
     left, right = product
     rows, columns = len(left), right.shape[1]
@@ -88,9 +92,10 @@ class LowRankSum:
     """
     `sum_k left_k @ right_k`, kept as stacked float32 factors.
 
-    Exact by default, with `sum_k r_k` columns: as many numbers as the factors of all clients, until that is more than twice what
-    the whole matrix takes. With `max_columns` it is cut back to the best approximation of that many columns whenever there are
-    more than twice as many; [`LowRankSum.dropped`] bounds the error. So memory does not grow with the number of summands for good.
+    Exact by default, with `sum_k r_k` columns: as many numbers as the factors of all clients, until that is more
+    than twice what the whole matrix takes. With `max_columns` it is cut back to the best approximation of that many
+    columns whenever there are more than twice as many; [`LowRankSum.dropped`] bounds the error. So memory does not
+    grow with the number of summands for good.
 
     Args:
         max_columns (`int`, *optional*):

@@ -3,8 +3,8 @@
 """
 What the first of several processes does alone, while the others wait for it as long as it takes.
 
-They wait in a process group of their own, over gloo: the group of a launch gives up after some minutes (10 for NCCL, 30 for gloo),
-which a long aggregation or an upload may exceed.
+They wait in a process group of their own, over gloo: the group of a launch gives up after some minutes (10 for
+NCCL, 30 for gloo), which a long aggregation or an upload may exceed.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def rest_at_exit() -> None:
     """
     Make this process, if it is one of several, rest before its interpreter ends.
 
-    A thread of gloo lets go of the tensors of a collective a little after the collective is done, for which it needs the interpreter.
-    If that is ending, Python stops the thread and thereby aborts the process, although all was done
-    ([pytorch/pytorch#190489](https://github.com/pytorch/pytorch/issues/190489)). Closing the process group ends these threads only if
-    nothing refers to the group any more, as the model does under DDP and DeepSpeed.
+    A thread of gloo lets go of the tensors of a collective a little after the collective is done, for which it
+    needs the interpreter. If that is ending, Python stops the thread and thereby aborts the process, although all
+    was done ([pytorch/pytorch#190489](https://github.com/pytorch/pytorch/issues/190489)). Closing the process group
+    ends these threads only if nothing refers to the group any more, as the model does under DDP and DeepSpeed.
     """
     if _are_several():
         atexit.unregister(_rest)  # once, however many trainers there are

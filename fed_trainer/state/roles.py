@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Which tensors of an adapter are shared, which stay with a client, which nobody trains: one setting, by name patterns."""
+"""
+Which tensors of an adapter are shared, which stay with a client, which nobody trains: one setting, by name patterns.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,10 @@ class TensorRoles:
     - *local*: trained, but never leaves the client, which finds it again in its next round;
     - *frozen*: not trained in this round, the same on the server and on all clients. It travels once.
 
-    The methods are settings of it: FFA-LoRA is `TensorRoles(frozen=(A_FACTORS,))`, FedSA-LoRA `TensorRoles(shared=(A_FACTORS,),
-    default="local")`, RoLoRA freezes either factor in turn, FedPer is `TensorRoles(local=(r"\.classifier\.",))`, FedBN
-    `TensorRoles(local=(NORMS,))`. BitFit, a head, any PEFT type and full fine-tuning (FedPEFT) need none of it: what is
-    trainable is shared.
+    The methods are settings of it: FFA-LoRA is `TensorRoles(frozen=(A_FACTORS,))`, FedSA-LoRA
+    `TensorRoles(shared=(A_FACTORS,), default="local")`, RoLoRA freezes either factor in turn, FedPer is
+    `TensorRoles(local=(r"\.classifier\.",))`, FedBN `TensorRoles(local=(NORMS,))`. BitFit, a head, any PEFT type
+    and full fine-tuning (FedPEFT) need none of it: what is trainable is shared.
 
     Args:
         shared, local, frozen (`tuple[str, ...]`):
@@ -73,7 +75,8 @@ class TensorRoles:
         for role, patterns in (("shared", self.shared), ("local", self.local), ("frozen", self.frozen)):
             if not isinstance(patterns, (tuple, list)):  # of a string, every character would count as a pattern
                 raise ValueError(
-                    f"`{role}` should be a tuple of patterns but the value passed is {patterns!r}. Put a single pattern in a tuple."
+                    f"`{role}` should be a tuple of patterns but the value passed is {patterns!r}. Put a single "
+                    "pattern in a tuple."
                 )
         for pattern in (*self.shared, *self.local, *self.frozen):
             if not isinstance(pattern, str):
@@ -92,8 +95,8 @@ class TensorRoles:
         """
         if "shared" not in (self.default, other.default) and self.default != other.default:
             raise ValueError(
-                f"Tensors that no pattern matches cannot be {self.default} by one setting and {other.default} by the other. Leave "
-                "`default` at 'shared' in one of them, and name the tensors by patterns."
+                f"Tensors that no pattern matches cannot be {self.default} by one setting and {other.default} by "
+                "the other. Leave `default` at 'shared' in one of them, and name the tensors by patterns."
             )
         return TensorRoles(
             shared=(*self.shared, *other.shared),
@@ -113,7 +116,8 @@ class TensorRoles:
         roles = [role for role in patterns if any(re.search(pattern, key) for pattern in patterns[role])]
         if len(roles) > 1:
             raise ValueError(
-                f"The tensor {key} is {' and '.join(roles)} at once by the patterns given. Make them exclude each other."
+                f"The tensor {key} is {' and '.join(roles)} at once by the patterns given. Make them exclude each "
+                "other."
             )
         return roles[0] if roles else self.default
 

@@ -83,8 +83,8 @@ class InitialAdapter:
         theirs = record.get("base_digest")
         if theirs is not None and base_digest is not None and theirs != base_digest:
             raise ValueError(
-                f"{self._name} was trained on another base model ({record['base_model']!r}) than {base_model!r}: the shapes agree, "
-                "the weights do not. Load that base model, or start without `initial_adapter`."
+                f"{self._name} was trained on another base model ({record['base_model']!r}) than {base_model!r}: "
+                "the shapes agree, the weights do not. Load that base model, or start without `initial_adapter`."
             )
         live.write(state)
         return state
@@ -100,8 +100,8 @@ def wrapped(model: str | nn.Module | None, peft_config: PeftConfig | None, seed:
     """
     if not isinstance(model, nn.Module if peft_config is not None else (PreTrainedModel, PeftModel)):
         raise TypeError(
-            f"`model` should be a `PreTrainedModel` or a `PeftModel` but is a {type(model).__name__}. Load it first, for "
-            "instance with `AutoModelForSequenceClassification.from_pretrained(...)`."
+            f"`model` should be a `PreTrainedModel` or a `PeftModel` but is a {type(model).__name__}. Load it "
+            "first, for instance with `AutoModelForSequenceClassification.from_pretrained(...)`."
         )
     if peft_config is None:
         return model

@@ -20,8 +20,6 @@ from peft_scl.file_mode import follow_umask
 from peft_scl.foreign_files import read_json, read_tensors
 
 from ..client.live.model import load_model
-from ..client.turn import Client
-from ..federation.rounds import Federation
 from ..federation.visits import Visits
 from ..output.checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_checkpoints, write_checkpoint
 from ..output.client_files import CLIENTS_FOLDER
@@ -31,10 +29,9 @@ from ..output.record import RECORD_NAME, read_record, write_json
 from ..output.saved_files import MODEL_WEIGHTS
 from ..state.adapter_state import AdapterState
 from ..state.processes import first_alone, told_by_first
-from .files import RunFilesMixin
 
 
-__all__ = ["Checkpoint", "RoundCheckpointsMixin", "write_state"]
+__all__ = ["Checkpoint", "Checkpoints", "write_state"]
 
 logger = logging.get_logger(__name__)
 
@@ -58,93 +55,99 @@ def write_state(state: TrainerState, path: Path) -> None:
     write_json(path, dict(sorted(dataclasses.asdict(state).items())))
 
 
-class RoundCheckpointsMixin(RunFilesMixin):
+class Checkpoints:
     """
-    A checkpoint holds what [`RunFilesMixin`] writes and what the next round depends on beside it: the state of the server
-    (`server_state.safetensors`), and what the clients keep (`clients/`, hard links).
+    A checkpoint holds what [`RunFiles`] writes and what the next round depends on beside it: the state of the server
+    (`server_state.safetensors`, `federation_state.json`), and what the clients keep (`clients/`, hard links).
+
+    Args:
+        trainer ([`FederatedMixin`]):
+            The trainer.
     """
 
-    federation: Federation
-    client: Client
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
 
-    def _save_round(self, round: int) -> None:
+    def save(self, round: int) -> None:
+        """Write the checkpoint of a round, and publish it if rounds are published."""
+        trainer = self._trainer
         write = functools.partial(
-            self._write_checkpoint_files,
-            weights=self._weights_to_save(),
+            self._write,
+            weights=trainer.files.weights_to_save(),
             state=self._saved_state(),
-            reference=self._reference_state(),
+            reference=trainer._reference_state(),
         )
 
-        def save() -> None:
-            folder = write_checkpoint(self._folder, round, write)
-            rotate_checkpoints(self._folder, self.args.save_total_limit)
-            is_last = round == self.args.num_rounds or self.control.should_training_stop  # `_end` publishes the last
-            if self._publishes_rounds and not is_last:
+        def write_and_publish() -> None:
+            folder = write_checkpoint(trainer.files.folder, round, write)
+            rotate_checkpoints(trainer.files.folder, trainer.args.save_total_limit)
+            is_last = (
+                round == trainer.args.num_rounds or trainer.control.should_training_stop
+            )  # `_end` publishes the last
+            if trainer.files.publishes_rounds and not is_last:
                 self._publish_round(folder, round)
 
-        first_alone(save)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        first_alone(write_and_publish)
+        trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
 
     def _saved_state(self) -> AdapterState:
         """The state of the model, if it cannot be trained on from the file that is published."""
+        trainer = self._trainer
         if self._saved_file_is_state:
             return {}
-        with self._base_changes.taken_out() if self._base_changes is not None else nullcontext():
-            return self._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
+        with trainer._base_changes.taken_out() if trainer._base_changes is not None else nullcontext():
+            return trainer._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
 
-    def _reference_state(self) -> AdapterState:
-        """The policy that a trainer compares with, if a resumed run needs it as it was at the start."""
-        return {}
-
-    def _load_reference(self, state: AdapterState) -> None:
-        """Take over what `_reference_state` gave."""
-
-    def _write_checkpoint_files(
+    def _write(
         self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState
     ) -> dict[str, str]:
         """
         Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep.
         """
-        self._save_files(folder, weights)
-        write_state(self.state, folder / TRAINER_STATE_NAME)
+        trainer = self._trainer
+        trainer.files.write(folder, weights)
+        write_state(trainer.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
         entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
-        entries |= {f"server.{key}": tensor for key, tensor in self.federation.server.state_dict().items()}
-        if self._base_changes is not None:
-            entries |= {f"base.{key}": tensor for key, tensor in self._base_changes.state_dict().items()}
+        entries |= {f"server.{key}": tensor for key, tensor in trainer.federation.server.state_dict().items()}
+        if trainer._base_changes is not None:
+            entries |= {f"base.{key}": tensor for key, tensor in trainer._base_changes.state_dict().items()}
         if entries:
             save_file(entries, folder / SERVER_STATE)
             follow_umask(folder / SERVER_STATE)
-        visits = self.federation.server.visits
+        visits = trainer.federation.server.visits
         write_json(folder / FEDERATION_STATE, visits.state_dict())
-        kept = self.client.store.link_into(folder / CLIENTS_FOLDER, visits.counted)
+        kept = trainer.client.store.link_into(folder / CLIENTS_FOLDER, visits.counted)
         return {f"{CLIENTS_FOLDER}/{name}": digest for name, digest in kept.items()}
 
     @property
     def _saved_file_is_state(self) -> bool:
         """Whether the model can be trained on from the file that is published."""
-        return self._base_changes is None and self._live_adapter.saved_file_is_state
+        return self._trainer._base_changes is None and self._trainer._live_adapter.saved_file_is_state
 
     def _publish_round(self, folder: Path, round: int) -> None:
+        trainer = self._trainer
         try:
-            self._publish(folder, f"Round {round}", self.args.hub_token, self.args.hub_revision)
+            trainer.files.publish(folder, f"Round {round}", trainer.args.hub_token, trainer.args.hub_revision)
         except Exception as error:  # the run, and what it has on disk, is worth more than one upload
-            logger.warning(f"Round {round} could not be pushed to {self.hub_model_id}: {error}. The run goes on.")
+            logger.warning(f"Round {round} could not be pushed to {trainer.hub_model_id}: {error}. The run goes on.")
 
-    def _find_checkpoint(self, resume_from_checkpoint: str | bool) -> Checkpoint:
+    def find(self, resume_from_checkpoint: str | bool) -> Checkpoint:
         """The checkpoint to go on from. The first process looks for it, and puts damaged ones aside."""
-        weights = ADAPTER_WEIGHTS if isinstance(self.model, PeftModel) else MODEL_WEIGHTS
+        weights = ADAPTER_WEIGHTS if isinstance(self._trainer.model, PeftModel) else MODEL_WEIGHTS
         found: list[Checkpoint] = []
 
         def find() -> Path:
-            folder, checkpoint = find_checkpoint(self._folder, resume_from_checkpoint, self._read_checkpoint, weights)
+            folder, checkpoint = find_checkpoint(
+                self._trainer.files.folder, resume_from_checkpoint, self._read, weights
+            )
             found.append(checkpoint)
             return folder
 
         folder = told_by_first(find)
-        return found[0] if found else self._read_checkpoint(folder)
+        return found[0] if found else self._read(folder)
 
-    def _read_checkpoint(self, folder: Path) -> Checkpoint:
+    def _read(self, folder: Path) -> Checkpoint:
         """
         All of a checkpoint but what clients keep, and a whole model, which is read when it is taken over.
 
@@ -164,7 +167,7 @@ class RoundCheckpointsMixin(RunFilesMixin):
                     part, _, key = entry.partition(".")
                     parts[part][key] = tensor
         adapter: AdapterState = {}
-        if self._saved_file_is_state and isinstance(self.model, PeftModel):
+        if self._saved_file_is_state and isinstance(self._trainer.model, PeftModel):
             with reading(ADAPTER_WEIGHTS):
                 adapter = load_adapter(folder)
         visits = None
@@ -174,45 +177,49 @@ class RoundCheckpointsMixin(RunFilesMixin):
                 Visits().load_state_dict(visits)
         return Checkpoint(folder, record, state, adapter, parts, visits)
 
-    def _load(self, checkpoint: Checkpoint) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
         """
         Take over a checkpoint: model, server, what clients keep.
 
         Raises:
             ValueError: If it is not whole, as one that was fetched from the Hub, or does not fit.
         """
+        trainer = self._trainer
         folder, parts = checkpoint.folder, checkpoint.parts
-        if not self._saved_file_is_state:
-            saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"
-        elif isinstance(self.model, PeftModel):
-            saved, source = checkpoint.adapter, f"The adapter in {str(folder)!r}"
-        else:
-            saved, source = load_model(folder, self.model), f"The model in {str(folder)!r}"
-        if self._base_changes is not None:
-            self._base_changes.reset()  # the adapter is relative to the untouched base
-        self._live_adapter.load(saved, source)
-        if self._base_changes is not None:
-            self._base_changes.load_state_dict(parts["base"])
-        self.federation.server.load_state_dict(parts["server"])
-        server = self.federation.server
-        visits = server.visits
+        server = trainer.federation.server
         if checkpoint.visits is None and server.objective.remembers_clients:
             raise ValueError(
-                f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their ranks "
-                f"(`local_objective={self.args.local_objective!r}`). Finish the run with that version, or start a new one with this "
+                f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their "
+                f"ranks "
+                f"(`local_objective={trainer.args.local_objective!r}`). Finish the run with that version, or start "
+                f"a new one with this "
                 "checkpoint as `initial_adapter`."
             )
+        if not self._saved_file_is_state:
+            saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"
+        elif isinstance(trainer.model, PeftModel):
+            saved, source = checkpoint.adapter, f"The adapter in {str(folder)!r}"
+        else:
+            saved, source = load_model(folder, trainer.model), f"The model in {str(folder)!r}"
+        if trainer._base_changes is not None:
+            trainer._base_changes.reset()  # the adapter is relative to the untouched base
+        trainer._live_adapter.load(saved, source)
+        if trainer._base_changes is not None:
+            trainer._base_changes.load_state_dict(parts["base"])
+        server.load_state_dict(parts["server"])
+        visits = server.visits
         if checkpoint.visits is None:
             visits.load_rounds(checkpoint.record["rounds"])
         else:
             visits.load_state_dict(checkpoint.visits)
-        self._load_reference(parts["reference"])
-        self.client.store.forget()
+        trainer._load_reference(parts["reference"])
+        trainer.client.store.forget()
         first_alone(functools.partial(self._restore_clients, folder))
 
     def _restore_clients(self, folder: Path) -> None:
-        rotate_checkpoints(self._folder, self.args.save_total_limit)  # a full disk needs the room
+        trainer = self._trainer
+        rotate_checkpoints(trainer.files.folder, trainer.args.save_total_limit)  # a full disk needs the room
         of_clients = f"{CLIENTS_FOLDER}/"
         digests = read_digests(folder).items()
         kept = {name.removeprefix(of_clients): digest for name, digest in digests if name.startswith(of_clients)}
-        self.client.store.restore(folder / CLIENTS_FOLDER, kept)
+        trainer.client.store.restore(folder / CLIENTS_FOLDER, kept)

@@ -140,12 +140,10 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
             self._reference.write(self.federation.state)  # that of the last round until this one ends
         return super().local_rounds(tasks)
 
-    def _start(self) -> int:
+    def _before_first_round(self) -> None:
         if self.args.reference == "round":
             assert self._reference is not None
-            self._go_back_to_start()  # of a second run of this trainer
             self._reference.write(self.federation.state)
-        return super()._start()
 
     # The reference policy
 

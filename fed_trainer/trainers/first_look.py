@@ -16,9 +16,10 @@ __all__ = ["telling_row"]
 
 
 # what TRL tells formats by: whether a column is there, and whether its value is a text or a list of messages
-_FORMAT_COLUMNS = frozenset(
-    {"prompt", "completion", "messages", "conversations", "chosen", "rejected", "input_ids", "chosen_ids", "rejected_ids"}
-)  # fmt: skip
+_FORMAT_COLUMNS = frozenset({
+    "prompt", "completion", "messages", "conversations", "chosen", "rejected",
+    "input_ids", "chosen_ids", "rejected_ids",
+})  # fmt: skip
 _CHUNK = 100  # rows read at once
 
 
@@ -57,7 +58,8 @@ def telling_row(clients: Mapping[str, Dataset], text_field: str | None = None) -
             readable = row
     if readable is None:
         raise TooFewClientsError(
-            f"None of the {len(clients)} clients has a row that can be read, so there is nothing to train on. The last attempt is above."
+            f"None of the {len(clients)} clients has a row that can be read, so there is nothing to train on. The "
+            "last attempt is above."
         ) from error
     return readable
 

@@ -1,9 +1,12 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A trainer as the place where a federation runs: its model takes the global state, and it writes down what happens."""
+"""
+A trainer as the place where a federation runs: its model takes the global state, and it writes down what happens.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +34,8 @@ class TrainerHost:
 
     progress: RoundProgress
     """The bar over rounds, within a run."""
+    ignored_in_evaluation: list[str] | None = None
+    """`ignore_keys_for_eval` of the run."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -50,11 +55,13 @@ class TrainerHost:
         trainer, base = self._trainer, self._trainer._base_changes
         self._base_before = {} if base is None else base.state_dict()  # not copied: nothing changes it in place
         refuse_overflow(state, trainer._live_adapter.dtypes())
-        trainer._has_left_start = True
+        trainer.has_left_start = True
         trainer._live_adapter.write(state)
         if base is not None:
             base.add(base_change)
-        first_alone(trainer.client.store.flush)
+
+    def settle(self, counted: Mapping[str, int | None]) -> None:
+        first_alone(functools.partial(self._trainer.client.store.settle, counted))
 
     def uninstall(self) -> None:
         if self._trainer._base_changes is not None:
@@ -66,21 +73,21 @@ class TrainerHost:
         if not self._is_due(round.number, args.eval_rounds) or trainer.eval_dataset is None:
             return None
         with timed(round.seconds, "evaluate"):
-            evaluation: dict[str, float] = trainer.evaluate(ignore_keys=trainer.ignored_in_evaluation)
-            refuse_broken_loss(evaluation, trainer._earlier_evaluations)
+            evaluation: dict[str, float] = trainer.evaluate(ignore_keys=self.ignored_in_evaluation)
+            refuse_broken_loss(evaluation, trainer.run_record.evaluations)
         return evaluation
 
     def finish_round(self, round: Round, evaluation: Mapping[str, Any] | None) -> bool:
         trainer = self._trainer
-        trainer._report(round, evaluation)
+        trainer.run_record.add(round, evaluation)
         is_saved = self._is_due(round.number, trainer.args.save_rounds) or trainer.control.should_training_stop
         if is_saved:
             with timed(round.seconds, "checkpoint"):
-                trainer._save_round(round.number)
+                trainer.checkpoints.save(round.number)
             trainer.log({"seconds_checkpoint": round.seconds["checkpoint"]})  # known only now
-        trainer._append_round(is_saved)
-        entry = trainer._record["rounds"][-1]
-        self.progress.round(entry["train_loss"], held_out_metrics(trainer._record).get(round.number, {}))
+        trainer.run_record.append(is_saved)
+        entry = trainer.record["rounds"][-1]
+        self.progress.round(entry["train_loss"], held_out_metrics(trainer.record).get(round.number, {}))
         return not trainer.control.should_training_stop  # a callback's
 
     def _is_due(self, round: int, every: int) -> bool:

@@ -4,20 +4,19 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl.trainer.utils import get_config_model_id
@@ -27,6 +26,7 @@ import peft_scl  # noqa: F401  (registers SCL: an adapter to start from may be o
 from ..client.between_rounds import BetweenRoundsMixin
 from ..client.data import ClientData
 from ..client.engines import engine_of
+from ..client.evaluation import ClientEvaluationMixin
 from ..client.live import live_state
 from ..client.live.base_changes import BaseChanges
 from ..client.live.base_model import base_digest, keep_differentiable
@@ -45,35 +45,23 @@ from ..federation.rounds import Federation
 from ..federation.sampling import ClientSampler
 from ..federation.server import Server
 from ..federation.transport import InProcess
-from ..federation.validation import TooFewClientsError
-from ..output.checkpoint import (
-    has_nothing_to_resume,
-    refuse_another_run,
-    refuse_foreign_checkpoints,
-    refuse_later_rounds,
-    remove_leftovers,
-)
-from ..output.digests import TRAINER_STATE_NAME
-from ..output.hub import discard_stages
-from ..output.progress import RoundProgress
-from ..output.record import RECORD_NAME, RecordFiles
 from ..output.run_lock import owning
-from ..output.same_run import check_same_data, check_same_run
 from ..output.saved_files import fresh_folder, move_into_place
 from ..output.settings import described_arguments
 from ..state.adapter_state import AdapterState, state_digest
-from ..state.processes import first_alone, rest_at_exit, told_by_first, wait_for_first
+from ..state.processes import rest_at_exit
 from .adapter import InitialAdapter, wrapped
-from .checkpoints import RoundCheckpointsMixin, write_state
+from .checkpoints import Checkpoints
+from .files import CARD_NAME, RunFiles
 from .first_look import telling_row
 from .host import TrainerHost
+from .record import RunRecord
 from .refusals.adapters import check_prompt_arguments, freeze_for_good, refuse_idle_adapter, refuse_unwrapped_adapter
 from .refusals.callbacks import refuse_callback, refuse_callbacks, remove_last
 from .refusals.data import check_clients
 from .refusals.launch import check_launch
 from .refusals.settings import (
     refuse_adapter_names,
-    refuse_another_start,
     refuse_empty_held_out,
     refuse_kept_optimizers,
     refuse_one_evaluation,
@@ -81,7 +69,7 @@ from .refusals.settings import (
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
-from .round_report import RoundReportMixin
+from .run import Run
 
 
 __all__ = ["FederatedMixin"]
@@ -89,14 +77,25 @@ __all__ = ["FederatedMixin"]
 logger = logging.get_logger(__name__)
 
 
-class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin):
+class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
-    `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the one live
+    `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the
+    one live
     model. See [`FederatedTrainer`] and [`FederatedTaskTrainer`] for the arguments.
     """
 
+    args: FederationArguments
+    model: PeftModel | PreTrainedModel
+    hub_model_id: Any  # `None` until the repository exists
+    federation: Federation
+    """The rounds, and the global state."""
+    client: Client
+    """The clients of this process, and what they keep."""
+    _base_changes: BaseChanges | None
+    _local_keys: set[str]
+    _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _config_class: type[FederationArguments] = FederationArguments
     _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
     _takes_torch_datasets = True  # as held-out data
@@ -111,30 +110,11 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(args, self._config_class):
-            raise TypeError(
-                f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every field of "
-                f"`{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
-            )
-        refuse_callbacks(kwargs.get("callbacks"))
-        self.args = args  # `Trainer.__init__` sets it again; the checks come first
-        self._seen_side_metrics = set()
-        check_launch(args)
-        rest_at_exit()
-        check_clients(train_dataset, args)
-        check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
-        self._check_clients(train_dataset, eval_dataset, model, **kwargs)
-        self._arguments = described_arguments({**kwargs, "transforms": described_transforms(train_dataset)}, ())
-        self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
-
-        if isinstance(model, (PreTrainedModel, PeftModel)):
-            refuse_unwrapped_adapter(model)
+        self._look_at_the_arguments(model, args, train_dataset, eval_dataset, kwargs)
         initial = None
         if args.initial_adapter is not None:
             initial = InitialAdapter(args, model, peft_config)
             peft_config = initial.config
-
-        self._folder = Path(args.output_dir or "")
         is_sorted = isinstance(train_dataset, ClientDatasets)
         self._clients = train_dataset if is_sorted else dict(sorted(train_dataset.items()))
         self._first_look = telling_row(self._clients, getattr(args, "dataset_text_field", None))
@@ -156,31 +136,63 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         remove_last(self.callback_handler, (DEFAULT_PROGRESS_CALLBACK, PrinterCallback))
         refuse_callbacks(self.callback_handler.callbacks)  # of `report_to`, too
         self._refuses_callbacks = True
-
-        self._prepared_held_out: dict[str, Dataset] = {}
         self._first_look = None
-        data = ClientData(self, self._clients, self.sampler.num_sampled)
-        self._data = data
-        self.train_dataset = data.first_prepared()
-        optimizer, schedule = kwargs.get("optimizers") or (None, None)
+        self._compose(initial, kwargs.get("optimizers") or (None, None))
+
+    def _look_at_the_arguments(
+        self, model: Any, args: FederationArguments, train_dataset: Any, eval_dataset: Any, kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse what cannot work, before anything is loaded."""
+        if not isinstance(args, self._config_class):
+            raise TypeError(
+                f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every "
+                f"field "
+                f"of `{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
+            )
+        refuse_callbacks(kwargs.get("callbacks"))
+        self.args = args  # `Trainer.__init__` sets it again; the checks come first
+        self._seen_side_metrics = set()
+        check_launch(args)
+        rest_at_exit()
+        check_clients(train_dataset, args)
+        check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
+        self._check_clients(train_dataset, eval_dataset, model, **kwargs)
+        self._arguments = described_arguments({**kwargs, "transforms": described_transforms(train_dataset)}, ())
+        self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
+        if isinstance(model, (PreTrainedModel, PeftModel)):
+            refuse_unwrapped_adapter(model)
+
+    def _compose(self, initial: InitialAdapter | None, optimizers: tuple[Any, Any]) -> None:
+        """The two sides of the federation, and what writes its files, around the trainer underneath."""
+        args, folder = self.args, Path(self.args.output_dir or "")
+        self._prepared_held_out: dict[str, Dataset] = {}
+        self._data = ClientData(self, self._clients, self.sampler.num_sampled)
+        self.train_dataset = self._data.first_prepared()
         self._look_at_the_model()
-        self._take_optimizers(optimizer, schedule)
+        self._take_optimizers(*optimizers)
         start = self._start_state_of(initial)
         settings = parse_client_settings(given(args, "client_settings"), self._clients, start)
         facts = model_facts(args.aggregation, self.model, self._live_adapter, self._base_digest)
         plan = Plan(args, facts, start, settings, len(self._clients), self.sampler.num_sampled)
-        self.client = Client(self, plan, data, ClientStore(self._folder / PRIVATE_FOLDER), start)
-        self._host = TrainerHost(self)
-        self.federation = Federation(args, Server(plan), self.sampler, InProcess(self.client), self._host, start)
+        self.client = Client(self, plan, self._data, ClientStore(folder / PRIVATE_FOLDER), start)
+        self.host = TrainerHost(self)
+        self.federation = Federation(args, Server(plan), self.sampler, InProcess(self.client), self.host, start)
         self._base_changes = None
         if plan.method.adds_to_base:
             assert isinstance(self.model, PeftModel)  # others have no factor pairs
             self._base_changes = BaseChanges(self.model, plan.pairs)
         self.stage = SparseStage(self.model, plan, args.seed)
         self._local_keys = plan.local_keys(start)
-        self._check_settings(has_optimizer=optimizer is not None)
-        self._record = self._new_record()
-        self._record_files = RecordFiles(self._folder)
+        self._check_settings(has_optimizer=optimizers[0] is not None)
+        self.files = RunFiles(self, folder)
+        self.run_record = RunRecord(self, folder)
+        self.checkpoints = Checkpoints(self)
+        self._run = Run(self, self.checkpoints)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The record of the run so far, as [`read_record`] gives it."""
+        return self.run_record.content
 
     def _look_at_the_model(self) -> None:
         """What of the model is trained, after refusing one that cannot be."""
@@ -208,7 +220,7 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         start = self._shared_start(published)
         # nothing changes it in place; a whole model is too large to be held twice
         self._start_state = start if isinstance(self.model, PeftModel) else None
-        self._has_left_start = False
+        self.has_left_start = False
         return start
 
     def _check_settings(self, has_optimizer: bool) -> None:
@@ -242,8 +254,9 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died before its
-                first checkpoint starts again, and one that is not there yet starts), a path from that checkpoint.
+                `True` continues from the last checkpoint in `output_dir` that is not damaged (a run that died
+                before its first checkpoint starts again, and one that is not there yet starts), a path from that
+                checkpoint.
 
         Returns:
             `TrainOutput`: the number of rounds, the mean training loss over rounds, and the totals of the run.
@@ -251,11 +264,13 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         Raises:
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
-            ValueError: If the checkpoint belongs to another run, or a whole model, which this trainer has trained already,
+            ValueError: If the checkpoint belongs to another run, or a whole model, which this trainer has trained
+            already,
                 is to be trained from its start.
             NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not
                 zero.
-            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds the global
+            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then
+            holds the global
                 adapter of the last finished round.
             BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live
                 model holds that of the round before.
@@ -268,25 +283,8 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         refuse_callbacks(self.callback_handler.callbacks)
         if not self.stage.is_on:  # in that stage the LoRA waits
             self._check_model()
-        with owning(self._folder):
-            return self._run(resume_from_checkpoint, ignore_keys_for_eval)
-
-    def _run(self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
-        first_alone(functools.partial(remove_leftovers, self._folder))
-        if resume_from_checkpoint is True and self._starts_again():
-            self._claim_folder(starts_again=True)
-            resume_from_checkpoint = None
-        elif not resume_from_checkpoint:
-            self._claim_folder()
-        if self._engine.holds_weights:
-            self._ensure_engine()  # a checkpoint is loaded into its float32 masters
-        self.ignored_in_evaluation = ignore_keys_for_eval
-        done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start()
-        with RoundProgress(self.args.num_rounds, done, self._shows_progress) as progress:
-            self._host.progress = progress
-            with self._keeping_the_global_adapter():
-                self.federation.run()
-        return self._end()
+        with owning(self.files.folder):
+            return self._run.run(resume_from_checkpoint, ignore_keys_for_eval)
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         """
@@ -298,6 +296,73 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         if self._refuses_callbacks:
             refuse_callback(callback)
         super().add_callback(callback)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]. All processes have to call it; the first one writes."""
+        self._refuse_within_client_model("save")
+        self._save(output_dir, self.files.weights_to_save())
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _refuse_within_client_model(self, use: str) -> None:
+        if self._owner is not None:
+            raise ValueError(
+                f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave "
+                f"`client_model` first; "
+                "`save_client_model(client, folder)` saves the model of a client."
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""
+        folder = Path(output_dir) if output_dir is not None else self.files.folder
+        if self.args.should_save:
+            self.files.save(folder, state_dict)
+
+    def create_model_card(  # type: ignore[override]
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the model card of the federation to `output_dir`; the arguments are those of TRL's trainers."""
+        if self.is_world_process_zero():
+            tags = [tags] if isinstance(tags, str) else list(tags or [])
+            self.files.card(model_name, dataset_name, tags).save(self.files.folder / CARD_NAME)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Publish the global adapter, what is needed to load it, its card, and of the record and the log what
+        [`Openings`] let out.
+
+        Args:
+            commit_message (`str`, *optional*, defaults to `"End of training"`):
+                Message of the commit.
+            blocking (`bool`, *optional*, defaults to `True`):
+                Whether to wait for the upload. If not, a future is returned.
+            token (`str`, *optional*):
+                Hub token; `args.hub_token` if not given.
+            revision (`str`, *optional*):
+                Branch to commit to; `args.hub_revision` if not given.
+            private (`bool`, *optional*):
+                Whether a new repository is private; `args.hub_private_repo` if not given.
+            kwargs (`dict[str, Any]`, *optional*):
+                Passed to [`~FederatedMixin.create_model_card`].
+        """
+        self._refuse_within_client_model("publish")
+        token = token if token is not None else self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**kwargs)
+        revision = revision if revision is not None else self.args.hub_revision
+        return self.files.publish(self.files.folder, commit_message, token, revision, blocking)
 
     def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
         """
@@ -313,10 +378,10 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
             ValueError: If there is no such client.
         """
         with self.client_model(client):
-            weights = self._weights_to_save()
+            weights = self.files.weights_to_save()
             if self.is_world_process_zero():
                 with fresh_folder(Path(output_dir)) as beside:
-                    self._save_weights(beside, weights)
+                    self.files.write_weights(beside, weights)
                     move_into_place(beside, Path(output_dir))
 
     # What the model is made of
@@ -329,18 +394,18 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
 
     def client_state(self, client: str) -> AdapterState:
         """
-        What the model of a client is made of: the global state with the tensors that the client keeps, or its own model (Ditto).
-        A client that has not trained yet has the global state.
+        What the model of a client is made of: the global state with the tensors that the client keeps, or its own
+        model (Ditto). A client that has not trained yet has the global state.
         """
         federation = self.federation
         return self.client.model_state(federation.state, client, federation.server.visits.counted.get(client))
 
     def end_sparse_stage(self) -> None:
         """SLoRA goes on with a LoRA that starts from what its first stage has learnt."""
-        self._train_from_now_on(self.stage.end())
+        self.train_from_now_on(self.stage.end())
         self.federation.server.forget()
 
-    def _train_from_now_on(self, live: LiveState) -> None:
+    def train_from_now_on(self, live: LiveState) -> None:
         """Other tensors are trained: the engine is built anew."""
         live.engine = self._engine
         self._live_adapter = live
@@ -348,14 +413,32 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         self.client.begin(self.federation.state)
         self._drop_engine()
 
-    def _abandon_sparse_stage(self) -> None:
-        """Leave the first stage that a run of this trainer broke off in."""
-        if self.stage.is_on:
-            self._train_from_now_on(self.stage.abandon())
+    def go_back_to_start(self) -> None:
+        """
+        After rounds of which nothing was saved, or was deleted, a run begins where the first one of this trainer
+        did.
+        """
+        if not self.has_left_start:
+            return
+        if self._start_state is None:
+            raise ValueError(
+                "This trainer has trained its model already, and of a whole model the start is not kept: the run "
+                "would "
+                "begin with what was learnt before. Load the model anew and make a new trainer."
+            )
+        self.federation.state = self._start_state
+        self._live_adapter.write(self._start_state)
+        self.has_left_start = False
 
-    @property
-    def _earlier_evaluations(self) -> list[dict[str, float] | None]:
-        return [self._record["start"]["eval"], *(entry["eval"] for entry in self._record["rounds"])]
+    def _before_first_round(self) -> None:
+        """Before a run that does not go on from a checkpoint; the live model holds its start."""
+
+    def _reference_state(self) -> AdapterState:
+        """The policy that a trainer compares with, if a resumed run needs it as it was at the start."""
+        return {}
+
+    def _load_reference(self, state: AdapterState) -> None:
+        """Take over what `_reference_state` gave."""
 
     def _prepare_client_dataset(self, dataset: Dataset, client: str) -> Dataset:
         """Tokenise one client's data; the base trainer's own preparation, where it has one."""
@@ -372,156 +455,15 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
         refuse_idle_adapter(self.model)
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
-        """What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither."""
+        """
+        What the base trainer is given of model and adapter. TRL's trainers load and wrap, [`Trainer`] does neither.
+        """
         return {"model": wrapped(model, peft_config, self.args.seed)}
-
-    # Beginning and end
-
-    def _starts_again(self) -> bool:
-        """Whether the run to be resumed has nothing to go on from."""
-        starts_again = told_by_first(functools.partial(has_nothing_to_resume, self._folder))
-        if starts_again and self.is_world_process_zero():
-            died = (self._folder / RECORD_NAME).is_file()
-            why = (
-                "died before its first checkpoint: it starts again" if died else "has not been started yet: it starts"
-            )
-            logger.warning(f"The run in {str(self._folder)!r} {why}.")
-        return starts_again
-
-    def _claim_folder(self, starts_again: bool = False) -> None:
-        """
-        Refuse a folder with another run or what this one would write over; then nothing of earlier runs is left in it.
-        """
-
-        def claim() -> None:
-            refuse_another_run(self._folder, starts_again)
-            self.client.store.clear()
-
-        self.client.store.forget()
-        first_alone(claim)
-
-    def _start(self) -> int:
-        self._abandon_sparse_stage()
-        self._go_back_to_start()
-        state = self.federation.state
-        if self._initial_lrs is None:  # from then on the live model holds what a local round or an evaluation has left
-            refuse_another_start(self._live_adapter, state)
-        if self._base_changes is not None:
-            self._base_changes.reset()
-        self._record = self._new_record()
-        self._total_train_tokens = 0
-        self._published_round = 0
-        self.federation.restart(state)
-        self.client.begin(state)
-        if self.stage.rounds:
-            self._train_from_now_on(self.stage.begin())
-        self._begin_record()  # from now on there is something to resume
-        self._begin(TrainerState())
-        if self.args.eval_on_start and self.eval_dataset is not None:
-            evaluation = self.evaluate(ignore_keys=self.ignored_in_evaluation)
-            self._record["start"]["eval"] = self._recorded_evaluation(evaluation)
-        self._write_record(self._folder)
-        return 0
-
-    def _go_back_to_start(self) -> None:
-        """After rounds of which nothing was saved, or was deleted, a run begins where the first one of this trainer did."""
-        if not self._has_left_start:
-            return
-        if self._start_state is None:
-            raise ValueError(
-                "This trainer has trained its model already, and of a whole model the start is not kept: the run would "
-                "begin with what was learnt before. Load the model anew and make a new trainer."
-            )
-        self.federation.state = self._start_state
-        self._live_adapter.write(self._start_state)
-        self._has_left_start = False
-
-    def _resume(self, resume_from_checkpoint: str | bool) -> int:
-        checkpoint = self._find_checkpoint(resume_from_checkpoint)
-        folder, record = checkpoint.folder, checkpoint.record
-        self._abandon_sparse_stage()
-        fresh = self._new_record()
-        check_same_run(record, fresh, folder)
-        check_same_data(record, self._clients, self.eval_dataset, self.evaluates_clients, folder)
-        done = record["rounds"][-1]["round"]
-        refuse_later_rounds(self._folder, done)
-        refuse_foreign_checkpoints(self._folder, range(done + 1, self.args.num_rounds + 1))
-        self.stage.errors = {}  # of a run that was stopped in its first stage
-        if done <= self.stage.rounds:
-            self._train_from_now_on(self.stage.begin_again(self._live_adapter))
-        self._load(checkpoint)
-        self._has_left_start = True
-        state = self._live_adapter.read()
-        self.federation.go_on(state, done)
-        self.client.begin(state, done)
-        self._go_on_recording(record, fresh)
-        self._begin_record()
-        self._published_round = done if self._publishes_rounds else 0
-        self._begin(checkpoint.state)
-        return done
-
-    def _begin(self, state: TrainerState) -> None:
-        if self.is_world_process_zero():
-            discard_stages(self._folder)
-        self._warn_of_single_clients()
-        self.state = state
-        self.state.max_steps = self.args.num_rounds
-        self.state.is_local_process_zero = self.is_local_process_zero()
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-
-    def _end(self) -> TrainOutput:
-        rounds = self._record["rounds"]
-        if self.stage.is_on:  # stopped by a callback
-            self.end_sparse_stage()
-        self.save_model(_internal_call=True)
-        if self.is_world_process_zero():
-            write_state(self.state, self._folder / TRAINER_STATE_NAME)
-        if self._shows_progress:
-            # at module level `python -m fed_trainer.output.report` would import itself twice
-            from ..output.report import failures, partial_means, round_table
-
-            print(round_table(self._record))
-            for lines in (failures(self._record), partial_means(self._record)):
-                if lines:
-                    print(lines)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")
-        wait_for_first()  # when any process goes on, all is written
-        train_loss = sum(entry["train_loss"] for entry in rounds) / len(rounds)
-        metrics = {
-            "train_loss": train_loss,
-            "bytes_up": sum(entry["bytes_up"] for entry in rounds),
-            "bytes_down": sum(entry["bytes_down"] for entry in rounds),
-            "train_runtime": sum(sum(entry["seconds"].values()) for entry in rounds),
-        }
-        return TrainOutput(len(rounds), train_loss, metrics)
-
-    @contextmanager
-    def _keeping_the_global_adapter(self) -> Iterator[None]:
-        """After a local round has failed or was interrupted, the live model holds the last global adapter."""
-        is_alone = False
-        try:
-            yield
-        except BaseException as error:
-            # of several processes the others may wait elsewhere, and under DeepSpeed they have to write together
-            is_alone = self._engine.num_processes > 1 and not isinstance(error, TooFewClientsError)
-            raise
-        finally:
-            if not is_alone:
-                self._live_adapter.write(self.federation.state)
-                self._live_adapter.train_only(None)
-
-    # Small things
-
-    @property
-    def _shows_progress(self) -> bool:
-        return self.is_world_process_zero() and not self.args.disable_tqdm
 
     def _shared_start(self, published: AdapterState) -> AdapterState:
         """
-        The adapter of the first process, in all of them: they may have drawn other random numbers before they made theirs. What is
+        The adapter of the first process, in all of them: they may have drawn other random numbers before they made
+        theirs. What is
         `published` is the same everywhere, and has been written.
         """
         if self._engine.num_processes > 1:
@@ -530,7 +472,8 @@ class FederatedMixin(BetweenRoundsMixin, RoundReportMixin, RoundCheckpointsMixin
             self._live_adapter.write({key: broadcast(tensor.to(device)).cpu() for key, tensor in whole.items()})
         state = self._live_adapter.read()
         if self._engine.makes_masters:
-            # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3 with `bf16`
+            # as the masters, which are made later, whatever the dtype of the model: TRL makes it bfloat16 for ZeRO-3
+            # with `bf16`
             state = {key: published.get(key, tensor) for key, tensor in state.items()}
             state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
         return state

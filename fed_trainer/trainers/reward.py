@@ -28,24 +28,25 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            Base model, as in `RewardTrainer`. One that has no head for a reward gets a random one, the same for a seed.
+            Base model, as in `RewardTrainer`. One that has no head for a reward gets a random one, the same for a
+            seed.
         args ([`FederatedRewardConfig`]):
             Settings of the federation and of the local rounds.
         train_dataset (`Mapping[str, Dataset]`):
-            Preferences by client, in any format that `RewardTrainer` takes: `chosen` and `rejected`, with or without a `prompt`,
-            as texts or messages, or tokenised.
+            Preferences by client, in any format that `RewardTrainer` takes: `chosen` and `rejected`, with or
+            without a `prompt`, as texts or messages, or tokenised.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
             Held-out preferences on which the global model is evaluated.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to train, if `model` is no `PeftModel` and there is no `args.initial_adapter`. With `task_type="SEQ_CLS"`
-            PEFT trains the head (`score`) along; it is averaged and saved with the adapter. A new head needs that: it is refused
-            without, or warned of if `model` was passed loaded.
+            The adapter to train, if `model` is no `PeftModel` and there is no `args.initial_adapter`. With
+            `task_type="SEQ_CLS"` PEFT trains the head (`score`) along; it is averaged and saved with the adapter. A
+            new head needs that: it is refused without, or warned of if `model` was passed loaded.
         kwargs (`dict[str, Any]`, *optional*):
             Further arguments of `RewardTrainer`: `processing_class`, `data_collator`, `callbacks`, ...
 
     Raises:
-        ValueError: As [`FederatedTrainer`], for columns without pairs of answers, and for an adapter of another task or that would
-            lose a new head; the message says what to do.
+        ValueError: As [`FederatedTrainer`], for columns without pairs of answers, and for an adapter of another
+            task or that would lose a new head; the message says what to do.
 
     Example:
 
@@ -91,27 +92,34 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
         config: Any = model.active_peft_config if isinstance(model, PeftModel) else peft_config
         if config is not None and config.task_type not in (None, TaskType.SEQ_CLS):
             raise ValueError(
-                f"The adapter has `task_type={str(TaskType(config.task_type).value)!r}`, but a reward model is a sequence classifier with one "
-                "output. Set `task_type='SEQ_CLS'`, with which PEFT trains its head along; an adapter of a language model has to be "
-                "merged into that first (`merge_and_unload`)."
+                f"The adapter has `task_type={str(TaskType(config.task_type).value)!r}`, but a reward model is a "
+                "sequence classifier with one output. Set `task_type='SEQ_CLS'`, with which PEFT trains its head "
+                "along; an adapter of a language model has to be merged into that first (`merge_and_unload`)."
             )
         return super()._model_arguments(model, peft_config)
 
     def _refuse_to_lose_a_head(self, base: Any, was_loaded_here: bool) -> None:
-        """A head at random, which is neither in the adapter nor in the checkpoint of the base model, could not be had again."""
+        """
+        A head at random, which is neither in the adapter nor in the checkpoint of the base model, could not be had
+        again.
+        """
         if type(base).__name__ in (base.config.architectures or []):  # of the checkpoint: it has the head
             return
         heads = [name for name, module in base.named_children() if name in SEQ_CLS_HEAD_NAMES]
         lost = [name for name in heads if not isinstance(base.get_submodule(name), ModulesToSaveWrapper)]
         if not lost:
             return
-        what = f"The head `{lost[0]}` was not loaded from a trained classifier, and the adapter neither trains nor saves it"
+        what = (
+            f"The head `{lost[0]}` was not loaded from a trained classifier, and the adapter neither trains nor "
+            "saves it"
+        )
         line = f"`task_type='SEQ_CLS'`, or `modules_to_save=[{lost[0]!r}]`,"
         if was_loaded_here:
             raise ValueError(
-                f"{what}: it is random, and nobody who loads the adapter would have it. Write {line} in the `peft_config`."
+                f"{what}: it is random, and nobody who loads the adapter would have it. Write {line} in the "
+                "`peft_config`."
             )
         logger.warning(
-            f"{what}. Keep the `{type(base).__name__}` that was passed, without which the adapter gives other rewards, or write {line} in the "
-            "`peft_config`."
+            f"{what}. Keep the `{type(base).__name__}` that was passed, without which the adapter gives other "
+            f"rewards, or write {line} in the `peft_config`."
         )

@@ -23,8 +23,8 @@ class FederatedTrainer(TRLMixin, SFTTrainer):
     """
     Federated supervised fine-tuning: a [`~trl.SFTTrainer`] whose training data is spread over clients.
 
-    Without a `peft_config`, a plain model is trained as `SFTTrainer` does it: every parameter that requires gradients travels,
-    and whole models are saved. That is full fine-tuning, or BitFit if only the biases require gradients.
+    Without a `peft_config`, a plain model is trained as `SFTTrainer` does it: every parameter that requires gradients
+    travels, and whole models are saved. That is full fine-tuning, or BitFit if only the biases require gradients.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
@@ -43,8 +43,8 @@ class FederatedTrainer(TRLMixin, SFTTrainer):
             `on_evaluate`, `on_save`), and the optimiser steps of all local rounds (`on_step_end`, ...).
 
     Raises:
-        ValueError: For an empty or too small client, unknown columns, more clients per round than there are, an adapter of
-            another base model; the message says what to do.
+        ValueError: For an empty or too small client, unknown columns, more clients per round than there are, an
+            adapter of another base model; the message says what to do.
 
     Example:
 

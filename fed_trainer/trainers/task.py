@@ -25,13 +25,14 @@ class FederatedTaskTrainer(FederatedMixin, LossProbeMixin, Trainer):
     Federated training for classification and the like: a [`~transformers.Trainer`] whose training data is spread over
     clients.
 
-    Without a `peft_config`, a plain model is trained as `Trainer` does it: every parameter that requires gradients travels,
-    and whole models are saved. That is full fine-tuning, or BitFit if only the biases and the head require gradients.
+    Without a `peft_config`, a plain model is trained as `Trainer` does it: every parameter that requires
+    gradients travels, and whole models are saved. That is full fine-tuning, or BitFit if only the biases and the
+    head require gradients.
 
     Args:
         model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model. A new head is drawn at random when the model is made: call `set_seed` before, so that the same script
-            trains the same model. Resuming does not need it: the trained head is in the checkpoint.
+            The model. A new head is drawn at random when the model is made: call `set_seed` before, so that the
+            same script trains the same model. Resuming does not need it: the trained head is in the checkpoint.
         args ([`FederatedTaskConfig`]):
             Settings of the federation and of the local rounds.
         train_dataset (`Mapping[str, Dataset]`):
@@ -39,15 +40,16 @@ class FederatedTaskTrainer(FederatedMixin, LossProbeMixin, Trainer):
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*):
             Held-out data on which the global model is evaluated.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            The adapter to train. With `task_type="SEQ_CLS"` PEFT trains the classification head along; it is averaged and
-            saved with the adapter. Modules of other names belong into `modules_to_save`.
+            The adapter to train. With `task_type="SEQ_CLS"` PEFT trains the classification head along; it is
+            averaged and saved with the adapter. Modules of other names belong into `modules_to_save`.
         kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of `Trainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`, ... The
-            figures of `compute_metrics` stand beside the loss in the log, the record, the report and the model card.
+            Further arguments of `Trainer`: `processing_class`, `data_collator`, `compute_metrics`, `callbacks`,
+            ... The figures of `compute_metrics` stand beside the loss in the log, the record, the report and
+            the model card.
 
     Raises:
-        ValueError: For an empty or too small client, data that is not tokenised, more clients per round than there are, an
-            adapter of another base model; the message says what to do.
+        ValueError: For an empty or too small client, data that is not tokenised, more clients per round than there
+            are, an adapter of another base model; the message says what to do.
 
     Example:
 
@@ -61,7 +63,9 @@ class FederatedTaskTrainer(FederatedMixin, LossProbeMixin, Trainer):
     >>> set_seed(0)
     >>> trainer = FederatedTaskTrainer(
     ...     model=AutoModelForSequenceClassification.from_pretrained("FacebookAI/roberta-base", num_labels=77),
-    ...     args=FederatedTaskConfig(output_dir="out", num_rounds=20, clients_per_round=5, max_steps=10, learning_rate=1e-3),
+    ...     args=FederatedTaskConfig(
+    ...         output_dir="out", num_rounds=20, clients_per_round=5, max_steps=10, learning_rate=1e-3
+    ...     ),
     ...     train_dataset=dirichlet_partition(rows["train"], num_clients=10, alpha=0.1, column="label"),
     ...     eval_dataset=rows["test"],
     ...     processing_class=tokenizer,

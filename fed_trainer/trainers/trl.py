@@ -26,7 +26,8 @@ __all__ = ["TRLMixin", "refuse_without_log_probs"]
 
 
 _WITHOUT_LOG_PROBS = {
-    "ADAPTION_PROMPT": "it keeps the model's forward from before. Train it with `FederatedTaskTrainer`, on tokenised data",
+    "ADAPTION_PROMPT": "it keeps the model's forward from before. Train it with `FederatedTaskTrainer`, on "
+    "tokenised data",
     "CPT": "it computes a loss of its own from the logits. Use PROMPT_TUNING",
 }
 
@@ -47,8 +48,8 @@ class TRLMixin(FederatedMixin):
         trainer = f"{self._name}Trainer"
         if "tokens" in given(self.args, "aggregation_kwargs").values():
             raise ValueError(
-                f"`aggregation_kwargs` weights clients by their tokens, but the loss of `{trainer}` is one of pairs of answers, not of tokens. "
-                "Weight by 'examples', or all alike ('uniform')."
+                f"`aggregation_kwargs` weights clients by their tokens, but the loss of `{trainer}` is one of "
+                "pairs of answers, not of tokens. Weight by 'examples', or all alike ('uniform')."
             )
         check_preference_columns(clients, self._preference_formats, trainer)
         for name, dataset in held_out_sets(eval_dataset).items():
@@ -61,9 +62,10 @@ class TRLMixin(FederatedMixin):
         head = None if base is None else base.get_output_embeddings()
         if isinstance(head, AuxiliaryTrainingWrapper) and not isinstance(head, ModulesToSaveWrapper):
             raise ValueError(
-                f"`trainable_token_indices` on embeddings that are tied to the output layer: {self._name}Trainer of TRL multiplies by the "
-                "weight of that layer itself (`fused_lm_head`), past the rows that are trained. Train them with `FederatedTaskTrainer`, on "
-                "tokenised data with labels, or take a base model whose embeddings are not tied."
+                f"`trainable_token_indices` on embeddings that are tied to the output layer: {self._name}Trainer "
+                "of TRL multiplies by the weight of that layer itself (`fused_lm_head`), past the rows that are "
+                "trained. Train them with `FederatedTaskTrainer`, on tokenised data with labels, or take a base "
+                "model whose embeddings are not tied."
             )
 
     def _model_arguments(self, model: str | nn.Module | None, peft_config: PeftConfig | None) -> dict[str, Any]:
@@ -87,7 +89,9 @@ class TRLMixin(FederatedMixin):
         return super()._prepare_dataset(dataset, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_as_trl(self, dataset: Dataset, client: str, *options: Any) -> Dataset:
-        """One client's data as the trainer prepares its own; `options` are what it asks for between `args` and a name."""
+        """
+        One client's data as the trainer prepares its own; `options` are what it asks for between `args` and a name.
+        """
         with _without_dataset_bars():
             return self._prepare_dataset(dataset, self.processing_class, self.args, *options, f"client {client}")
 

@@ -28,7 +28,8 @@ __all__ = [
     "text_key",
 ]
 
-# Only modules that every supported Python has, and that distributions do not package separately (as they do `tkinter`).
+# Only modules that every supported Python has, and that distributions do not package separately (as they do
+# `tkinter`).
 CLIENTS: dict[str, tuple[str, ...]] = {
     "concurrency": ("_threading_local", "asyncio", "concurrent", "multiprocessing", "queue", "selectors", "threading"),
     "containers": (
@@ -209,8 +210,8 @@ def build_clients(
     Builds the training data of each client, and one test set drawn from all of them.
 
     A row asks for the documentation of a name: `prompt` is the qualified name with its parameters and a newline,
-    `completion` the first paragraphs of the documentation, and `package` the top-level module. A completion that occurs
-    more than once stays with the first name that has it, so that no test row is also a training row.
+    `completion` the first paragraphs of the documentation, and `package` the top-level module. A completion that
+    occurs more than once stays with the first name that has it, so that no test row is also a training row.
 
     Args:
         max_chars (`int`, *optional*, defaults to `400`):
@@ -221,8 +222,8 @@ def build_clients(
             Share of the names held out for the test set, in percent, chosen by a hash of the qualified name.
 
     Returns:
-        `tuple[dict[str, Dataset], Dataset]`: The training set of each client of [`CLIENTS`], in its order, and the test
-        set. The rows are the same in every process that runs the same Python version.
+        `tuple[dict[str, Dataset], Dataset]`: The training set of each client of [`CLIENTS`], in its order, and the
+        test set. The rows are the same in every process that runs the same Python version.
     """
     clients: dict[str, Dataset] = {}
     test_rows: list[dict[str, str]] = []

@@ -41,8 +41,8 @@ library_name: transformers
 # Base model of the offline demo
 
 A Llama of {num_parameters:,} parameters with a byte-level BPE tokenizer of {vocab_size} tokens and a context of
-{context_length} tokens, trained from scratch. It writes fragments of documentation and knows nothing else: it exists so
-that the demo of federated fine-tuning runs without a network. It is of no other use.
+{context_length} tokens, trained from scratch. It writes fragments of documentation and knows nothing else: it exists
+so that the demo of federated fine-tuning runs without a network. It is of no other use.
 
 ## Training
 
@@ -214,20 +214,8 @@ def write_model_card(args: argparse.Namespace, **values: int | float) -> None:
     (args.output_dir / "README.md").write_text(card, encoding="utf-8")
 
 
-def main() -> None:
-    args = parse_args()
-    start = time.monotonic()
-    torch.set_num_threads(args.num_threads)
-    set_seed(args.seed)
-
-    documents = load_documents(args.seed)
-    tokenizer = train_tokenizer(documents, args.vocab_size, args.context_length)
-    num_eval = len(documents) * args.eval_percent // 100
-    eval_tokens = encode(tokenizer, documents[:num_eval])
-    train_tokens = encode(tokenizer, documents[num_eval:])
-    num_chars = sum(map(len, documents))
-    print(f"{len(documents)} documents, {num_chars} characters, {len(train_tokens)} + {len(eval_tokens)} tokens")
-
+def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of the size that `args` say, with random weights, in training mode."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
@@ -241,9 +229,35 @@ def main() -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = LlamaForCausalLM(config).train()
-    print(f"{model.num_parameters()} parameters")
+    return LlamaForCausalLM(config).train()
 
+
+def train(
+    model: LlamaForCausalLM,
+    train_tokens: torch.Tensor,
+    eval_tokens: torch.Tensor,
+    args: argparse.Namespace,
+    start: float,
+) -> tuple[float, float]:
+    """
+    Trains the model in place on windows drawn at random, with a warm-up and a cosine to a twentieth of the rate.
+
+    Args:
+        model (`LlamaForCausalLM`):
+            The model, in training mode.
+        train_tokens (`torch.Tensor` of shape `(num_tokens,)`):
+            Token ids to train on.
+        eval_tokens (`torch.Tensor` of shape `(num_tokens,)`):
+            Token ids held out.
+        args (`argparse.Namespace`):
+            The arguments of the training.
+        start (`float`):
+            When the program began, on the monotonic clock, for the log.
+
+    Returns:
+        `tuple[float, float]`: The mean training loss since the evaluation before the last, and the last evaluation
+        loss, in nats per token.
+    """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay
     )
@@ -272,9 +286,30 @@ def main() -> None:
             running = 0.0
             eval_loss = evaluate(model, eval_tokens, args.context_length, args.batch_size)
             print(
-                f"step {step}: train loss {train_loss:.3f}, eval loss {eval_loss:.3f}, {time.monotonic() - start:.0f} s",
+                f"step {step}: train loss {train_loss:.3f}, eval loss {eval_loss:.3f}, "
+                f"{time.monotonic() - start:.0f} s",
                 flush=True,
             )
+    return train_loss, eval_loss
+
+
+def main() -> None:
+    args = parse_args()
+    start = time.monotonic()
+    torch.set_num_threads(args.num_threads)
+    set_seed(args.seed)
+
+    documents = load_documents(args.seed)
+    tokenizer = train_tokenizer(documents, args.vocab_size, args.context_length)
+    num_eval = len(documents) * args.eval_percent // 100
+    eval_tokens = encode(tokenizer, documents[:num_eval])
+    train_tokens = encode(tokenizer, documents[num_eval:])
+    num_chars = sum(map(len, documents))
+    print(f"{len(documents)} documents, {num_chars} characters, {len(train_tokens)} + {len(eval_tokens)} tokens")
+
+    model = make_model(args, tokenizer)
+    print(f"{model.num_parameters()} parameters")
+    train_loss, eval_loss = train(model, train_tokens, eval_tokens, args, start)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     write_model_card(

@@ -5,9 +5,9 @@ A small vision transformer for `federated_images.py` where no pretrained one is 
 
     python recipes/offline/train_vit.py --data pneumoniamnist.npz --output_dir vit
 
-It learns to tell by how many quarter turns an image was rotated (Gidaris et al., 2018), without the labels, on one half of
-the training split. The other half and the test split go into `federated.npz`, so that no client has an image that the model
-knows. Writes the model with its image processor to `model`. Some minutes on one core.
+It learns to tell by how many quarter turns an image was rotated (Gidaris et al., 2018), without the labels, on one
+half of the training split. The other half and the test split go into `federated.npz`, so that no client has an
+image that the model knows. Writes the model with its image processor to `model`. Some minutes on one core.
 """
 
 import argparse

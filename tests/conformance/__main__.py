@@ -1,8 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Run PEFT's own generic tests against `SclConfig`: `PYTHONPATH=tests python -m conformance`. The exit status is 0 only if no
-test failed that is not excluded (exceptions.py), no exclusion is out of date and no setting passed by skipping.
+Run PEFT's own generic tests against `SclConfig`: `PYTHONPATH=tests python -m conformance`. The exit status is 0 only
+if no test failed that is not excluded (exceptions.py), no exclusion is out of date and no setting passed by skipping.
 """
 
 from __future__ import annotations

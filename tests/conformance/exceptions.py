@@ -1,8 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Everything in PEFT's suite that is treated differently for SCL, with the reason and the precedent: another method of PEFT
-for which PEFT's own suite makes the same exception. Nothing else may fail.
+Everything in PEFT's suite that is treated differently for SCL, with the reason and the precedent: another method of
+PEFT for which PEFT's own suite makes the same exception. Nothing else may fail.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NOT_AT_BASE_MODEL = tuple(name for name, setting in SETTINGS.items() if not sett
 @dataclass(frozen=True)
 class Exclusion:
     """
-    Tests that cannot hold for some settings. They are run and have to fail with `message` (a regular expression): one that
-    passes, or fails with another message, counts as a failure.
+    Tests that cannot hold for some settings. They are run and have to fail with `message` (a regular expression): one
+    that passes, or fails with another message, counts as a failure.
     """
 
     tests: tuple[tuple[str, str], ...]  # suite, name of the test function

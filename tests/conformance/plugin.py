@@ -1,8 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The pytest plugin that turns PEFT's tests on `SclConfig` (`pytest -p conformance.plugin`). PEFT's files are not edited: the
-rows of their `parametrize` marks are replaced while pytest collects them, and everything without such a row is left out.
+The pytest plugin that turns PEFT's tests on `SclConfig` (`pytest -p conformance.plugin`). PEFT's files are not edited:
+the rows of their `parametrize` marks are replaced while pytest collects them, and everything without such a row is
+left out.
 """
 
 from __future__ import annotations

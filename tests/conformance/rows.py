@@ -27,7 +27,8 @@ def scl_rows(argnames: str | Iterable[str], rows: Iterable[Any], settings: Itera
         settings (`Iterable[str]`): Names of the settings to make rows for.
 
     Returns:
-        `list` or `None`: The new rows, each marked `scl_setting(name)`; `None` if the mark does not give a config class.
+        `list` or `None`: The new rows, each marked `scl_setting(name)`; `None` if the mark does not give a config
+        class.
     """
     names = tuple(name.strip() for name in argnames.split(",")) if isinstance(argnames, str) else tuple(argnames)
     if names not in _ROWS:

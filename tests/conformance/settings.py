@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is run: the files of PEFT's suite, and the settings of `SclConfig` that take the place of PEFT's methods in them."""
+"""
+What is run: the files of PEFT's suite, and the settings of `SclConfig` that take the place of PEFT's methods in them.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ SUITES = {
 @dataclass(frozen=True)
 class Setting:
     """
-    One way to use SCL. `fields` names every field of `SclConfig` that a default could change, except `r`: `rank` gives it,
-    from the full rank of the layers that a test wraps.
+    One way to use SCL. `fields` names every field of `SclConfig` that a default could change, except `r`: `rank` gives
+    it, from the full rank of the layers that a test wraps.
     """
 
     fields: dict[str, Any]
@@ -104,7 +106,8 @@ TRANSFORMER_FULL_RANK = 32
 @dataclass(frozen=True)
 class CustomModel:
     """
-    A row of PEFT's `TEST_CASES` (test_custom_models.py), with the targets of its linear-only methods (BEFT, MiSS, PEANuT).
+    A row of PEFT's `TEST_CASES` (test_custom_models.py), with the targets of its linear-only methods (BEFT, MiSS,
+    PEANuT).
 
     Args:
         model_id (`str`): The name of the model in PEFT's `MockTransformerWrapper`.
@@ -144,8 +147,8 @@ CUSTOM_MODELS = {
 @dataclass(frozen=True)
 class Selection:
     """
-    What one run runs. `keyword` is a `-k` expression of pytest; `whole` names the suites that it leaves whole, for which the
-    numbers of `passed_at_least` apply.
+    What one run runs. `keyword` is a `-k` expression of pytest; `whole` names the suites that it leaves whole, for
+    which the numbers of `passed_at_least` apply.
     """
 
     suites: tuple[str, ...]

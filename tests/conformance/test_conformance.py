@@ -150,7 +150,9 @@ def _skip_if_conv1d_not_supported(model_id, config_cls, config_kwargs):
 
 @pytest.fixture
 def run_stand_in(pytester):
-    """`run_stand_in(excluded)`: run `PEFT_TESTS` with `excluded` as the body of the excluded test; outcomes by test."""
+    """
+    `run_stand_in(excluded)`: run `PEFT_TESTS` with `excluded` as the body of the excluded test; outcomes by test.
+    """
 
     def run(excluded):
         pytester.mkpydir("peft_tests")

@@ -160,7 +160,7 @@ class FSDP2(Engine):
         name_of = {key: names[id(tensor)] for key, tensor in live.tensors.items()}
         yield
         tensors = _named_tensors(model)
-        live.replace({key: tensors[name] for key, name in name_of.items()})
+        live.take_over({key: tensors[name] for key, name in name_of.items()})
         self._gathering = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def read(self, tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

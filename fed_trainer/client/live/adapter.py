@@ -19,8 +19,8 @@ from .state import LiveState
 __all__ = ["LiveAdapter"]
 
 _REFUSED = {
-    "ADALORA": "it moves ranks between layers by statistics that it keeps outside the adapter and that would go on from client "
-    "to client. Use LORA.",
+    "ADALORA": "it moves ranks between layers by statistics that it keeps outside the adapter and that would go on "
+    "from client to client. Use LORA.",
 }
 _STATEFUL_FIELDS = ("velora_config", "monteclora_config")  # of a `LoraConfig`
 _ALTERNATIVES = {"VBLORA": "Set `save_only_topk_weights=False`."}
@@ -35,15 +35,16 @@ class LiveAdapter(LiveState):
             A model with exactly one active adapter.
 
     Raises:
-        ValueError: If several adapters are active, a saved tensor is not a parameter or buffer of the model, or the type keeps
-            what it learns elsewhere.
+        ValueError: If several adapters are active, a saved tensor is not a parameter or buffer of the model, or the
+            type keeps what it learns elsewhere.
     """
 
     def __init__(self, model: PeftModel) -> None:
         active = model.active_adapters
         if len(active) != 1:
             raise ValueError(
-                f"The adapters {active} are active, but a federation trains one adapter. Call `set_adapter` with one name."
+                f"The adapters {active} are active, but a federation trains one adapter. Call `set_adapter` with "
+                "one name."
             )
         kind = PeftType(model.peft_config[active[0]].peft_type).value
         if kind in _REFUSED:
@@ -51,8 +52,8 @@ class LiveAdapter(LiveState):
         for field in _STATEFUL_FIELDS:
             if getattr(model.peft_config[active[0]], field, None) is not None:
                 raise ValueError(
-                    f"`{field}` keeps what it has seen or drawn in buffers that it replaces while it trains, so they would go on "
-                    "from client to client. Leave it out."
+                    f"`{field}` keeps what it has seen or drawn in buffers that it replaces while it trains, so "
+                    "they would go on from client to client. Leave it out."
                 )
         owners = {tensor.data_ptr(): tensor for tensor in [*model.buffers(), *model.parameters()]}
         self._model, self._name = model, active[0]
@@ -64,24 +65,26 @@ class LiveAdapter(LiveState):
         for key, tensor in sorted(saved.items()):
             if tensor.numel() == 0 or tensor.is_meta:
                 raise ValueError(
-                    f"The adapter tensor {key} is empty or not held by this process, as in a partitioned (ZeRO-3, FSDP) or "
-                    "meta-device model, so it cannot be federated. Load the model unpartitioned."
+                    f"The adapter tensor {key} is empty or not held by this process, as in a partitioned (ZeRO-3, "
+                    "FSDP) or meta-device model, so it cannot be federated. Load the model unpartitioned."
                 )
             if tensor.data_ptr() not in owners:
                 raise ValueError(
-                    f"The adapter tensor {key} is no parameter or buffer of the model: {kind} makes it when it is saved, so what "
-                    f"a client sends could not be written back. {_ALTERNATIVES.get(kind, 'Use another type, such as LORA.')}"
+                    f"The adapter tensor {key} is no parameter or buffer of the model: {kind} makes it when it is "
+                    "saved, so what a client sends could not be written back. "
+                    f"{_ALTERNATIVES.get(kind, 'Use another type, such as LORA.')}"
                 )
             owner = owners[tensor.data_ptr()]
             if owner.shape != tensor.shape:
                 raise ValueError(
-                    f"The adapter tensor {key} is the memory of a parameter of the shape {tuple(owner.shape)}, seen as "
-                    f"{tuple(tensor.shape)}: two layers share it (`ensure_weight_tying=True`), and it would be averaged twice. "
-                    "Set `ensure_weight_tying=False`, or target one of the layers."
+                    f"The adapter tensor {key} is the memory of a parameter of the shape {tuple(owner.shape)}, "
+                    f"seen as {tuple(tensor.shape)}: two layers share it (`ensure_weight_tying=True`), and it "
+                    "would be averaged twice. Set `ensure_weight_tying=False`, or target one of the layers."
                 )
             self._tensors[key] = owner
-        # What no client trains is the same everywhere and does not travel: frozen parameters, and buffers, which hold what a
-        # method starts from or projects with. Only those of `modules_to_save`, such as running statistics, change.
+        # What no client trains is the same everywhere and does not travel: frozen parameters, and buffers, which hold
+        # what a method starts from or projects with. Only those of `modules_to_save`, such as running statistics,
+        # change.
         trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         trained |= {
             id(b) for module in model.modules() if isinstance(module, ModulesToSaveWrapper) for b in module.buffers()

@@ -31,11 +31,12 @@ class BaseChanges:
     """
     What the rounds so far have added to base weights: `W = W0 + sum over rounds of left @ right`.
 
-    The sum is kept in float32, and the base weight is always `W0` plus the whole sum, rounded once. So a base in bfloat16 does
-    not lose the small changes of single rounds, and a run that is resumed has the same weights, bit for bit.
+    The sum is kept in float32, and the base weight is always `W0` plus the whole sum, rounded once. So a base
+    in bfloat16 does not lose the small changes of single rounds, and a run that is resumed has the same
+    weights, bit for bit.
 
-    Memory, on the CPU: a copy `W0` of every weight that was changed, from its first change on, and the factors of the sum. These
-    grow by the columns of each round, up to `min(out, in)`.
+    Memory, on the CPU: a copy `W0` of every weight that was changed, from its first change on, and the factors of
+    the sum. These grow by the columns of each round, up to `min(out, in)`.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -51,8 +52,9 @@ class BaseChanges:
         start = getattr(model.peft_config[model.active_adapter], "init_lora_weights", True)
         if start not in NEUTRAL_STARTS:
             raise ValueError(
-                f"The LoRA has `init_lora_weights={start!r}`, which moves the base weights, so an aggregation that adds to them "
-                "cannot publish its result for the untouched base model. Use `init_lora_weights=True` or FeDeRA."
+                f"The LoRA has `init_lora_weights={start!r}`, which moves the base weights, so an aggregation that "
+                "adds to them cannot publish its result for the untouched base model. Use `init_lora_weights=True` "
+                "or FeDeRA."
             )
         self._model = model
         self._pairs = {pair.module: pair for pair in pairs}
@@ -79,8 +81,8 @@ class BaseChanges:
         for module in change:
             if not torch.isfinite(self._weight(module)).all():
                 raise BrokenStateError(
-                    f"With the change of this round the base weight of {module}, in {self._weight(module).dtype}, has values that are "
-                    f"not finite. {WAY_BACK}"
+                    f"With the change of this round the base weight of {module}, in {self._weight(module).dtype}, "
+                    f"has values that are not finite. {WAY_BACK}"
                 )
 
     def reset(self) -> None:
@@ -93,8 +95,8 @@ class BaseChanges:
         """
         Within, the live model has the base weights `W0`.
 
-        For what reads them: [`base_digest`], and saving an adapter on an embedding or on the head, with which PEFT writes the
-        base weight of that module too.
+        For what reads them: [`base_digest`], and saving an adapter on an embedding or on the head, with which PEFT
+        writes the base weight of that module too.
         """
         self._restore()
         try:
@@ -104,8 +106,8 @@ class BaseChanges:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """
-        The sum, in float32, as `"<module>.left" (out, k)` and `"<module>.right" (k, in)`; not the weights. The tensors are not
-        copied, and never changed in place.
+        The sum, in float32, as `"<module>.left" (out, k)` and `"<module>.right" (k, in)`; not the weights. The
+        tensors are not copied, and never changed in place.
         """
         return {
             f"{module}.{side}": factor
@@ -117,8 +119,8 @@ class BaseChanges:
         """
         Put a sum in the place of this one and write the base weights: those of the run that saved it, bit for bit.
 
-        The weights of the model, apart from what this object has added, must be `W0`. To load an adapter too, `reset` first, load
-        the adapter (FeDeRA moves a residual base with it), then call this.
+        The weights of the model, apart from what this object has added, must be `W0`. To load an adapter too,
+        `reset` first, load the adapter (FeDeRA moves a residual base with it), then call this.
 
         Args:
             state (`dict[str, torch.Tensor]`):
@@ -131,14 +133,14 @@ class BaseChanges:
         for module in modules:
             if module not in self._pairs:
                 raise ValueError(
-                    f"The saved base changes hold {module}, which has no factors of low rank in this model. They belong to another "
-                    "base model or another PEFT config."
+                    f"The saved base changes hold {module}, which has no factors of low rank in this model. They "
+                    "belong to another base model or another PEFT config."
                 )
             shape = len(state[f"{module}.left"]), state[f"{module}.right"].shape[1]
             if shape != self._shape(module):
                 raise ValueError(
-                    f"The saved base changes do not fit: that of {module} has the shape {shape} instead of {self._shape(module)}. "
-                    "They belong to another base model."
+                    f"The saved base changes do not fit: that of {module} has the shape {shape} instead of "
+                    f"{self._shape(module)}. They belong to another base model."
                 )
         self.reset()
         for module in modules:
@@ -151,8 +153,8 @@ class BaseChanges:
         """
         Adapter and base changes together as one plain LoRA for the untouched base model, with the scaling 1.
 
-        Its factors are those of the sum beside those of the adapter: exact, up to rounding to `dtype`. If these are more than
-        `min(out, in)`, one factor is their whole product and the other the identity.
+        Its factors are those of the sum beside those of the adapter: exact, up to rounding to `dtype`. If these are
+        more than `min(out, in)`, one factor is their whole product and the other the identity.
 
         Args:
             state (`dict[str, torch.Tensor]`):
@@ -161,8 +163,8 @@ class BaseChanges:
                 Dtype of the factors.
 
         Returns:
-            [`~peft_scl.LoraExport`]: The tuple `(config, state_dict, error, errors)`, with a method `save_pretrained`. Trained
-            modules, tokens and biases come along.
+            [`~peft_scl.LoraExport`]: The tuple `(config, state_dict, error, errors)`, with a method
+            `save_pretrained`. Trained modules, tokens and biases come along.
         """
         config: Any = self._model.peft_config[self._model.active_adapter]
         others = other_tensors(state, self._pairs)

@@ -26,8 +26,8 @@ def keep_differentiable(base: nn.Module) -> None:
     """
     Let a 4-bit base of bitsandbytes be trained on after an evaluation.
 
-    On CPUs with AVX512-BF16 the first evaluation repacks the weights for a kernel that has no gradient. Later training uses that
-    kernel too and, but for a warning, loses the gradients of all layers below.
+    On CPUs with AVX512-BF16 the first evaluation repacks the weights for a kernel that has no gradient. Later
+    training uses that kernel too and, but for a warning, loses the gradients of all layers below.
 
     Args:
         base (`nn.Module`):
@@ -45,8 +45,9 @@ def keep_differentiable(base: nn.Module) -> None:
             weight: Any = module.weight
             if getattr(weight.quant_state, "packing_format_for_cpu", False):
                 raise ValueError(
-                    f"The 4-bit weights of {name} have been repacked for inference by an evaluation on the CPU, so no gradient would "
-                    "pass through them. Load the base model anew, and leave the first evaluation to the trainer."
+                    f"The 4-bit weights of {name} have been repacked for inference by an evaluation on the CPU, so "
+                    "no gradient would pass through them. Load the base model anew, and leave the first evaluation "
+                    "to the trainer."
                 )
             module.support_avx512bf16_for_cpu = False
 
@@ -55,10 +56,10 @@ def base_digest(model: PeftModel) -> str | None:
     """
     SHA-256 over names, shapes and a sample of the base weights, to tell whether two runs hold the same base model.
 
-    64 evenly spaced values of every tensor are rounded to bfloat16 first, so that loading the same checkpoint in float32
-    or bfloat16 gives the same digest. It detects another checkpoint, not a manipulated one. A base that holds the residual
-    of a FeDeRA adapter counts as what it was before. A module in `modules_to_save` does not count: its copy is part of the
-    adapter, and the original, such as the random head of a classifier, is not used.
+    64 evenly spaced values of every tensor are rounded to bfloat16 first, so that loading the same checkpoint in
+    float32 or bfloat16 gives the same digest. It detects another checkpoint, not a manipulated one. A base that
+    holds the residual of a FeDeRA adapter counts as what it was before. A module in `modules_to_save` does not
+    count: its copy is part of the adapter, and the original, such as the random head of a classifier, is not used.
 
     Returns:
         `str` or `None`: The digest, or `None` for a quantised base, whose stored values are not the checkpoint's.

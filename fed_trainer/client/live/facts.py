@@ -57,8 +57,8 @@ def check_adapter(aggregation: str, model: nn.Module) -> list[FactorPair]:
     if not isinstance(model, PeftModel):
         if method.uses_pairs or method.needs_factors:
             raise ValueError(
-                f"`aggregation={aggregation!r}` is about the two factors of adapters, but a {type(model).__name__} without an "
-                "adapter was given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
+                f"`aggregation={aggregation!r}` is about the two factors of adapters, but a {type(model).__name__} "
+                "without an adapter was given. Give a `peft_config` of a LoRA or an SCL adapter, or use 'fedavg'."
             )
         return []
     if method.check is not None:

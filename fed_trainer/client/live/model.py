@@ -64,8 +64,8 @@ def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterStat
     """
     The tensors of a model of the class of `model` saved by `save_pretrained`, as `LiveModel.load` takes them.
 
-    It is loaded as a model, since the names in the file need not be those in memory, in the widest dtype that `model` holds:
-    a float32 head on a bfloat16 body must not be rounded. Only safetensors are read.
+    It is loaded as a model, since the names in the file need not be those in memory, in the widest dtype that
+    `model` holds: a float32 head on a bfloat16 body must not be rounded. Only safetensors are read.
     """
     for path in sorted(Path(folder).glob("*.safetensors")):
         read_shapes(path)
@@ -80,6 +80,7 @@ def load_model(folder: str | os.PathLike, model: PreTrainedModel) -> AdapterStat
     if info["missing_keys"] or info["mismatched_keys"]:
         raise ValueError(
             f"The model in {str(folder)!r} does not fit: it lacks {len(info['missing_keys'])} tensors of "
-            f"{type(model).__name__} and {len(info['mismatched_keys'])} have another shape. It is not the model of this run."
+            f"{type(model).__name__} and {len(info['mismatched_keys'])} have another shape. It is not the model of "
+            "this run."
         )
     return LiveModel(saved).read(include_frozen=True)

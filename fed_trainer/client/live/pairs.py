@@ -41,8 +41,8 @@ def factor_pairs(model: PeftModel, adapter_name: str | None = None) -> list[Fact
             The adapter; the active one if not given.
 
     Raises:
-        ValueError: If the adapter changes some layer in a way that is not the product of two of its tensors. The message
-            names the layer and says why.
+        ValueError: If the adapter changes some layer in a way that is not the product of two of its tensors. The
+            message names the layer and says why.
     """
     name = adapter_name or model.active_adapter
     _refuse_tied_factors(model)
@@ -58,30 +58,32 @@ def factor_pairs(model: PeftModel, adapter_name: str | None = None) -> list[Fact
             module, (SclLayer, LoraLayer, TrainableTokensLayer)
         ):
             raise ValueError(
-                f"{path} has an adapter of type {type(module).__name__}, which is not described by factor pairs. Aggregate it "
-                "with 'fedavg'."
+                f"{path} has an adapter of type {type(module).__name__}, which is not described by factor pairs. "
+                "Aggregate it with 'fedavg'."
             )
         else:
             continue
         pairs.append(_with_base_facts(pair, module, model, owners))
     if not pairs:
         raise ValueError(
-            f"The adapter {name!r} has no pair of low-rank factors, which this aggregation combines. Use a LoRA or an SCL "
-            "adapter, or 'fedavg', which takes any."
+            f"The adapter {name!r} has no pair of low-rank factors, which this aggregation combines. Use a LoRA or "
+            "an SCL adapter, or 'fedavg', which takes any."
         )
     return pairs
 
 
 def _refuse_tied_factors(model: PeftModel) -> None:
-    """Refuse LoRA with `ensure_weight_tying` on tied weights: a factor of one module is that of another, transposed."""
+    """
+    Refuse LoRA with `ensure_weight_tying` on tied weights: a factor of one module is that of another, transposed.
+    """
     owners: dict[int, str] = {}
     for path, parameter in model.named_parameters():
         if ".lora_" in path and parameter.numel() > 0:
             owner = owners.setdefault(parameter.data_ptr(), path)
             if owner != path:
                 raise ValueError(
-                    f"{path} is the same memory as {owner} (`ensure_weight_tying`), so the two pairs of factors cannot be set one by "
-                    "one. Leave one of the modules out of `target_modules`, or use 'fedavg'."
+                    f"{path} is the same memory as {owner} (`ensure_weight_tying`), so the two pairs of factors "
+                    "cannot be set one by one. Leave one of the modules out of `target_modules`, or use 'fedavg'."
                 )
 
 
@@ -89,19 +91,19 @@ def _lora_pair(path: str, layer: LoraLayer, name: str) -> FactorPair:
     kind, module = type(layer).__name__, type(layer).__module__
     if not isinstance(layer, FederaLayer) and (kind not in LORA_LAYERS or not module.startswith("peft.tuners.lora.")):
         raise ValueError(
-            f"{path} is adapted by {module}.{kind}, whose factors are not known to be two matrices with `change = scaling B A`. "
-            "Target linear or embedding layers with plain LoRA, or use 'fedavg'."
+            f"{path} is adapted by {module}.{kind}, whose factors are not known to be two matrices with "
+            "`change = scaling B A`. Target linear or embedding layers with plain LoRA, or use 'fedavg'."
         )
     if layer.lora_variant.get(name) is not None or name in layer.lora_magnitude_vector:
         raise ValueError(
-            f"{path} has a LoRA variant ({type(layer.lora_variant.get(name)).__name__}), such as DoRA, which rescales the sum of "
-            "base weight and product: what it does is not linear in the product, so a mean of products means nothing. Use "
-            "plain LoRA, or 'fedavg'."
+            f"{path} has a LoRA variant ({type(layer.lora_variant.get(name)).__name__}), such as DoRA, which "
+            "rescales the sum of base weight and product: what it does is not linear in the product, so a mean of "
+            "products means nothing. Use plain LoRA, or 'fedavg'."
         )
     if layer.lora_bias[name]:
         raise ValueError(
-            f"{path} has `lora_bias=True`: its change of the output is not a product of factors alone. Set `lora_bias=False`, or "
-            "use 'fedavg'."
+            f"{path} has `lora_bias=True`: its change of the output is not a product of factors alone. Set "
+            "`lora_bias=False`, or use 'fedavg'."
         )
     prefix = f"base_model.model.{path}"
     start = (layer.lora_start_A[name], layer.lora_start_B[name]) if isinstance(layer, FederaLayer) else None
@@ -116,18 +118,19 @@ def _lora_pair(path: str, layer: LoraLayer, name: str) -> FactorPair:
 def _scl_pair(path: str, layer: SclLayer, name: str) -> FactorPair:
     if layer.activation[name] != "linear":
         raise ValueError(
-            f"{path} has the activation {layer.activation[name]!r} between its factors, so it does not compute their product, and "
-            "a mean of products means nothing. Train with `activation='linear'`, or use 'fedavg' or 'ffa_lora'."
+            f"{path} has the activation {layer.activation[name]!r} between its factors, so it does not compute "
+            "their product, and a mean of products means nothing. Train with `activation='linear'`, or use "
+            "'fedavg' or 'ffa_lora'."
         )
     if layer.scl_A[name].bias is not None:
         raise ValueError(
-            f"{path} has `scl_bias=True`: the bias of `A` is multiplied by `B` too, which a mean of products leaves out. Set "
-            "`scl_bias=False`, or use 'fedavg' or 'ffa_lora'."
+            f"{path} has `scl_bias=True`: the bias of `A` is multiplied by `B` too, which a mean of products "
+            "leaves out. Set `scl_bias=False`, or use 'fedavg' or 'ffa_lora'."
         )
     if name in layer.scl_delta or name in layer.scl_delta_A:
         raise ValueError(
-            f"{path} trains the down projection behind the bottleneck too, and its change is a product of the two. Set "
-            "`train_down_proj='none'`, use `variant='compress'`, or 'fedavg'."
+            f"{path} trains the down projection behind the bottleneck too, and its change is a product of the two. "
+            "Set `train_down_proj='none'`, use `variant='compress'`, or 'fedavg'."
         )
     unfoldable = None
     if layer.variant[name] == "bottleneck":
@@ -172,8 +175,8 @@ def add_to_base(
     """
     Add what an aggregation has for the base to the base weights, in place, a block of rows at a time.
 
-    The sum is taken in float32, or float64 for a base in float64. A base in bfloat16 or float16 rounds it: changes below half a
-    unit in the last place are lost. [`BaseChanges`] adds up several rounds without that loss.
+    The sum is taken in float32, or float64 for a base in float64. A base in bfloat16 or float16 rounds it: changes
+    below half a unit in the last place are lost. [`BaseChanges`] adds up several rounds without that loss.
 
     Args:
         model ([`~peft.PeftModel`]):

@@ -31,11 +31,13 @@ IN_THE_CACHE = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
 
 class LivePrompt(LiveState):
     """
-    The active prompt of a model (prompt tuning, prefix tuning, p-tuning) as an [`AdapterState`], read and written in place.
+    The active prompt of a model (prompt tuning, prefix tuning, p-tuning) as an [`AdapterState`], read and
+    written in place.
 
-    Its tensors are the parameters of the prompt encoder, as `prompt_encoder.<name>`, and those of modules that are trained
-    along, as PEFT saves them. PEFT itself saves the prompts that the encoder computes. They are enough for inference, but the
-    network that made them (the projection of prefix tuning, the MLP or LSTM of p-tuning) cannot be recovered from them.
+    Its tensors are the parameters of the prompt encoder, as `prompt_encoder.<name>`, and those of modules that are
+    trained along, as PEFT saves them. PEFT itself saves the prompts that the encoder computes. They are enough for
+    inference, but the network that made them (the projection of prefix tuning, the MLP or LSTM of p-tuning) cannot
+    be recovered from them.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -89,8 +91,8 @@ class LivePrompt(LiveState):
         lacking = [key for key in self._tensors if key.startswith(_PREFIX) and key not in state]
         if lacking:
             raise ValueError(
-                f"{source} is of type {self._type}. Its file holds the prompts that were computed but not what computes them "
-                f"(the first: {lacking[0]}), so it can be used but not trained further. Resume its run from a checkpoint, or "
-                "start without `initial_adapter`."
+                f"{source} is of type {self._type}. Its file holds the prompts that were computed but not what "
+                f"computes them (the first: {lacking[0]}), so it can be used but not trained further. Resume its "
+                "run from a checkpoint, or start without `initial_adapter`."
             )
         return state

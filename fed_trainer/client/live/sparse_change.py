@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 of SLoRA on the live model: a sparse change of the target weights is trained, beside a LoRA that waits for it."""
+"""
+Stage 1 of SLoRA on the live model: a sparse change of the target weights is trained, beside a LoRA that waits for it.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,10 @@ class SparseChange(nn.Module, BaseTunerLayer):
     A linear layer with the weight `W + change`, where `change` is zero but for trainable `values` at given places.
 
     It stands between a LoRA layer and its base layer, as tuner layers nest in PEFT: `get_base_layer` of either is the
-    pretrained layer, which is not touched, and `disable_adapter` turns the change off. Each call makes the changed weight
-    anew and drops it after the backward pass (with gradient checkpointing, after the block). The optimiser sees
-    `values` only: neither its moments nor weight decay reach another entry, and weight decay pulls towards the pretrained
-    weight.
+    pretrained layer, which is not touched, and `disable_adapter` turns the change off. Each call makes the changed
+    weight anew and drops it after the backward pass (with gradient checkpointing, after the block). The optimiser
+    sees `values` only: neither its moments nor weight decay reach another entry, and weight decay pulls towards the
+    pretrained weight.
 
     Args:
         base_layer (`nn.Module`):
@@ -77,9 +79,10 @@ class LiveSparseChange(LiveAdapter):
     """
     The state of a model in stage 1 of SLoRA (https://huggingface.co/papers/2308.06522), read and written in place.
 
-    While it lives in the model, the LoRA layers have no active adapter, and their base layers have a sparse change. What
-    travels is the values of the changes (`base_model.model.<module>.sparse_values`) and whatever the adapter trains beside its
-    factors, such as the head of a classifier, which both stages train. The factors are saved along, but do not travel.
+    While it lives in the model, the LoRA layers have no active adapter, and their base layers have a sparse change.
+    What travels is the values of the changes (`base_model.model.<module>.sparse_values`) and whatever the adapter
+    trains beside its factors, such as the head of a classifier, which both stages train. The factors are saved
+    along, but do not travel.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -121,10 +124,11 @@ class LiveSparseChange(LiveAdapter):
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """
-        Begin stage 2: LoRA starts from the best approximation of the change ([`lora_start`]), the changes leave the model.
+        Begin stage 2: LoRA starts from the best approximation of the change ([`lora_start`]), the changes leave the
+        model.
 
-        Modules, parameters and base weights are those from before stage 1, with the factors written in place. The optimiser
-        has to be made anew.
+        Modules, parameters and base weights are those from before stage 1, with the factors written in place. The
+        optimiser has to be made anew.
 
         Returns:
             `dict[str, float]`: The relative error of the approximation by module.
@@ -150,8 +154,8 @@ class LiveSparseChange(LiveAdapter):
     @contextmanager
     def publishable(self) -> Iterator[None]:
         """
-        The model as stage 2 would start from it, to save an adapter that PEFT loads; then stage 1 goes on, with the same
-        parameters and optimiser.
+        The model as stage 2 would start from it, to save an adapter that PEFT loads; then stage 1 goes on, with the
+        same parameters and optimiser.
         """
         waiting = {key: self._tensors[key].detach().clone() for key in self._factor_keys}
         self.finish()
@@ -170,7 +174,8 @@ class LiveSparseChange(LiveAdapter):
 
     def _attach(self) -> None:
         for module, layer in self._layers.items():
-            # None is active, which freezes the factors; one that is switched off would come back after `disable_adapter`.
+            # None is active, which freezes the factors; one that is switched off would come back after
+            # `disable_adapter`.
             layer.set_adapter([])
             layer.base_layer = self._changes[module]
 
@@ -185,7 +190,8 @@ class LiveSparseChange(LiveAdapter):
 def check_sparse_change(model: PeftModel, pairs: Sequence[FactorPair]) -> None:
     """
     Raises:
-        ValueError: If the adapter is not a LoRA with `B = 0` on linear layers that can be changed; the message names the layer.
+        ValueError: If the adapter is not a LoRA with `B = 0` on linear layers that can be changed; the message
+            names the layer.
     """
     base: Any = model.get_base_model()
     name = model.active_adapters[0]
@@ -202,7 +208,7 @@ def check_sparse_change(model: PeftModel, pairs: Sequence[FactorPair]) -> None:
         else:
             continue
         raise ValueError(
-            f"'slora' trains a sparse change of the weights of linear layers first and starts LoRA from it, but for {pair.module} "
-            f"{reason}. Use a new LoRA with `init_lora_weights=True` on linear layers that are neither quantised nor tied, or "
-            "'fedavg'."
+            "'slora' trains a sparse change of the weights of linear layers first and starts LoRA from it, but for "
+            f"{pair.module} {reason}. Use a new LoRA with `init_lora_weights=True` on linear layers that are "
+            "neither quantised nor tied, or 'fedavg'."
         )

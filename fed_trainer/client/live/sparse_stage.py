@@ -62,8 +62,8 @@ class SparseStage:
                 "`optimizers`, which hold the LoRA" if has_optimizer else f"`initial_adapter={args.initial_adapter!r}`"
             )
             raise ValueError(
-                f"{args.aggregation!r} trains a sparse change of the base weights first and starts the LoRA from it, but was given "
-                f"{what}. Leave it out, or use 'fedavg'."
+                f"{args.aggregation!r} trains a sparse change of the base weights first and starts the LoRA from "
+                f"it, but was given {what}. Leave it out, or use 'fedavg'."
             )
         check_sparse_change(self._model, self._plan.pairs)
 

@@ -42,7 +42,7 @@ class LiveState:
         """By key the parameters and buffers themselves, all that is saved."""
         return self._tensors
 
-    def replace(self, tensors: dict[str, torch.Tensor]) -> None:
+    def take_over(self, tensors: dict[str, torch.Tensor]) -> None:
         """The engine has put other parameters and buffers in the place of those behind the keys."""
         self._tensors = tensors
 

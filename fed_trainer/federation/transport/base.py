@@ -36,5 +36,6 @@ class Transport(ABC):
                 Seconds after which a client that has not answered is given up.
 
         Yields:
-            [`Reply`]: Exactly one per client, in any order, as they come in: the server's memory does not grow with them.
+            [`Reply`]: Exactly one per client, in any order, as they come in: the server's memory does not grow with
+            them.
         """

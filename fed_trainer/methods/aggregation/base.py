@@ -64,8 +64,8 @@ class Aggregator(ABC):
 
     Attributes:
         sparse_rounds (`int`):
-            Rounds of a first stage, which trains a sparse change of the target weights in place of the adapter; for most
-            rules there is none.
+            Rounds of a first stage, which trains a sparse change of the target weights in place of the adapter; for
+            most rules there is none.
         density (`float`):
             Share of every target weight that this stage trains.
     """
@@ -104,8 +104,8 @@ class Aggregator(ABC):
     @abstractmethod
     def add(self, update: ClientUpdate) -> None:
         """
-        Take one client's update, which is not changed. An update that does not fit is refused before any of it counts, so the
-        round can go on without it. Rules that compare clients keep the tensors themselves until `finish`.
+        Take one client's update, which is not changed. An update that does not fit is refused before any of it counts,
+        so the round can go on without it. Rules that compare clients keep the tensors themselves until `finish`.
 
         Raises:
             ValueError: If the update does not fit.
@@ -192,8 +192,8 @@ def weight_of(update: ClientUpdate, weights: str) -> int:
         return update.num_examples
     if update.num_tokens is None:
         raise ValueError(
-            f"`weights='tokens'`, but client {update.client!r} does not say its number of tokens (`num_tokens`). Fill it in where the update "
-            "is made, or weight by examples."
+            f"`weights='tokens'`, but client {update.client!r} does not say its number of tokens (`num_tokens`). "
+            "Fill it in where the update is made, or weight by examples."
         )
     return update.num_tokens
 
@@ -205,11 +205,11 @@ def check_tensors(update: ClientUpdate, reference: AdapterState, partial: bool =
             if partial:
                 continue
             raise ValueError(
-                f"The update of client {update.client!r} lacks the tensor {key}. Leave the client out of the round, or, if "
-                "clients train different layers, aggregate with `partial=True`."
+                f"The update of client {update.client!r} lacks the tensor {key}. Leave the client out of the "
+                "round, or, if clients train different layers, aggregate with `partial=True`."
             )
         if update.delta[key].shape != expected.shape:
             raise ValueError(
-                f"The tensor {key} of client {update.client!r} has the shape {tuple(update.delta[key].shape)} instead of "
-                f"{tuple(expected.shape)}. Leave the client out, or give all clients the same PEFT config."
+                f"The tensor {key} of client {update.client!r} has the shape {tuple(update.delta[key].shape)} "
+                f"instead of {tuple(expected.shape)}. Leave the client out, or give all clients the same PEFT config."
             )

@@ -21,7 +21,8 @@ __all__ = ["FactorAggregator"]
 
 class FactorAggregator(Aggregator):
     """
-    What the rules for products of factors have in common: the weighted mean of every other tensor, and the client's factors.
+    What the rules for products of factors have in common: the weighted mean of every other tensor, and the
+    client's factors.
 
     Args:
         pairs (`Sequence[FactorPair]`):
@@ -44,7 +45,8 @@ class FactorAggregator(Aggregator):
         missing = sorted(factors - state.keys())
         if missing:
             raise ValueError(
-                f"The rule combines both factors of every pair, but {missing[0]} is not among the shared tensors. Share both."
+                f"The rule combines both factors of every pair, but {missing[0]} is not among the shared tensors. "
+                "Share both."
             )
         self._state = state
         self._round = round
@@ -90,28 +92,29 @@ class FactorAggregator(Aggregator):
         for key in (pair.key_A, pair.key_B):
             if key not in update.delta:
                 raise ValueError(
-                    f"The update of client {update.client!r} lacks the tensor {key}, and the rule combines both factors of a "
-                    "pair. Leave the client out of the round, or, if clients train different layers, send both factors of "
-                    "those and aggregate with `partial=True`."
+                    f"The update of client {update.client!r} lacks the tensor {key}, and the rule combines both "
+                    "factors of a pair. Leave the client out of the round, or, if clients train different layers, "
+                    "send both factors of those and aggregate with `partial=True`."
                 )
         if update.scalings is not None and pair.module not in update.scalings:
             raise ValueError(
-                f"The `scalings` of client {update.client!r} lack {pair.module}. Give the scaling of every module, or none if they "
-                "are the server's."
+                f"The `scalings` of client {update.client!r} lack {pair.module}. Give the scaling of every module, "
+                "or none if they are the server's."
             )
         if update.scalings is not None and not 1 / ROOM <= update.scalings[pair.module] / pair.scaling <= ROOM:
             raise ValueError(
-                f"The scaling of {pair.module} at client {update.client!r} is {update.scalings[pair.module]!r}, but the server's is "
-                f"{pair.scaling!r}: the factors would differ more in size than float32 can bear. Send `lora_alpha / r`."
+                f"The scaling of {pair.module} at client {update.client!r} is {update.scalings[pair.module]!r}, "
+                f"but the server's is {pair.scaling!r}: the factors would differ more in size than float32 can "
+                "bear. Send `lora_alpha / r`."
             )
         delta_A, delta_B = update.delta[pair.key_A], update.delta[pair.key_B]
         A, B = self._state[pair.key_A], self._state[pair.key_B]
         rank = len(delta_A)
         if rank > len(A) or delta_A.shape[1:] != A.shape[1:] or delta_B.shape != (len(B), rank):
             raise ValueError(
-                f"The factors of {pair.module} from client {update.client!r} have the shapes {tuple(delta_A.shape)} and "
-                f"{tuple(delta_B.shape)}, which do not fit the global {tuple(A.shape)} and {tuple(B.shape)}. The global rank "
-                "must be the largest of the clients' ranks."
+                f"The factors of {pair.module} from client {update.client!r} have the shapes "
+                f"{tuple(delta_A.shape)} and {tuple(delta_B.shape)}, which do not fit the global {tuple(A.shape)} "
+                f"and {tuple(B.shape)}. The global rank must be the largest of the clients' ranks."
             )
         if rank != len(A) or self._scaling(pair, update) != pair.scaling:
             refuse_start(pair, "of another rank or scaling at a client")
@@ -131,8 +134,8 @@ class FactorAggregator(Aggregator):
 
     def _local(self, pair: FactorPair, update: ClientUpdate) -> tuple[torch.Tensor, torch.Tensor, float]:
         """
-        The whole factors `A (r_k, in)`, `B (out, r_k)` a client ended with, in float32, and its scaling. It started from
-        [`truncate_ranks`] of the global adapter.
+        The whole factors `A (r_k, in)`, `B (out, r_k)` a client ended with, in float32, and its scaling. It started
+        from [`truncate_ranks`] of the global adapter.
         """
         delta_A, delta_B = update.delta[pair.key_A], update.delta[pair.key_B]
         rank, scaling = len(delta_A), self._scaling(pair, update)
@@ -150,6 +153,7 @@ def refuse_other_ranks(pair: FactorPair, update: ClientUpdate, state: AdapterSta
     same = all(update.delta[key].shape == state[key].shape for key in (pair.key_A, pair.key_B))
     if not same or (update.scalings is not None and update.scalings[pair.module] != pair.scaling):
         raise ValueError(
-            f"{aggregation!r} averages the factors themselves, so all clients must have one rank and scaling, but client "
-            f"{update.client!r} differs in {pair.module}. Use 'flora', 'flexlora' or 'hetlora', or leave the client out."
+            f"{aggregation!r} averages the factors themselves, so all clients must have one rank and scaling, but "
+            f"client {update.client!r} differs in {pair.module}. Use 'flora', 'flexlora' or 'hetlora', or leave "
+            "the client out."
         )

@@ -21,13 +21,13 @@ class FedAvg(Aggregator):
     https://huggingface.co/papers/1602.05629, algorithm 1): `Delta = sum_k n_k Delta_k / sum_k n_k`, per tensor, summed
     in float32. Other weights `n_k` by `weights`.
 
-    For LoRA this is FedIT: the factors are averaged one by one, and their product is not the mean of the products. Where all
-    clients hold the same frozen factor (FFA-LoRA, RoLoRA) it is.
+    For LoRA this is FedIT: the factors are averaged one by one, and their product is not the mean of the products.
+    Where all clients hold the same frozen factor (FFA-LoRA, RoLoRA) it is.
 
     Args:
         partial (`bool`, *optional*, defaults to `False`):
-            Whether a client may lack tensors, as one that trains a subset of the layers does. The mean of a tensor is then
-            over the clients that sent it; one that nobody sent stays as it is.
+            Whether a client may lack tensors, as one that trains a subset of the layers does. The mean of a tensor
+            is then over the clients that sent it; one that nobody sent stays as it is.
         weights (`str`, *optional*, defaults to `"examples"`):
             What `n_k` is: `"examples"`, `"tokens"` (those that carry a loss), or `"uniform"`: all clients alike, as in
             SCAFFOLD and FedDyn.
@@ -82,8 +82,8 @@ class FedAvg(Aggregator):
     def _open_sum(self) -> AdapterState:
         if self._sum is None:
             raise RuntimeError(
-                "No round is open: `finish` ends a round, and its result has been handed out. Call `begin` before the updates of "
-                "every round."
+                "No round is open: `finish` ends a round, and its result has been handed out. Call `begin` before "
+                "the updates of every round."
             )
         return self._sum
 
@@ -91,11 +91,13 @@ class FedAvg(Aggregator):
 class FedNova(FedAvg):
     """
     Normalised averaging for clients that take different numbers of local steps (FedNova, Wang et al., 2020,
-    https://huggingface.co/papers/2007.07481): `Delta = (sum_k p_k a_k) sum_k p_k Delta_k / a_k`, with `a_k` the number of local
-    steps `tau_k` for plain SGD, and `(tau_k - m (1 - m^tau_k) / (1 - m)) / (1 - m)` for SGD with momentum `m`.
+    https://huggingface.co/papers/2007.07481): `Delta = (sum_k p_k a_k) sum_k p_k Delta_k / a_k`, with `a_k` the
+    number of local steps `tau_k` for plain SGD, and `(tau_k - m (1 - m^tau_k) / (1 - m)) / (1 - m)` for SGD with
+    momentum `m`.
 
-    A client that steps more often no longer pulls the mean towards its own optimum. The normalisation is derived for SGD; for
-    an adaptive local optimiser it is a heuristic, since an update of Adam does not grow in proportion to such an `a_k`.
+    A client that steps more often no longer pulls the mean towards its own optimum. The normalisation is derived
+    for SGD; for an adaptive local optimiser it is a heuristic, since an update of Adam does not grow in proportion
+    to such an `a_k`.
 
     Args:
         momentum (`float`, *optional*, defaults to `0.0`):

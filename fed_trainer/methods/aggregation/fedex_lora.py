@@ -23,9 +23,10 @@ SOLVABLE = 1e-10  # the share of the ridge in a Gram that float64 solves to five
 
 class MeanOfFactors(FactorAggregator):
     """
-    Means of the factors, and what the product of the means lacks: `sum_k p_k B_k A_k - B A = sum_k p_k (B_k - R_B)(A_k - R_A) -
-    (B - R_B)(A - R_A)`, for any constants `R`. With the first client as `R` its own term is zero: `K` clients need `K r` columns,
-    one client or equal ones leave exactly nothing, and no large products cancel. A constant start of the factors drops out.
+    Means of the factors, and what the product of the means lacks:
+    `sum_k p_k B_k A_k - B A = sum_k p_k (B_k - R_B)(A_k - R_A) - (B - R_B)(A - R_A)`, for any constants `R`. With
+    the first client as `R` its own term is zero: `K` clients need `K r` columns, one client or equal ones leave
+    exactly nothing, and no large products cancel. A constant start of the factors drops out.
     """
 
     aggregation = ""
@@ -95,10 +96,11 @@ class MeanOfFactors(FactorAggregator):
 
 class FedExLoRA(MeanOfFactors):
     """
-    Means of the factors, and the residual `s (sum_k p_k B_k A_k - B A)` added to the base weight, so that the model has the mean
-    of the products (FedEx-LoRA, https://huggingface.co/papers/2410.09432).
+    Means of the factors, and the residual `s (sum_k p_k B_k A_k - B A)` added to the base weight, so that the model
+    has the mean of the products (FedEx-LoRA, https://huggingface.co/papers/2410.09432).
 
-    The residual comes out in factors ([`FedExLoRA.base_change`]) oriented `(out, in)`, whatever the layout of the base weight.
+    The residual comes out in factors ([`FedExLoRA.base_change`]) oriented `(out, in)`, whatever the layout of the
+    base weight.
 
     Memory: the factors of all clients, or a number of columns bounded by `max_columns` (see [`LowRankSum`]).
 
@@ -144,9 +146,10 @@ class FedExLoRA(MeanOfFactors):
 class LoRAFair(MeanOfFactors):
     """
     Means of the factors, and a correction of `B` towards the mean of the products (LoRA-FAIR,
-    https://huggingface.co/papers/2411.14961). Where the paper descends on a similarity, this is the closed form of its ridge
-    version, `min_dB ||sum_k p_k B_k A_k - (B + dB) A||^2 + ridge ||dB||^2`:
-    `dB = (sum_k p_k B_k A_k - B A) A^T (A A^T + ridge I)^-1`, solved in float64. What lies outside the rows of `A` stays lost.
+    https://huggingface.co/papers/2411.14961). Where the paper descends on a similarity, this is the closed form
+    of its ridge version, `min_dB ||sum_k p_k B_k A_k - (B + dB) A||^2 + ridge ||dB||^2`:
+    `dB = (sum_k p_k B_k A_k - B A) A^T (A A^T + ridge I)^-1`, solved in float64. What lies outside the rows of
+    `A` stays lost.
 
     Args:
         pairs (`Sequence[FactorPair]`):

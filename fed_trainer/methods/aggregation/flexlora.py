@@ -15,15 +15,16 @@ __all__ = ["FlexLoRA"]
 class FlexLoRA(MeanOfProducts):
     """
     Mean of the products, redistributed by its singular value decomposition (FlexLoRA,
-    https://huggingface.co/papers/2402.11505): `dW = sum_k p_k s_k B_k A_k`, `s B A` = its best approximation of the global rank.
-    `dW` is never formed: QR of both stacked factors, SVD of the core, in float64.
+    https://huggingface.co/papers/2402.11505): `dW = sum_k p_k s_k B_k A_k`, `s B A` = its best approximation of the
+    global rank. `dW` is never formed: QR of both stacked factors, SVD of the core, in float64.
 
-    The directions are in the order of their singular values, so a client of rank `r_k` gets the best approximation of *its*
-    rank by [`truncate_ranks`]. The singular values are shared evenly by `A` and `B`. Directions that `dW` does not have keep
-    their `A` and start with `B = 0`, or keep their `B` where `A` is zero; with both zero they could not be trained.
+    The directions are in the order of their singular values, so a client of rank `r_k` gets the best approximation
+    of *its* rank by [`truncate_ranks`]. The singular values are shared evenly by `A` and `B`. Directions that `dW`
+    does not have keep their `A` and start with `B = 0`, or keep their `B` where `A` is zero; with both zero they
+    could not be trained.
 
-    For FeDeRA and SCL with a kept residual, the whole products are averaged and approximated: their constant start drops out of
-    the difference.
+    For FeDeRA and SCL with a kept residual, the whole products are averaged and approximated: their constant start
+    drops out of the difference.
 
     Memory: the factors of all clients, or a number of columns bounded by `max_columns` (see [`LowRankSum`]).
 
@@ -47,8 +48,8 @@ class FlexLoRA(MeanOfProducts):
 
 def principal_factors(product: LowRank, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Factors `(r, in)`, `(out, r)` of the best rank-`r` approximation of `product`; one of the given and zeros where its rank is
-    less.
+    Factors `(r, in)`, `(out, r)` of the best rank-`r` approximation of `product`; one of the given and zeros where
+    its rank is less.
     """
     u, values, vt = product_svd(*product)
     rank = int((values[: len(A)] > 1e-7 * values[0]).sum())  # the resolution of float32

@@ -19,18 +19,18 @@ __all__ = ["FLoRA", "restart_factors"]
 
 class FLoRA(MeanOfProducts):
     """
-    Stacking (FLoRA, https://huggingface.co/papers/2409.05976): with `A = [A_1; ...; A_K]` and `B = [p_1 s_1 B_1, ..., p_K s_K
-    B_K]`, `B A = sum_k p_k s_k B_k A_k` exactly, for clients of any ranks and scalings. The stack is added to the base weight
-    ([`FLoRA.base_change`]), and `finish` gives the delta that starts the adapter afresh, so it must reach the adapter as it is:
-    no server optimiser.
+    Stacking (FLoRA, https://huggingface.co/papers/2409.05976): with `A = [A_1; ...; A_K]` and
+    `B = [p_1 s_1 B_1, ..., p_K s_K B_K]`, `B A = sum_k p_k s_k B_k A_k` exactly, for clients of any ranks and
+    scalings. The stack is added to the base weight ([`FLoRA.base_change`]), and `finish` gives the delta that
+    starts the adapter afresh, so it must reach the adapter as it is: no server optimiser.
 
-    A LoRA restarts with a random `A` (uniform as PEFT draws it, from `seed`, the round and the name, the same on every machine)
-    and `B = 0`; on embeddings, as PEFT starts them, with `A = 0` and a random `B` of variance 1. FeDeRA and SCL go back to their
-    start `A0`, `B0`, whose product stays subtracted, so that the model is continued exactly; the start is then the principal part
-    of the pretrained weight, not of the present one.
+    A LoRA restarts with a random `A` (uniform as PEFT draws it, from `seed`, the round and the name, the same on
+    every machine) and `B = 0`; on embeddings, as PEFT starts them, with `A = 0` and a random `B` of variance 1.
+    FeDeRA and SCL go back to their start `A0`, `B0`, whose product stays subtracted, so that the model is continued
+    exactly; the start is then the principal part of the pretrained weight, not of the present one.
 
-    Memory: the factors of all clients, as much as they sent; or a bounded number of columns with `max_columns`, which is then
-    an approximation (see [`LowRankSum`]).
+    Memory: the factors of all clients, as much as they sent; or a bounded number of columns with `max_columns`,
+    which is then an approximation (see [`LowRankSum`]).
 
     Args:
         pairs (`Sequence[FactorPair]`):
@@ -79,7 +79,8 @@ def restart_factors(
     digest = hashlib.sha256(f"{seed} {round} {pair.module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     if "lora_embedding_" in pair.key_A:
-        # a random `A` has entries of 1 / sqrt(vocabulary), and each input is one of its columns: `B` would hardly learn
+        # a random `A` has entries of 1 / sqrt(vocabulary), and each input is one of its columns: `B` would hardly
+        # learn
         bound = math.sqrt(3)  # variance 1, as PEFT's normal `B`, but the same bits on processors of all kinds
         return torch.zeros_like(A), torch.empty_like(B).uniform_(-bound, bound, generator=generator)
     bound = 1 / math.sqrt(A.shape[1])  # kaiming_uniform_ with a = sqrt(5), as PEFT

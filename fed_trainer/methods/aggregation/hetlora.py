@@ -20,16 +20,16 @@ __all__ = ["HetLoRA", "pruned_rank", "pruning_penalty"]
 
 class HetLoRA(FactorAggregator):
     """
-    Clients of different ranks by truncation and zero-padding (HetLoRA, https://huggingface.co/papers/2401.06432): a client of
-    rank `r_k` gets the first `r_k` rows of `A` and columns of `B` ([`truncate_ranks`]), the server pads what it ends with by zeros
-    and averages factor by factor, with weights `||dW_k||_F / sum_j ||dW_j||_F`. The norms of the products
-    `dW_k = s_k B_k A_k` come from `(r_k, r_k)` Grams. We take one weight per client, over all its modules, for all its tensors;
-    the paper leaves that open.
+    Clients of different ranks by truncation and zero-padding (HetLoRA, https://huggingface.co/papers/2401.06432): a
+    client of rank `r_k` gets the first `r_k` rows of `A` and columns of `B` ([`truncate_ranks`]), the server pads
+    what it ends with by zeros and averages factor by factor, with weights `||dW_k||_F / sum_j ||dW_j||_F`. The
+    norms of the products `dW_k = s_k B_k A_k` come from `(r_k, r_k)` Grams. We take one weight per client, over all
+    its modules, for all its tensors; the paper leaves that open.
 
-    It is the clients' *adapters* that are padded, not their deltas: the sum starts from zero, not from the old global adapter, so
-    a direction that no client *of the round* has is gone for good, also for clients that were not sampled (both factors are zero
-    there, so it has no gradient): sample a client of the largest rank in every round. Factors are averaged one by one, so the result is not the mean of the
-    products; `flora` and `flexlora` are exact.
+    It is the clients' *adapters* that are padded, not their deltas: the sum starts from zero, not from the old
+    global adapter, so a direction that no client *of the round* has is gone for good, also for clients that were not
+    sampled (both factors are zero there, so it has no gradient): sample a client of the largest rank in every round.
+    Factors are averaged one by one, so the result is not the mean of the products; `flora` and `flexlora` are exact.
 
     Streaming: memory does not depend on the number of clients.
 
@@ -49,8 +49,9 @@ class HetLoRA(FactorAggregator):
     def check_ranks(cls, ranks: Collection[int], largest: int) -> None:
         if max(ranks) < largest:
             raise ValueError(
-                f"The PEFT config has the rank {largest}, but the largest of `client_settings` is {max(ranks)}: in 'hetlora' the "
-                f"directions that no client has become zero for good. Set `r={max(ranks)}` in the PEFT config."
+                f"The PEFT config has the rank {largest}, but the largest of `client_settings` is {max(ranks)}: in "
+                f"'hetlora' the directions that no client has become zero for good. Set `r={max(ranks)}` in the "
+                "PEFT config."
             )
 
     @property
@@ -85,8 +86,8 @@ class HetLoRA(FactorAggregator):
         delta = self._others._mean()
         if self._total == 0:
             raise ValueError(
-                "No client update with examples and a product that is not zero arrived in this round, so there is nothing to "
-                "weight by. Check that the clients train, or use `weighting='examples'`."
+                "No client update with examples and a product that is not zero arrived in this round, so there is "
+                "nothing to weight by. Check that the clients train, or use `weighting='examples'`."
             )
         for pair in self.pairs:
             A, B = (self._sums[key].div_(self._total) for key in (pair.key_A, pair.key_B))
@@ -115,8 +116,8 @@ def pruning_penalty(A: torch.Tensor, B: torch.Tensor, decay: float, rank: int | 
 
 def pruned_rank(penalty_before: float, penalty_after: float, rank: int, decay: float) -> int:
     """
-    The client's rank for its next round: `floor(decay rank)` (at least 1) if the local round has shrunk [`pruning_penalty`],
-    else unchanged.
+    The client's rank for its next round: `floor(decay rank)` (at least 1) if the local round has shrunk
+    [`pruning_penalty`], else unchanged.
     """
     return _kept_rank(rank, decay) if penalty_after < penalty_before else rank
 

@@ -30,18 +30,19 @@ def _check_frozen_factors(state: AdapterState) -> None:
     for key, tensor in state.items():
         if ".scl_delta" in key:
             raise ValueError(
-                f"'ffa_lora' is exact because one factor is the same everywhere, but {key} belongs to a second product, which "
-                "multiplies the first. Use `variant='compress'` or `train_down_proj='none'`, or 'fedavg'."
+                f"'ffa_lora' is exact because one factor is the same everywhere, but {key} belongs to a second "
+                "product, which multiplies the first. Use `variant='compress'` or `train_down_proj='none'`, or "
+                "'fedavg'."
             )
         if ".lora_magnitude_vector" in key:
             raise ValueError(
-                f"'ffa_lora' is exact because the adapter is linear in `B`, but with {key} (DoRA) the sum of base weight and "
-                "product is rescaled. Use plain LoRA, or 'fedavg'."
+                f"'ffa_lora' is exact because the adapter is linear in `B`, but with {key} (DoRA) the sum of base "
+                "weight and product is rescaled. Use plain LoRA, or 'fedavg'."
             )
         if ".lora_" in key and re.search(A_FACTORS, key) and not tensor.any():
             raise ValueError(
-                f"'ffa_lora' trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so nothing would be "
-                "trained. Leave embeddings out of `target_modules`, or use 'fedavg'."
+                f"'ffa_lora' trains with {key} frozen, but it is zero (PEFT starts the `A` of embeddings so), so "
+                "nothing would be trained. Leave embeddings out of `target_modules`, or use 'fedavg'."
             )
 
 
@@ -68,21 +69,23 @@ class Method:
 
     Args:
         rule (`type[Aggregator]`):
-            The class of the aggregator. It takes the factor pairs first if `uses_pairs`, then the options of its class.
+            The class of the aggregator. It takes the factor pairs first if `uses_pairs`, then the options of its
+            class.
         roles (`Callable[[int], TensorRoles]`, *optional*):
             Roles of the tensors as a function of the round (from 1); all are shared if not given.
         uses_pairs (`bool`, *optional*, defaults to `False`):
             Whether the rule combines the factors of [`FactorPair`]s, and so needs an adapter that has them.
         linear (`bool`, *optional*, defaults to `False`):
-            Whether the rule is a weighted sum with weights that do not depend on the values: what secure aggregation can do.
+            Whether the rule is a weighted sum with weights that do not depend on the values: what secure
+            aggregation can do.
         adds_to_base (`bool`, *optional*, defaults to `False`):
             Whether the rule has a `base_change`, to be added to the base of the server and of every client.
         restarts (`bool`, *optional*, defaults to `False`):
             Whether the delta starts the adapter afresh: the trained adapter of the round is in the base.
         takes_server_optimizer (`bool`, *optional*, defaults to `True`):
-            Whether the delta is a direction to step along. It is not where the rule sets the factors to new values, or balances
-            them with its change of the base: half a step of FedEx-LoRA does not go with the whole of its residual, and momentum
-            would carry the directions that HetLoRA sets to zero beyond it.
+            Whether the delta is a direction to step along. It is not where the rule sets the factors to new values,
+            or balances them with its change of the base: half a step of FedEx-LoRA does not go with the whole of
+            its residual, and momentum would carry the directions that HetLoRA sets to zero beyond it.
         takes_ranks (`bool`, *optional*, defaults to `False`):
             Whether every client may have a rank of its own.
         takes_layers (`bool`, *optional*, defaults to `False`):
@@ -92,8 +95,8 @@ class Method:
         needs_factors (`bool`, *optional*, defaults to `False`):
             Whether the method is about the two factors of an adapter, although the rule does not combine them.
         needs_pairs (`bool`, *optional*, defaults to `False`):
-            Whether it needs them to be a product, although the rule does not combine them: with one factor fixed, RoLoRA is
-            exact for what is linear in either; SLoRA replaces both.
+            Whether it needs them to be a product, although the rule does not combine them: with one factor fixed,
+            RoLoRA is exact for what is linear in either; SLoRA replaces both.
         trains_base (`bool`, *optional*, defaults to `False`):
             Whether a stage of it trains base weights.
         check (`Callable[[AdapterState], None]`, *optional*):

@@ -20,8 +20,8 @@ __all__ = ["MeanOfProducts"]
 
 class MeanOfProducts(FactorAggregator):
     """
-    What the rules for the mean of the products `sum_k p_k s_k B_k A_k` have in common: the clients' factors stacked, and new
-    factors for every pair that some client trained.
+    What the rules for the mean of the products `sum_k p_k s_k B_k A_k` have in common: the clients' factors
+    stacked, and new factors for every pair that some client trained.
 
     Args:
         pairs (`Sequence[FactorPair]`):

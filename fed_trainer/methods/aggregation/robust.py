@@ -1,8 +1,9 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Rules that bear a number of arbitrary, finite updates. All but [`NormBounding`] compare clients, so they keep every update of
-the round: memory is the number of clients times the adapter, in the dtype it was sent in, plus blocks of a fixed size.
+Rules that bear a number of arbitrary, finite updates. All but [`NormBounding`] compare clients, so they keep every
+update of the round: memory is the number of clients times the adapter, in the dtype it was sent in, plus blocks of
+a fixed size.
 
 Updates are compared as they travel, integer buffers (counts of batches) aside. For LoRA that means factor by factor,
 of which the caution about means of factors holds too. Only [`NormBounding`] and [`GeometricMedian`] look at numbers of
@@ -98,8 +99,8 @@ def _blocks(updates: list[ClientUpdate], state: AdapterState) -> Iterator[tuple[
 
 class CoordinateMedian(_KeepingAggregator):
     """
-    Median of every coordinate over clients (Yin et al., 2018, https://huggingface.co/papers/1803.01498); the mean of the middle
-    two for an even number. Numbers of examples do not count.
+    Median of every coordinate over clients (Yin et al., 2018, https://huggingface.co/papers/1803.01498); the mean
+    of the middle two for an even number. Numbers of examples do not count.
     """
 
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
@@ -117,8 +118,8 @@ def _median(values: torch.Tensor) -> torch.Tensor:
 
 class TrimmedMean(_KeepingAggregator):
     """
-    Mean of every coordinate over clients without its `floor(trim K)` smallest and as many largest values (Yin et al., 2018,
-    https://huggingface.co/papers/1803.01498). Numbers of examples do not count.
+    Mean of every coordinate over clients without its `floor(trim K)` smallest and as many largest values (Yin et
+    al., 2018, https://huggingface.co/papers/1803.01498). Numbers of examples do not count.
 
     Args:
         trim (`float`, *optional*, defaults to `0.1`):
@@ -137,8 +138,8 @@ class TrimmedMean(_KeepingAggregator):
     def _combine(self, updates: list[ClientUpdate]) -> AdapterState:
         if len(updates) < self.min_updates:
             raise ValueError(
-                f"`trim={self.trim}` of {len(updates)} clients is less than one, so the mean would not be trimmed at all. Sample "
-                f"at least {self.min_updates} clients, or raise `trim`."
+                f"`trim={self.trim}` of {len(updates)} clients is less than one, so the mean would not be trimmed "
+                f"at all. Sample at least {self.min_updates} clients, or raise `trim`."
             )
         return self._by_coordinate(updates)
 
@@ -150,9 +151,10 @@ class TrimmedMean(_KeepingAggregator):
 
 class GeometricMedian(_KeepingAggregator):
     """
-    The point with the least sum of weighted distances to the updates, `argmin_v sum_k p_k ||v - Delta_k||`, by the smoothed
-    Weiszfeld iteration of RFA (Pillutla et al., 2019, https://huggingface.co/papers/1912.13445), over all tensors together, in
-    float64. It starts from the median of the coordinates, which an outlier of any size does not move far.
+    The point with the least sum of weighted distances to the updates, `argmin_v sum_k p_k ||v - Delta_k||`, by the
+    smoothed Weiszfeld iteration of RFA (Pillutla et al., 2019, https://huggingface.co/papers/1912.13445), over all
+    tensors together, in float64. It starts from the median of the coordinates, which an outlier of any size does
+    not move far.
 
     Args:
         smoothing (`float`, *optional*, defaults to `1e-6`):
@@ -218,8 +220,9 @@ class GeometricMedian(_KeepingAggregator):
 class MultiKrum(_KeepingAggregator):
     """
     Mean of the `num_selected` updates that are closest to their neighbours (Blanchard et al., 2017,
-    https://huggingface.co/papers/1703.02757). The score of an update is the sum of its squared distances to its `K - f - 2`
-    nearest others, over all tensors together, from differences in float64. Numbers of examples do not count.
+    https://huggingface.co/papers/1703.02757). The score of an update is the sum of its squared distances to its
+    `K - f - 2` nearest others, over all tensors together, from differences in float64. Numbers of examples do not
+    count.
 
     Args:
         num_byzantine (`int`):
@@ -248,14 +251,14 @@ class MultiKrum(_KeepingAggregator):
         count, bad = len(updates), self._num_bad
         if count < 2 * bad + 3:
             raise ValueError(
-                f"Krum needs at least 2 f + 3 = {2 * bad + 3} updates to bear f = {bad} arbitrary clients, but {count} arrived. "
-                "Sample more clients, or lower `num_byzantine`."
+                f"Krum needs at least 2 f + 3 = {2 * bad + 3} updates to bear f = {bad} arbitrary clients, but "
+                f"{count} arrived. Sample more clients, or lower `num_byzantine`."
             )
         num_selected = count - bad if self.num_selected is None else self.num_selected
         if num_selected > count - bad:
             raise ValueError(
-                f"`num_selected={num_selected}` of {count} updates would have to include some of the {bad} arbitrary ones. "
-                f"Select at most {count - bad}."
+                f"`num_selected={num_selected}` of {count} updates would have to include some of the {bad} "
+                f"arbitrary ones. Select at most {count - bad}."
             )
         squared = torch.zeros(count, count, dtype=torch.float64)
         for _, _, values in _blocks(updates, _measured(self._state)):
@@ -286,8 +289,8 @@ class Krum(MultiKrum):
 
 class NormBounding(Aggregator):
     """
-    Scales an update down to the norm `max_norm` over all its tensors together, if it is longer, and passes it on (Sun et al.,
-    2019, https://huggingface.co/papers/1911.07963). Streaming.
+    Scales an update down to the norm `max_norm` over all its tensors together, if it is longer, and passes it on
+    (Sun et al., 2019, https://huggingface.co/papers/1911.07963). Streaming.
 
     Args:
         max_norm (`float`):

@@ -3,9 +3,9 @@
 """
 The two stages of SLoRA (https://huggingface.co/papers/2308.06522).
 
-Stage 1 federates a sparse change of the full target weights: `values` at the places of a random mask that all machines draw
-from one seed, so that only the values travel; their mean is FedAvg, exact. Stage 2 starts LoRA from the change. On a live model
-[`LiveSparseChange`] does both.
+Stage 1 federates a sparse change of the full target weights: `values` at the places of a random mask that all
+machines draw from one seed, so that only the values travel; their mean is FedAvg, exact. Stage 2 starts LoRA from
+the change. On a live model [`LiveSparseChange`] does both.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ __all__ = ["SLoRA", "densify", "lora_start", "shared_mask"]
 
 class SLoRA(FedAvg):
     """
-    FedAvg in both stages of SLoRA (https://huggingface.co/papers/2308.06522): of the values of a sparse change of the full
-    target weights first, then of the LoRA that starts from it.
+    FedAvg in both stages of SLoRA (https://huggingface.co/papers/2308.06522): of the values of a sparse change of
+    the full target weights first, then of the LoRA that starts from it.
 
     Args:
         sparse_rounds (`int`):
@@ -47,8 +47,9 @@ class SLoRA(FedAvg):
 
 def shared_mask(name: str, shape: torch.Size | tuple[int, ...], density: float, seed: int) -> torch.Tensor:
     """
-    Places of a weight that stage 1 trains: `round(density * numel)` sorted flat indices (at least one), drawn uniformly without
-    replacement. The same on every machine, whatever other weights there are and in whatever order they are asked for.
+    Places of a weight that stage 1 trains: `round(density * numel)` sorted flat indices (at least one), drawn
+    uniformly without replacement. The same on every machine, whatever other weights there are and in whatever order
+    they are asked for.
 
     Args:
         name (`str`):
@@ -78,8 +79,8 @@ def densify(values: torch.Tensor, indices: torch.Tensor, shape: torch.Size | tup
 
 def lora_start(change: torch.Tensor, r: int, scaling: float, A: torch.Tensor) -> tuple[LowRank, float]:
     """
-    Stage 2: factors `B = U_r sqrt(S_r / scaling)`, `A = sqrt(S_r / scaling) Vt_r` that start LoRA from the change of stage 1; the
-    pretrained weight stays as it was, so what `r` directions do not hold of the change is lost.
+    Stage 2: factors `B = U_r sqrt(S_r / scaling)`, `A = sqrt(S_r / scaling) Vt_r` that start LoRA from the change
+    of stage 1; the pretrained weight stays as it was, so what `r` directions do not hold of the change is lost.
 
     Args:
         change (`torch.Tensor`):
@@ -89,10 +90,12 @@ def lora_start(change: torch.Tensor, r: int, scaling: float, A: torch.Tensor) ->
         scaling (`float`):
             Its scaling.
         A (`torch.Tensor`):
-            Random `(r, in)`, kept (with `B = 0`) for directions that the change does not have. On the device of `change`.
+            Random `(r, in)`, kept (with `B = 0`) for directions that the change does not have. On the device of
+            `change`.
 
     Returns:
-        `tuple`: `LowRank(B, A)`, without the scaling, and the relative error `||change - scaling B A||_F / ||change||_F`.
+        `tuple`: `LowRank(B, A)`, without the scaling, and the relative error
+        `||change - scaling B A||_F / ||change||_F`.
     """
     norm = float(change.norm())
     if norm == 0:

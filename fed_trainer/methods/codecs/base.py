@@ -17,7 +17,8 @@ class Step(ABC):
     """
     One step of a message: what its sender does to the tensors, and what its receiver undoes.
 
-    What a step is, it states itself. What does not go together is refused from these statements, not from lists of names.
+    What a step is, it states itself. What does not go together is refused from these statements, not from lists of
+    names.
 
     Attributes:
         linear (`bool`):
@@ -119,11 +120,11 @@ class Pipeline:
             name = type(step).__name__
             if needs_exact is not None and not step.lossless:
                 raise ValueError(
-                    f"{needs_exact} draws the same conclusions on both sides from one update, but {name} changes it on the way. "
-                    "Send it as it is, or use another one."
+                    f"{needs_exact} draws the same conclusions on both sides from one update, but {name} changes "
+                    "it on the way. Send it as it is, or use another one."
                 )
             if some_are_sampled and step.needs_returning_clients:
                 raise ValueError(
-                    f"{name} keeps at a client what it has not sent yet, but a round has only some of the clients, so that it may be "
-                    "old when they come back. Leave `clients_per_round` out, or send whole updates."
+                    f"{name} keeps at a client what it has not sent yet, but a round has only some of the clients, "
+                    "so that it may be old when they come back. Leave `clients_per_round` out, or send whole updates."
                 )

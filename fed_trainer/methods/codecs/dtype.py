@@ -22,8 +22,8 @@ class DtypeStep(Step):
     Sends tensors of wider floating dtypes in a narrower one; others, such as counts, are sent as they are.
 
     Stochastic rounding (Croci et al., 2022, https://royalsocietypublishing.org/doi/10.1098/rsos.211631) goes to either
-    neighbour with a probability that makes the mean the value itself, so the mean over clients has no bias. To the nearest
-    there is less noise, but the same error everywhere.
+    neighbour with a probability that makes the mean the value itself, so the mean over clients has no bias. To the
+    nearest there is less noise, but the same error everywhere.
 
     Args:
         dtype (`str`):

@@ -3,7 +3,8 @@
 """
 What a client adds to its own gradients: FedProx, SCAFFOLD (option II), FedDyn, Ditto, the self-pruning of HetLoRA.
 
-An objective and `server = objective.server_half()` serve a whole run; clients are trained one after the other. A round is
+An objective and `server = objective.server_half()` serve a whole run; clients are trained one after the other. A
+round is
 
 ```python
 server.begin_round()

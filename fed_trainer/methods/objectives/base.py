@@ -86,11 +86,11 @@ class ServerHalf:
 
 class LocalObjective:
     """
-    A term of the clients' gradients, with what a client remembers of it between rounds; the server's half is another object
-    (`server_half`), and the two meet in what is sent.
+    A term of the clients' gradients, with what a client remembers of it between rounds; the server's half is
+    another object (`server_half`), and the two meet in what is sent.
 
-    It acts on the parameters that train in the round and are shared. What is remembered is in float32 on the CPU, keyed like
-    the adapter; the parameters may be on any device and of any floating dtype.
+    It acts on the parameters that train in the round and are shared. What is remembered is in float32 on the CPU,
+    keyed like the adapter; the parameters may be on any device and of any floating dtype.
 
     Attributes:
         keeps_client_state (`bool`):
@@ -100,8 +100,8 @@ class LocalObjective:
         sends (`dict[str, torch.dtype]`):
             Numbers that a client sends beside its update, see `to_server`.
         is_personal (`bool`):
-            Whether it belongs to a second local round of each client, which trains a model of the client's own and sends
-            nothing.
+            Whether it belongs to a second local round of each client, which trains a model of the client's own and
+            sends nothing.
         follows_factors (`bool`):
             Whether it goes on with the adapter of the client from the round before.
         needs_all_tensors (`bool`):
@@ -133,8 +133,8 @@ class LocalObjective:
         """
         if args.mixed_precision == "fp16":
             raise ValueError(
-                f"{type(self).__name__} adds to the gradients of a client, but `fp16` trains with gradients that are scaled by a "
-                "factor of their own. Set `bf16=True`, or neither."
+                f"{type(self).__name__} adds to the gradients of a client, but `fp16` trains with gradients that "
+                "are scaled by a factor of their own. Set `bf16=True`, or neither."
             )
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -231,6 +231,6 @@ def check_positive(name: str, value: object) -> None:
 
 def other_objective(entry: str, objective: ServerHalf) -> str:
     return (
-        f"The state has {entry!r}, which {type(objective).__name__} does not keep. Resume with the local objective the run was "
-        "started with."
+        f"The state has {entry!r}, which {type(objective).__name__} does not keep. Resume with the local objective "
+        "the run was started with."
     )

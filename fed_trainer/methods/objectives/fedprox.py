@@ -12,8 +12,8 @@ __all__ = ["Ditto", "FedProx"]
 
 class FedProx(LocalObjective):
     """
-    FedProx (Li et al., 2018, https://huggingface.co/papers/1812.06127): adds the gradient `mu (v - w)` of `mu / 2 ||v - w||^2`, with
-    `w` the `start` of `begin`.
+    FedProx (Li et al., 2018, https://huggingface.co/papers/1812.06127): adds the gradient `mu (v - w)` of
+    `mu / 2 ||v - w||^2`, with `w` the `start` of `begin`.
 
     Args:
         mu (`float`):
@@ -35,9 +35,9 @@ class FedProx(LocalObjective):
 
 class Ditto(FedProx):
     """
-    Ditto (Li et al., 2020, https://huggingface.co/papers/2012.04221): beside its part in the federation, which nothing is added
-    to, every client trains a model `v` of its own for the same number of steps, with the gradient `mu (v - w)` towards the
-    global `w` it was sent. `v` stays with the client and is what is evaluated.
+    Ditto (Li et al., 2020, https://huggingface.co/papers/2012.04221): beside its part in the federation, which
+    nothing is added to, every client trains a model `v` of its own for the same number of steps, with the gradient
+    `mu (v - w)` towards the global `w` it was sent. `v` stays with the client and is what is evaluated.
 
     Args:
         mu (`float`):

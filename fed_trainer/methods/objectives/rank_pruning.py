@@ -20,9 +20,10 @@ __all__ = ["RankPruning"]
 
 class RankPruning(LocalObjective):
     """
-    Rank self-pruning of HetLoRA (https://huggingface.co/papers/2401.06432): adds the gradient of `penalty_weight` times the sum of
-    [`~fed_trainer.methods.aggregation.pruning_penalty`] over all pairs. If the local round has shrunk the sum, the client's next rank
-    is `floor(decay rank)` ([`~fed_trainer.methods.aggregation.pruned_rank`]), one for all pairs.
+    Rank self-pruning of HetLoRA (https://huggingface.co/papers/2401.06432): adds the gradient of `penalty_weight`
+    times the sum of [`~fed_trainer.methods.aggregation.pruning_penalty`] over all pairs. If the local round has
+    shrunk the sum, the client's next rank is `floor(decay rank)`
+    ([`~fed_trainer.methods.aggregation.pruned_rank`]), one for all pairs.
 
     The client's state is `{"rank": ...}`, an integer tensor, which the server is sent too: it cuts what the client
     gets. `begin` has to be given one from the first round on, and a `start` that is zero behind that rank
@@ -62,7 +63,8 @@ class RankPruning(LocalObjective):
     ) -> None:
         if client_state is None:
             raise ValueError(
-                "The ranks of the clients are pruned from some rank on, but the client has no state and so no rank. Begin its first "
+                "The ranks of the clients are pruned from some rank on, but the client has no state and so no "
+                "rank. Begin its first "
                 'round with `{"rank": torch.tensor(rank)}`.'
             )
         super().begin(start, client_state, received)

@@ -21,12 +21,13 @@ __all__ = ["Scaffold", "check_plain_sgd"]
 
 class Scaffold(LocalObjective):
     """
-    SCAFFOLD, option II (Karimireddy et al., 2019, https://huggingface.co/papers/1910.06378): `g <- g - c_k + c` in every local step,
-    then `c_k <- c_k - c - Delta_k / (K eta)`, which is the mean of the gradients the client took, and
-    `c <- c + 1/N sum_k (c_k_new - c_k)` over the clients of the round, with `N` the number of *all* clients. Both start at zero.
+    SCAFFOLD, option II (Karimireddy et al., 2019, https://huggingface.co/papers/1910.06378): `g <- g - c_k + c` in
+    every local step, then `c_k <- c_k - c - Delta_k / (K eta)`, which is the mean of the gradients the client took,
+    and `c <- c + 1/N sum_k (c_k_new - c_k)` over the clients of the round, with `N` the number of *all* clients.
+    Both start at zero.
 
-    `K eta` is the sum of the learning rates of the local steps, so that schedules are allowed. The local optimiser has to be
-    plain SGD without clipping: only then is an update made of gradients.
+    `K eta` is the sum of the learning rates of the local steps, so that schedules are allowed. The local optimiser
+    has to be plain SGD without clipping: only then is an update made of gradients.
 
     The server sends `c` along. A client keeps its `c_k` and sends `K eta`, one number: with the update it gives
     `c_k_new - c_k = -c - Delta_k / (K eta)`.
@@ -60,8 +61,9 @@ class Scaffold(LocalObjective):
         ):
             if value != needed:
                 raise ValueError(
-                    f"SCAFFOLD reads the mean gradient off a client's update, which only plain SGD without clipping allows, but "
-                    f"`{name}` is {_plain(value)!r}. Set `{name}={_plain(needed)!r}`, or use 'fedavg' with a server optimiser."
+                    "SCAFFOLD reads the mean gradient off a client's update, which only plain SGD without clipping "
+                    f"allows, but `{name}` is {_plain(value)!r}. Set `{name}={_plain(needed)!r}`, or use 'fedavg' "
+                    "with a server optimiser."
                 )
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -127,8 +129,8 @@ class ScaffoldServer(ServerHalf):
         limit = relative_limit(self._control, STATISTICS_ROOM)
         if largest_value(delta) / total > limit:
             return (
-                f"its mean gradient, the update over {total:.3g}, has values beyond {limit:.3g}, of which the control of the server "
-                "would not recover. Lower `learning_rate`."
+                f"its mean gradient, the update over {total:.3g}, has values beyond {limit:.3g}, of which the "
+                "control of the server would not recover. Lower `learning_rate`."
             )
         return None
 
@@ -171,20 +173,21 @@ def check_plain_sgd(optimizer: torch.optim.Optimizer) -> None:
     """
     if type(optimizer) is not torch.optim.SGD:
         raise ValueError(
-            f"SCAFFOLD reads the mean gradient off a client's update, which only plain SGD allows: {type(optimizer).__name__} scales "
-            "its steps. Set `optim='sgd'`, or use 'fedavg' with a server optimiser."
+            "SCAFFOLD reads the mean gradient off a client's update, which only plain SGD allows: "
+            f"{type(optimizer).__name__} scales its steps. Set `optim='sgd'`, or use 'fedavg' with a server optimiser."
         )
     for group in optimizer.param_groups:
         used = [name for name in ("momentum", "weight_decay") if group[name] != 0]
         if used:
             raise ValueError(
-                f"SCAFFOLD reads the mean gradient off a client's update, but `{used[0]}={group[used[0]]}` adds to it. Set it to 0."
+                f"SCAFFOLD reads the mean gradient off a client's update, but `{used[0]}={group[used[0]]}` adds to "
+                "it. Set it to 0."
             )
     lrs = {group["lr"] for group in optimizer.param_groups}
     if len(lrs) > 1:
         raise ValueError(
-            f"SCAFFOLD divides a client's update by its learning rate, but the optimiser has several: {sorted(lrs)}. Give all "
-            "parameters one."
+            "SCAFFOLD divides a client's update by its learning rate, but the optimiser has several: "
+            f"{sorted(lrs)}. Give all parameters one."
         )
 
 

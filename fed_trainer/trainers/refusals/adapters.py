@@ -32,10 +32,11 @@ def refuse_unwrapped_adapter(model: nn.Module) -> None:
     names = [] if isinstance(model, PeftModel) else _tuned(base)
     if names or getattr(base, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"The {type(base).__name__} that was given has an adapter already{f' (at {names[0]})' if names else ''} without a `PeftModel` around "
-            "it, as transformers' `add_adapter`, `from_pretrained` of an adapter, and an earlier trainer that was given this model leave it: its "
-            "config would be neither compared nor saved. Load the base model anew and give a `peft_config`; or wrap it by `get_peft_model`; a saved "
-            "adapter is an `initial_adapter`."
+            f"The {type(base).__name__} that was given has an adapter "
+            f"already{f' (at {names[0]})' if names else ''} without a `PeftModel` around it, as transformers' "
+            "`add_adapter`, `from_pretrained` of an adapter, and an earlier trainer that was given this model "
+            "leave it: its config would be neither compared nor saved. Load the base model anew and give a "
+            "`peft_config`; or wrap it by `get_peft_model`; a saved adapter is an `initial_adapter`."
         )
 
 
@@ -55,8 +56,8 @@ def refuse_idle_adapter(model: nn.Module) -> None:
             continue
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(
-                f"The adapter {name!r} is merged into the base weights (at {path}), where training does not reach it. Call "
-                "`model.unmerge_adapter()` first."
+                f"The adapter {name!r} is merged into the base weights (at {path}), where training does not reach "
+                "it. Call `model.unmerge_adapter()` first."
             )
         if module.disable_adapters:
             raise ValueError(
@@ -65,8 +66,8 @@ def refuse_idle_adapter(model: nn.Module) -> None:
             )
         if name in _adapters_of(module) and list(module.active_adapters) != [name]:
             raise ValueError(
-                f"At {path} the adapters {list(module.active_adapters)} are active, but {name!r} is the adapter that is trained. Call "
-                f"`model.set_adapter({name!r})` first."
+                f"At {path} the adapters {list(module.active_adapters)} are active, but {name!r} is the adapter "
+                f"that is trained. Call `model.set_adapter({name!r})` first."
             )
 
 
@@ -91,13 +92,14 @@ def check_prompt_arguments(model: PeftModel, args: TrainingArguments) -> None:
     kind = PeftType(config.peft_type).value
     if config.peft_type in IN_THE_CACHE and args.gradient_checkpointing:
         raise ValueError(
-            f"{kind} puts its prompt into the key-value cache, which gradient checkpointing drops, so nothing would be "
-            "trained. Set `gradient_checkpointing=False`."
+            f"{kind} puts its prompt into the key-value cache, which gradient checkpointing drops, so nothing "
+            "would be trained. Set `gradient_checkpointing=False`."
         )
     joining = [name for name in ("packing", "eval_packing", "padding_free") if getattr(args, name, False)]
     if joining:
         raise ValueError(
-            f"`{joining[0]}=True` joins examples into one sequence, of which {kind} gives a prompt to the first alone. Leave it off."
+            f"`{joining[0]}=True` joins examples into one sequence, of which {kind} gives a prompt to the first "
+            "alone. Leave it off."
         )
 
 
@@ -115,7 +117,7 @@ def freeze_for_good(args: FederationArguments, live: LiveState) -> None:
     counted = sorted(frozen & live.buffers)
     if counted:
         raise ValueError(
-            f"{counted[0]} is to be frozen, but it is a running statistic, which every forward pass in training changes. Let it "
-            "be local or shared."
+            f"{counted[0]} is to be frozen, but it is a running statistic, which every forward pass in training "
+            "changes. Let it be local or shared."
         )
     live.freeze(frozen)

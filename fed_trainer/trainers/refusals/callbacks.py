@@ -14,27 +14,28 @@ __all__ = ["refuse_callback", "refuse_callbacks", "remove_last"]
 
 
 _BAR = (
-    "counts the steps of one training run, but a client's local round is a short run of its own. The bar over rounds is shown unless "
-    "`disable_tqdm=True`: leave the callback out"
+    "counts the steps of one training run, but a client's local round is a short run of its own. The bar over "
+    "rounds is shown unless `disable_tqdm=True`: leave the callback out"
 )
 _MOVING = (
-    "averages over the steps of one training run, but those of a federation belong to different clients, which all start from the global "
-    "model. Leave it out"
+    "averages over the steps of one training run, but those of a federation belong to different clients, which all "
+    "start from the global model. Leave it out"
 )
 # those of transformers and trl, by the name of the class
 _REFUSED = {
-    "EarlyStoppingCallback": "follows evaluations within a training run, and a client makes none. Use a callback that sets "
-    "`control.should_training_stop` in `on_evaluate`, which is called once per evaluated round",
+    "EarlyStoppingCallback": "follows evaluations within a training run, and a client makes none. Use a callback "
+    "that sets `control.should_training_stop` in `on_evaluate`, which is called once per evaluated round",
     "ProgressCallback": _BAR,
     "NotebookProgressCallback": _BAR,
     "RichProgressCallback": _BAR,
-    "KubeflowCallback": "reports the progress of a client's local round as that of the run. Leave it out of `report_to` and `callbacks`",
-    "JITCheckpointCallback": "would save in the middle of a client's local round. A checkpoint is written after each round "
-    "(`save_rounds`): leave `enable_jit_checkpoint` off",
-    "LogCompletionsCallback": "generates in the middle of a client's local round, with its model. Use a callback that generates in "
-    "`on_evaluate`, which is called once per evaluated round with the global model",
-    "SyncRefModelCallback": "moves the reference in the middle of a client's local round, so that it would go on from client to client. "
-    "Use `reference='round'` of `FederatedDPOConfig`",
+    "KubeflowCallback": "reports the progress of a client's local round as that of the run. Leave it out of "
+    "`report_to` and `callbacks`",
+    "JITCheckpointCallback": "would save in the middle of a client's local round. A checkpoint is written after "
+    "each round (`save_rounds`): leave `enable_jit_checkpoint` off",
+    "LogCompletionsCallback": "generates in the middle of a client's local round, with its model. Use a callback "
+    "that generates in `on_evaluate`, which is called once per evaluated round with the global model",
+    "SyncRefModelCallback": "moves the reference in the middle of a client's local round, so that it would go on "
+    "from client to client. Use `reference='round'` of `FederatedDPOConfig`",
     "BEMACallback": f"{_MOVING}; `server_optimizer='fedavgm'` has a memory over rounds",
     "PEFTAdapterEMACallback": f"{_MOVING}; `server_optimizer='fedavgm'` has a memory over rounds",
 }

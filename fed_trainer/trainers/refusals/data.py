@@ -33,21 +33,22 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
     """
     if isinstance(clients, DatasetDict):
         raise ValueError(
-            f"`train_dataset` is a `DatasetDict` with the splits {list(clients)}, which would each become a client. Make clients "
-            "of one split with a function of `fed_trainer.data.partition`, or pass `dict(...)` if its entries are clients."
+            f"`train_dataset` is a `DatasetDict` with the splits {list(clients)}, which would each become a "
+            "client. Make clients of one split with a function of `fed_trainer.data.partition`, or pass "
+            "`dict(...)` if its entries are clients."
         )
     if not isinstance(clients, Mapping) or not clients:
         raise ValueError(
             f"`train_dataset` should be a dictionary from client names to datasets but is a {type(clients).__name__}"
-            f"{' without entries' if isinstance(clients, Mapping) else ''}. The functions of `fed_trainer.data.partition` make one "
-            "from a single dataset."
+            f"{' without entries' if isinstance(clients, Mapping) else ''}. The functions of "
+            "`fed_trainer.data.partition` make one from a single dataset."
         )
     _check_names(clients)
     for name, dataset in one_of_each_source(clients).items():
         if not isinstance(dataset, Dataset):
             raise ValueError(
-                f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. Updates are "
-                f"weighted by the number of examples, so it has to be known. {advice_for(dataset)}"
+                f"The data of client {name!r} should be a `datasets.Dataset` but is a {type(dataset).__name__}. "
+                f"Updates are weighted by the number of examples, so it has to be known. {advice_for(dataset)}"
             )
         if args.label_column is not None and args.label_column not in dataset.column_names:
             raise ValueError(
@@ -57,15 +58,16 @@ def check_clients(clients: Any, args: FederationArguments) -> None:
     for name, num_rows in rows_by_client(clients).items():
         if num_rows == 0:
             raise ValueError(
-                f"Client {name!r} has no examples, so it has nothing to train on. Leave it out, or split with a larger "
-                "`min_examples`."
+                f"Client {name!r} has no examples, so it has nothing to train on. Leave it out, or split with a "
+                "larger `min_examples`."
             )
         if num_rows < batch and not joins_examples(args):
             raise ValueError(
                 f"Client {name!r} has {num_rows} examples, fewer than one local batch of {batch} "
                 f"(per_device_train_batch_size={args.per_device_train_batch_size} x gradient_accumulation_steps="
-                f"{args.gradient_accumulation_steps} x {args.world_size} processes), so its steps would not be the steps that "
-                "were configured. Lower the batch size, leave the client out, or split with a larger `min_examples`."
+                f"{args.gradient_accumulation_steps} x {args.world_size} processes), so its steps would not be the "
+                "steps that were configured. Lower the batch size, leave the client out, or split with a larger "
+                "`min_examples`."
             )
 
 
@@ -80,8 +82,8 @@ def _check_names(names: Iterable[Any]) -> None:
     for name in names:
         if not isinstance(name, str):
             raise ValueError(
-                f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they stand in "
-                f"files. Use {str(name)!r}."
+                f"The client {name!r} is named by a {type(name).__name__}, but names of clients are strings: they "
+                f"stand in files. Use {str(name)!r}."
             )
         reason = None
         if not name.strip():
@@ -97,8 +99,8 @@ def _check_names(names: Iterable[Any]) -> None:
         known = alike.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if known != name:
             raise ValueError(
-                f"The clients {known!r} and {name!r} differ only in upper and lower case or in how letters are composed, which some file "
-                "systems do not tell apart. Give one of them another name."
+                f"The clients {known!r} and {name!r} differ only in upper and lower case or in how letters are "
+                "composed, which some file systems do not tell apart. Give one of them another name."
             )
 
 
@@ -137,15 +139,16 @@ def check_preference_columns(
         ValueError: Naming the client and its columns.
     """
     complaint = (
-        f"but `{trainer}` needs pairs of answers: 'chosen' and 'rejected', and a 'prompt' unless both begin with it. Rename its "
-        "columns; of ratings ('completion' and 'label') pairs have to be made first."
+        f"but `{trainer}` needs pairs of answers: 'chosen' and 'rejected', and a 'prompt' unless both begin with "
+        "it. Rename its columns; of ratings ('completion' and 'label') pairs have to be made first."
     )
     _check_columns(clients, lambda columns: any(needed <= columns for needed in formats), complaint, kind)
 
 
 def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model: str, kind: str = "Client") -> None:
     """
-    Refuse clients of which [`~transformers.Trainer`] would pass nothing but labels to the model, or that differ in columns.
+    Refuse clients of which [`~transformers.Trainer`] would pass nothing but labels to the model, or that differ in
+    columns.
 
     Args:
         clients (`Mapping[str, Dataset]`):
@@ -161,8 +164,9 @@ def check_model_columns(clients: Mapping[str, Dataset], inputs: set[str], model:
         ValueError: Naming the client and its columns.
     """
     complaint = (
-        f"none of which is an input of {model}. Tokenise (or process) first, as for `Trainer`: `dataset.map(lambda rows: "
-        "tokenizer(rows['text'], truncation=True), batched=True)`. If your collator does it, set `remove_unused_columns=False`."
+        f"none of which is an input of {model}. Tokenise (or process) first, as for `Trainer`: `dataset.map(lambda "
+        "rows: tokenizer(rows['text'], truncation=True), batched=True)`. If your collator does it, set "
+        "`remove_unused_columns=False`."
     )
     _check_columns(clients, lambda columns: bool((inputs - {"labels"}) & columns), complaint, kind)
 
@@ -180,8 +184,8 @@ def check_same_columns(clients: Mapping[str, Dataset]) -> None:
         columns = column_names(dataset)
         if columns != reference:
             raise ValueError(
-                f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: they would "
-                "be trained on different tasks. Give all clients the same columns."
+                f"Client {name!r} has the columns {sorted(columns)}, but client {first!r} has {sorted(reference)}: "
+                "they would be trained on different tasks. Give all clients the same columns."
             )
 
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a trainer refuses before its first round: parts of a model that would leak, and settings that do not go together."""
+"""
+What a trainer refuses before its first round: parts of a model that would leak, and settings that do not go together.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,12 @@ def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         if not isinstance(model, PeftModel):
             raise ValueError(
-                f"No parameter of the `{type(model).__name__}` that was given requires gradients. Give a `peft_config`, "
-                "or set `requires_grad` where it is to be trained."
+                f"No parameter of the `{type(model).__name__}` that was given requires gradients. Give a "
+                "`peft_config`, or set `requires_grad` where it is to be trained."
             )
         raise ValueError(
-            "Nothing is trainable in the `PeftModel` that was given. `PeftModel.from_pretrained` freezes the adapter: pass "
-            "`is_trainable=True` to it, or leave the loading to `initial_adapter`."
+            "Nothing is trainable in the `PeftModel` that was given. `PeftModel.from_pretrained` freezes the "
+            "adapter: pass `is_trainable=True` to it, or leave the loading to `initial_adapter`."
         )
     tracked = live.tensor_ids
     stray = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in tracked]
@@ -71,8 +73,8 @@ def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
     ]
     if statistics:
         raise ValueError(
-            f"Training updates the running statistics of {statistics[0]}, which is not part of the adapter: they would leak "
-            "from one client to the next, and would not be saved. Name it in `modules_to_save`."
+            f"Training updates the running statistics of {statistics[0]}, which is not part of the adapter: they "
+            "would leak from one client to the next, and would not be saved. Name it in `modules_to_save`."
         )
     cumulative = [
         name
@@ -81,9 +83,9 @@ def refuse_what_would_leak(model: nn.Module, live: LiveState) -> None:
     ]
     if cumulative:
         raise ValueError(
-            f"The running statistics of {cumulative[0]} are a cumulative average, since it has `momentum=None`: its weights "
-            "follow from the number of batches seen, which a mean over clients has no meaning for. Set a momentum, such "
-            "as 0.1."
+            f"The running statistics of {cumulative[0]} are a cumulative average, since it has `momentum=None`: "
+            "its weights follow from the number of batches seen, which a mean over clients has no meaning for. Set "
+            "a momentum, such as 0.1."
         )
 
 
@@ -98,22 +100,23 @@ def refuse_adapter_names(model: PeftModel) -> None:
     for name in model.peft_config:
         if name in active and re.search(r"[/\\\x00]", name):
             raise ValueError(
-                f"The adapter is called {name!r}, and PEFT saves it into a folder of that name. Give it a name without slashes: "
-                "`get_peft_model(model, config, adapter_name=...)`."
+                f"The adapter is called {name!r}, and PEFT saves it into a folder of that name. Give it a name "
+                "without slashes: `get_peft_model(model, config, adapter_name=...)`."
             )
     # "default" alone is what everybody has: a module of that name does not harm it
     named = [name for name in model.peft_config if name != "default" or len(model.peft_config) > 1]
     clashing = called_like_a_module(model, named)
     if clashing:
         raise ValueError(
-            f"The adapter {clashing[0]!r} is called like a module of the model, so PEFT would leave tensors out of the files of the others, "
-            "or save them under other names. Give it another name."
+            f"The adapter {clashing[0]!r} is called like a module of the model, so PEFT would leave tensors out of "
+            "the files of the others, or save them under other names. Give it another name."
         )
 
 
 def refuse_another_start(live: LiveState, state: AdapterState) -> None:
     """
-    Refuse a run from a model whose trained tensors were written to after the trainer was made: the first client would overwrite them.
+    Refuse a run from a model whose trained tensors were written to after the trainer was made: the first client
+    would overwrite them.
 
     Args:
         live ([`LiveState`]):
@@ -130,8 +133,9 @@ def refuse_another_start(live: LiveState, state: AdapterState) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{len(changed)} trained tensors of the model were changed since the trainer was made (the first: {changed[0]}), but a run starts "
-            "from what the model held then. Change the model first and make the trainer with it, or pass a saved adapter as `initial_adapter`."
+            f"{len(changed)} trained tensors of the model were changed since the trainer was made (the first: "
+            f"{changed[0]}), but a run starts from what the model held then. Change the model first and make the "
+            "trainer with it, or pass a saved adapter as `initial_adapter`."
         )
 
 
@@ -183,8 +187,8 @@ def refuse_one_evaluation(eval_dataset: Any, local_keys: Collection[str]) -> Non
         what = f"{len(local_keys)} tensors stay with the clients (the first: {min(local_keys)})"
     names = list(eval_dataset) if isinstance(eval_dataset, Mapping) else type(eval_dataset).__name__
     raise ValueError(
-        f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from clients to "
-        "their held-out data."
+        f"{what}, so there is not one model to evaluate, but `eval_dataset` is {names}. Give a dictionary from "
+        "clients to their held-out data."
     )
 
 
@@ -217,8 +221,8 @@ def refuse_other_weights_in_evaluation(args: FederationArguments, model: nn.Modu
             )
     if is_split and args.optim.startswith("schedule_free"):
         raise NotImplementedError(
-            f"`optim={OptimizerNames(args.optim).value!r}` trains other weights than those to be used and exchanges them after a local round, which does "
-            f"not work {where}. Set `optim='adamw_torch'`."
+            f"`optim={OptimizerNames(args.optim).value!r}` trains other weights than those to be used and "
+            f"exchanges them after a local round, which does not work {where}. Set `optim='adamw_torch'`."
         )
 
 
@@ -232,6 +236,6 @@ def refuse_turns_that_differ(args: FederationArguments, plan: Plan, state: Adapt
     rounds = [plan.trained_keys(state, round, ClientSettings()) for round in (1, 2)]
     if rounds[0] != rounds[1] or plan.partial:
         raise NotImplementedError(
-            f"`aggregation={args.aggregation!r}` trains other tensors from turn to turn, which DDP, DeepSpeed and FSDP2 are told "
-            "once and for all. Launch a single process without them."
+            f"`aggregation={args.aggregation!r}` trains other tensors from turn to turn, which DDP, DeepSpeed and "
+            "FSDP2 are told once and for all. Launch a single process without them."
         )
