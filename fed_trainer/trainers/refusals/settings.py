@@ -237,8 +237,8 @@ def refuse_taken_names(trainer: Any, names: Collection[str]) -> None:
     taken = [n for n in names if n in vars(trainer) or any(n in vars(kind) for kind in type(trainer).__mro__)]
     if taken:
         raise TypeError(
-            f"`{type(trainer).__name__}` has {', '.join(f'`{name}`' for name in taken)} of its own, where a federation "
-            "keeps its parts. Give it another name."
+            f"`{type(trainer).__name__}` has {', '.join(f'`{name}`' for name in taken)} of its own, where a "
+            "federation keeps its parts. Give it another name."
         )
 
 
