@@ -197,7 +197,7 @@ class FederationArguments(_Arguments):
             ("wire_dtype", {None, *WIRE_DTYPES}),
         )
         for name, names in choices:
-            if getattr(self, name) not in names:
+            if getattr(self, name) not in list(names):  # it may have no hash
                 raise ValueError(
                     f"`{name}` should be one of {sorted(names, key=str)} but the value passed is "
                     f"{getattr(self, name)!r}"

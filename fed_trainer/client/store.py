@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 
 from peft_scl.foreign_files import read_json
 
-from ..output.client_files import OWNER, check_owner, file_name, owner_of
+from ..output.client_files import FIRST_VERSIONS, OWNER, check_owner, file_name, owner_of
 from ..output.disk import DamagedFileError, file_digest, reading, sync, writing
 from ..output.owned import MARKER, is_own, make_own, remove_own_files
 from ..state.adapter_state import AdapterState
@@ -28,7 +28,6 @@ PRIVATE_FOLDER = ".fed_clients"  # within `output_dir`: what clients keep at pre
 PENDING = ".new"
 INDEX_NAME = "index.json"
 SHA256_LENGTH = 64
-FIRST_VERSIONS = 0  # the round of files that do not tell theirs
 
 
 class KeptFile(NamedTuple):

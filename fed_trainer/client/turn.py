@@ -266,9 +266,7 @@ class Client:
         """What the local objective is told of the client."""
         if turn.kept.get(OBJECTIVE_STATE):
             return turn.kept[OBJECTIVE_STATE]
-        return (
-            objective.first_memory(turn.settings.r or self.plan.largest_rank(turn.shared)) if self.plan.pairs else None
-        )
+        return objective.first_memory(turn.settings.r, turn.shared)
 
     def _check_finite(self, keeps: Mapping[str, AdapterState]) -> None:
         """What a client keeps is its own to check: once not finite, it would be so in all rounds to come."""

@@ -137,6 +137,11 @@ class Plan:
         for name, options in given(args, "codecs").items():
             if name not in CODECS:
                 raise ValueError(f"`codecs` names {name!r}, which there is not. There are {sorted(CODECS)}.")
+            if not isinstance(options, dict | None):
+                raise ValueError(
+                    f"`codecs` should have the options of {name!r} as a dictionary, such as "
+                    f"`{{{name!r}: {{...}}}}`, but the value passed is {options!r}."
+                )
             steps.append(_built("codecs", functools.partial(CODECS[name], **(options or {}))))
         dtype = args.wire_dtype
         up = Pipeline([*steps, *([] if dtype is None else [DtypeStep(dtype)])])

@@ -14,6 +14,7 @@ from ..methods.aggregation.limits import largest_product, product_limit, value_l
 from ..methods.objectives import ServerHalf
 from ..methods.server_optimizers import ServerOptimizer
 from ..state.adapter_state import AdapterState, state_bytes
+from ..state.client_errors import ClientError
 from ..state.factors import FactorPair
 from ..state.low_rank import LowRank
 from ..state.processes import from_first, is_first
@@ -273,7 +274,7 @@ class Server:
 
         Raises:
             TooFewClientsError: If fewer updates can be used than `min_clients`, or than the rule needs.
-            BrokenStateError: If the result is not finite.
+            BrokenStateError: If the result is not finite, or cannot be sent.
         """
         self.rule.bear(len(self._faulty))
         # of those that a robust rule bears, the clients that were refused are some
@@ -317,8 +318,17 @@ class Server:
                 f"The step of the server has values that are not finite in {broken}, although no update had. "
                 f"{WAY_BACK}"
             )
+        self._refuse_unsendable(state)
         left, right = ({module: change[side] for module, change in self.rule.base_change.items()} for side in (0, 1))
         return state, left, right
+
+    def _refuse_unsendable(self, state: AdapterState) -> None:
+        """Once it is saved, no round could begin with it."""
+        drawn = self.plan.drawn_keys
+        try:
+            self.plan.down.encode({key: state[key] for key in self._shared if key not in drawn})
+        except ClientError as error:
+            raise BrokenStateError(f"The new global state cannot be sent: {error} {WAY_BACK}") from error
 
     # What the next round depends on beside the global state
 

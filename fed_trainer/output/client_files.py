@@ -14,10 +14,11 @@ from safetensors import safe_open
 from .disk import DamagedFileError, reading
 
 
-__all__ = ["CLIENTS_FOLDER", "OWNER", "check_owner", "file_name", "owner_of"]
+__all__ = ["CLIENTS_FOLDER", "FIRST_VERSIONS", "OWNER", "check_owner", "file_name", "owner_of"]
 
 CLIENTS_FOLDER = "clients"  # within a checkpoint: what they kept then
 OWNER = "kept_by"  # in the metadata of a file; the first versions had the name of the client only, as `client`
+FIRST_VERSIONS = 0  # the round of files that do not tell theirs
 LONGEST_NAME = 120
 
 
@@ -30,7 +31,8 @@ def check_owner(path: Path) -> tuple[str, int | None]:
     """
     with reading(path.name):
         client, round = owner_of(path)
-        if path.name not in (file_name(client), file_name(client, round)):
+        in_store = file_name(client, FIRST_VERSIONS if round is None else round)
+        if path.name not in (file_name(client), in_store):
             raise DamagedFileError(f"{path.name} holds what client {client!r} keeps")
     return client, round
 

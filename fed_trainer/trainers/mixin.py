@@ -66,6 +66,7 @@ from .refusals.settings import (
     refuse_kept_optimizers,
     refuse_one_evaluation,
     refuse_other_weights_in_evaluation,
+    refuse_taken_names,
     refuse_turns_that_differ,
     refuse_what_would_leak,
 )
@@ -75,6 +76,9 @@ from .run import Run
 __all__ = ["FederatedMixin"]
 
 logger = logging.get_logger(__name__)
+
+# what `_compose` makes that others read
+_PARTS = ("checkpoints", "client", "federation", "files", "host", "run_record", "stage")
 
 
 class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
@@ -164,6 +168,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
 
     def _compose(self, initial: InitialAdapter | None, optimizers: tuple[Any, Any]) -> None:
         """The two sides of the federation, and what writes its files, around the trainer underneath."""
+        refuse_taken_names(self, _PARTS)
         args, folder = self.args, Path(self.args.output_dir or "")
         self._prepared_held_out: dict[str, Dataset] = {}
         self._data = ClientData(self, self._clients, self.sampler.num_sampled)

@@ -148,8 +148,16 @@ class LocalObjective:
         """The server's step, if the objective has one of its own; `num_clients` is the number of all clients."""
         return None
 
-    def first_memory(self, rank: int) -> AdapterState | None:
-        """What a client remembers before its first round, at the rank that it begins with."""
+    def first_memory(self, rank: int | None, shared: AdapterState) -> AdapterState | None:
+        """
+        What a client remembers before its first round.
+
+        Args:
+            rank (`int`, *optional*):
+                The rank that it begins with, if it is not that of the adapter.
+            shared (`dict[str, torch.Tensor]`):
+                The tensors that are shared in the round: not both factors of a pair with every rule.
+        """
         return None
 
     def begin(

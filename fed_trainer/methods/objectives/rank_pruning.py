@@ -55,8 +55,8 @@ class RankPruning(LocalObjective):
     def server_half(self) -> ServerHalf:
         return RankPruningServer(self.pairs)
 
-    def first_memory(self, rank: int) -> AdapterState | None:
-        return {"rank": torch.tensor(rank)}
+    def first_memory(self, rank: int | None, shared: AdapterState) -> AdapterState | None:
+        return {"rank": torch.tensor(rank or max(len(shared[pair.key_A]) for pair in self.pairs))}
 
     def begin(
         self, start: AdapterState, client_state: AdapterState | None, received: AdapterState | None = None

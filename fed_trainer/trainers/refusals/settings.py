@@ -34,6 +34,7 @@ __all__ = [
     "refuse_kept_optimizers",
     "refuse_one_evaluation",
     "refuse_other_weights_in_evaluation",
+    "refuse_taken_names",
     "refuse_turns_that_differ",
     "refuse_what_would_leak",
 ]
@@ -223,6 +224,21 @@ def refuse_other_weights_in_evaluation(args: FederationArguments, model: nn.Modu
         raise NotImplementedError(
             f"`optim={OptimizerNames(args.optim).value!r}` trains other weights than those to be used and "
             f"exchanges them after a local round, which does not work {where}. Set `optim='adamw_torch'`."
+        )
+
+
+def refuse_taken_names(trainer: Any, names: Collection[str]) -> None:
+    """
+    Refuse a trainer underneath that has attributes which the federation would put its own parts over.
+
+    Raises:
+        TypeError: Naming them.
+    """
+    taken = [n for n in names if n in vars(trainer) or any(n in vars(kind) for kind in type(trainer).__mro__)]
+    if taken:
+        raise TypeError(
+            f"`{type(trainer).__name__}` has {', '.join(f'`{name}`' for name in taken)} of its own, where a "
+            "federation keeps its parts. Give it another name."
         )
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -299,3 +300,18 @@ def test_all_that_runs_have_written_is_removed_also_if_they_died(tmp_path):
     folder.mkdir()  # and died before it was marked
     ClientStore(folder).clear()
     assert not folder.exists()
+
+
+def test_files_of_the_first_versions_are_removed_if_a_run_died_while_it_took_them_over(tmp_path, monkeypatch):
+    checkpoint, folder = tmp_path / "checkpoint", tmp_path / "clients"
+    checkpoint.mkdir()
+    save_file({"local/x": torch.ones(2)}, checkpoint / "a.safetensors", metadata={"client": "a"})
+    digests = {"a.safetensors": file_digest(checkpoint / "a.safetensors")}
+    store = ClientStore(folder)
+    monkeypatch.setattr(store, "_write_index", lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        store.restore(checkpoint, digests)
+    assert files_of(folder) == ["a@0.safetensors"]
+    again = ClientStore(folder)
+    again.restore(checkpoint, digests)
+    assert same(again.read("a", LAST)["local"], {"x": torch.ones(2)})

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer.federation.broken_state import BrokenStateError
 from fed_trainer.federation.packet import Packet, Reply
 from fed_trainer.federation.transport import InProcess
 
@@ -261,6 +262,29 @@ def test_an_objective_that_needs_the_very_update_goes_with_no_rounding(make_trai
         make_trainer("out", wire_dtype="float16", local_objective="scaffold", **SGD)
     with pytest.raises(ValueError, match="`codecs` names 'zip', which there is not"):
         make_trainer("out", codecs={"zip": {}})
+
+
+@pytest.mark.parametrize("options", ["bfloat16", 16, ["bfloat16"]])
+def test_options_of_codecs_that_are_no_dictionary_are_refused(options: object, make_trainer) -> None:
+    with pytest.raises(ValueError, match="`codecs` should have the options of 'dtype' as a dictionary"):
+        make_trainer("out", codecs={"dtype": options})
+
+
+def test_a_state_that_cannot_be_sent_is_not_saved(make_trainer, tmp_path) -> None:
+    trainer = make_trainer("out", wire_dtype="float16", num_rounds=3, save_rounds=1)
+    step = trainer.federation.server.optimizer.step
+
+    def beyond(state, *given):
+        far = 1e5 if trainer.federation.server._round == 2 else 0.0
+        return {key: tensor + far for key, tensor in step(state, *given).items()}
+
+    trainer.federation.server.optimizer.step = beyond
+    with pytest.raises(BrokenStateError, match=r"The new global state cannot be sent: .*It is not saved"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    again = make_trainer("out", wire_dtype="float16", num_rounds=3, save_rounds=1)
+    again.train(resume_from_checkpoint=True)
+    assert len(again.record["rounds"]) == 3
 
 
 def test_a_step_of_codecs_is_that_of_the_wire_dtype(make_trainer) -> None:

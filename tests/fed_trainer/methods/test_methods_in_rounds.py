@@ -229,3 +229,28 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_trainer, make_clients, tmp_p
         assert all(same(ours[part], theirs[part]) for part in ours)
     files = [sorted(path.name for path in (tmp_path / out).rglob("*.safetensors")) for out in ("whole", "killed")]
     assert files[0] == files[1]
+
+
+OBJECTIVES = {
+    "fedprox": {"local_objective_kwargs": {"mu": 0.1}},
+    "scaffold": SGD,
+    "ditto": {"local_objective_kwargs": {"mu": 0.1}},
+    "feddyn": {"local_objective_kwargs": {"alpha": 0.1}},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_an_objective_needs_no_more_than_the_tensors_that_are_shared(make_trainer, objective):
+    for method in ["rolora", "ffa_lora", "fedsa_lora", *(["slora"] if objective == "fedprox" else [])]:
+        trainer = make_trainer(
+            method,
+            clients=None,
+            kind="task",
+            adapter={"r": 2, "target_modules": ["query"]},
+            local_objective=objective,
+            **needed(method),
+            **OBJECTIVES[objective],
+        )
+        trainer.train()
+        assert [len(entry["clients"]) for entry in trainer.record["rounds"]] == [3, 3], method
+        assert all(not entry["refused"] for entry in trainer.record["rounds"]), method

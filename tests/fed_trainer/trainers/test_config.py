@@ -273,3 +273,9 @@ def test_unknown_field_in_yaml(tmp_path: Path) -> None:
     yaml.write_text("num_round: 3\n")
     with pytest.raises(ValueError, match="num_round"):
         parse(config=yaml)
+
+
+@pytest.mark.parametrize("name", ["aggregation", "server_optimizer", "local_objective", "wire_dtype"])
+def test_a_name_that_is_a_list_is_refused_in_a_sentence(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` should be one of .* but the value passed is \\['float32'\\]"):
+        make_config(**{name: ["float32"]})

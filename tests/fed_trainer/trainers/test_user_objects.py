@@ -20,7 +20,7 @@ from torch.optim import lr_scheduler as schedules
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.optimization import GreedyLR
 
-from fed_trainer import FederatedTaskTrainer
+from fed_trainer import FederatedMixin, FederatedTaskConfig, FederatedTaskTrainer
 from fed_trainer.client.user_optimizer import UserSchedule
 from fed_trainer.federation.movement import Movement, NothingTrainedError
 from helpers.data import token_rows
@@ -396,3 +396,22 @@ def test_weights_that_were_written_after_the_trainer_was_made_are_not_overwritte
     with torch.no_grad():
         parameter.copy_(before)
     trainer.train()
+
+
+class HasFiles(Trainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.files = ["notes.txt"]
+
+
+class HasStage(Trainer):
+    def stage(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize("underneath, name", [(HasFiles, "files"), (HasStage, "stage")])
+def test_what_a_trainer_underneath_has_of_its_own_is_not_written_over(underneath, name, tmp_path):
+    kind = type("Mine", (FederatedMixin, underneath), {"_config_class": FederatedTaskConfig})
+    args = FederatedTaskConfig(output_dir=str(tmp_path), num_rounds=1, **QUICK)
+    with pytest.raises(TypeError, match=f"`Mine` has `{name}` of its own, where a federation keeps its parts"):
+        kind(tiny_bert(), args, {"a": token_rows(0, 8)})
