@@ -427,6 +427,9 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     def _before_first_round(self) -> None:
         """Before a run that does not go on from a checkpoint; the live model holds its start."""
 
+    def _before_new_state(self) -> None:
+        """After the clients of a round, before the live model takes over what has come of them."""
+
     def _reference_state(self) -> AdapterState:
         """The policy that a trainer compares with, if a resumed run needs it as it was at the start."""
         return {}

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.federation.packet import Packet, Reply
 from fed_trainer.federation.transport import InProcess
+from helpers.transports import OverBytes
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12)
@@ -75,34 +76,6 @@ def test_bytes_are_those_of_the_tensors_the_base_and_the_numbers() -> None:
 
 
 # Nothing but packets
-
-
-class Elsewhere:
-    """The clients as on another machine: in their turns there is no server."""
-
-    def __init__(self, trainer):
-        self.trainer, self.client = trainer, trainer.client
-
-    def turn(self, packet):
-        federation = self.trainer.federation
-        del self.trainer.federation
-        try:
-            return self.client.turn(packet)
-        finally:
-            self.trainer.federation = federation
-
-
-class OverBytes(InProcess):
-    """As between machines: what arrives has been bytes."""
-
-    def __init__(self, trainer):
-        super().__init__(Elsewhere(trainer))
-
-    def exchange(self, packets, round, timeout=None):
-        arrived = {client: Packet.from_bytes(packets[client].to_bytes()) for client in packets}
-        for reply in super().exchange(arrived, round, timeout):
-            packet = None if reply.packet is None else Packet.from_bytes(reply.packet.to_bytes())
-            yield Reply(reply.client, reply.status, packet, reply.reason, reply.seconds)
 
 
 @pytest.fixture
