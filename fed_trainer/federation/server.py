@@ -84,7 +84,7 @@ class Server:
 
     def packet_for(self, client: str, lr_factor: float = 1.0) -> Packet:
         """
-        What a client is sent in the round that has begun: the tensors that have changed since it was last here, cut
+        What a client is sent in the round that has begun: the tensors that have changed since it last answered, cut
         to its rank, also those of layers that it does not train, as it computes with them.
 
         Args:
