@@ -342,9 +342,8 @@ def check_deepspeed(folder: str | None) -> None:
     if importlib.util.find_spec("deepspeed") is None and not Path(folder or "", "deepspeed").is_dir():
         sys.exit(
             "DeepSpeed cannot be imported, so ZeRO cannot be measured. Install it (`pip install peft-scl[deepspeed] "
-            "ninja`), say "
-            "where it is with --deepspeed_folder (`make env` puts it into .venv/deepspeed), or leave ZeRO out with "
-            "`--engines plain`."
+            "ninja`), say where it is with --deepspeed_folder (`make env` puts it into .venv/deepspeed), or leave "
+            "ZeRO out with `--engines plain`."
         )
 
 

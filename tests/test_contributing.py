@@ -449,7 +449,7 @@ def test_a_client_elsewhere_that_fails_or_is_late_costs_only_its_own_update(tmp_
         thread.start()
     replies = {reply.client: reply for reply in folder.Folder(tmp_path).exchange(packets, 3, timeout=0.5)}
     assert {client: reply.status for client, reply in replies.items()} == {
-        "late": "error", "fails": "error", "works": "ok",
+        "late": "timeout", "fails": "error", "works": "ok",
     }  # fmt: skip
     assert replies["late"].reason == "it has not answered in time"
     assert replies["fails"].reason == "its local round failed"

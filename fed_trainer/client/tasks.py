@@ -46,6 +46,8 @@ class Task:
             `Trained.optimizer_state` of an earlier local round, to go on with; a fresh optimiser if not given.
         keeps_optimizer (`bool`, *optional*, defaults to `False`):
             Whether what the optimiser remembers afterwards is asked for.
+        global_state (`dict[str, torch.Tensor]`, *optional*):
+            The global state of the round as the client was sent it, if it does not start from it; not changed.
     """
 
     state: AdapterState
@@ -59,6 +61,7 @@ class Task:
     timeout: float | None = None
     optimizer_state: AdapterState | None = None
     keeps_optimizer: bool = False
+    global_state: AdapterState | None = None
 
 
 @dataclass(frozen=True)

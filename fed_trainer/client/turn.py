@@ -50,8 +50,10 @@ class Turn:
             Whose turn it is, in which round, with what factor on the learning rate.
         settings ([`ClientSettings`]):
             What the client does differently.
+        state (`dict[str, torch.Tensor]`):
+            The global state as the client was sent it, in the shapes of the live model.
         start (`dict[str, torch.Tensor]`):
-            The whole state that it trains from, in the shapes of the live model.
+            The same with what the client keeps of it: what it trains from.
         shared (`dict[str, torch.Tensor]`):
             The part of it that is shared in this round.
         asked (`dict[str, torch.Tensor]`):
@@ -66,6 +68,7 @@ class Turn:
     round: int
     lr_factor: float
     settings: ClientSettings
+    state: AdapterState
     start: AdapterState
     shared: AdapterState
     asked: AdapterState
@@ -165,6 +168,7 @@ class Client:
             round,
             meta["lr_factor"],
             settings,
+            state,
             {**state, **kept.get(LOCAL, {})},
             shared,
             plan.asked_of(plan.cut_to_rank(shared, settings), settings),
@@ -258,6 +262,7 @@ class Client:
             timeout=args.client_timeout,
             optimizer_state=optimizer_state,
             keeps_optimizer=args.keep_optimizer_state,
+            global_state=turn.state,
         )
         (trained,) = self.trainer.local_rounds([task])
         return trained

@@ -20,7 +20,7 @@ from ..state.adapter_state import AdapterState, state_bytes
 from ..state.described import storable
 
 
-__all__ = ["DELTA", "DRAWN", "EXTRAS", "OBJECTIVE", "STATE", "Packet", "Reply"]
+__all__ = ["DELTA", "DRAWN", "EXTRAS", "OBJECTIVE", "STATE", "Packet", "Reply", "named"]
 
 # parts of the tensors: down
 STATE, OBJECTIVE, DRAWN = "state", "objective", "drawn"
@@ -108,7 +108,7 @@ class Reply:
         client (`str`):
             The client that the packet went to.
         status (`str`):
-            `"ok"`, `"error"` (its turn failed), `"timeout"` or `"lost"` (nobody answers).
+            `"ok"`, `"error"` (its turn failed: the packet has arrived), `"timeout"` or `"lost"` (nobody answers).
         packet ([`Packet`], *optional*):
             Its answer, if it is `"ok"`.
         reason (`str`, *optional*):

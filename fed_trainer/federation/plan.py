@@ -309,13 +309,13 @@ def _objective(args: FederationArguments, pairs: Sequence[FactorPair], num_clien
     options = _options("local_objective_kwargs", args.local_objective, kind, args)
     if _takes(kind, "num_clients"):
         options["num_clients"] = num_clients
+    if kind.changes_ranks and not METHODS[args.aggregation].takes_ranks:
+        names = [name for name, method in METHODS.items() if method.takes_ranks]
+        raise ValueError(
+            f"`local_objective={args.local_objective!r}` gives every client a rank of its own, but "
+            f"`aggregation` is {args.aggregation!r}. Use one of {names}."
+        )
     if _takes(kind, "pairs"):
-        if not METHODS[args.aggregation].takes_ranks:
-            names = [name for name, method in METHODS.items() if method.takes_ranks]
-            raise ValueError(
-                f"`local_objective={args.local_objective!r}` gives every client a rank of its own, but "
-                f"`aggregation` is {args.aggregation!r}. Use one of {names}."
-            )
         options["pairs"] = pairs
     objective = _built("local_objective_kwargs", lambda: kind(**options))
     objective.check(args)

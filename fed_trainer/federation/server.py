@@ -72,6 +72,7 @@ class Server:
         self._round, self.state = round, state
         self._sampled = None if sampled is None else set(sampled)
         self._faulty: set[str] = set()  # clients whose update was refused
+        self._answered: set[str] = set()  # to the packet of this round, whatever came of their turns
         self._shared = {key: tensor for key, tensor in state.items() if key in self._shared_in[round]}
         self.rule.begin(self._shared, round)
         self.objective.begin_round()
@@ -87,7 +88,7 @@ class Server:
 
     def packet_for(self, client: str, lr_factor: float = 1.0) -> Packet:
         """
-        What a client is sent in the round that has begun: the tensors that have changed since it was last here, cut
+        What a client is sent in the round that has begun: the tensors that have changed since it last answered, cut
         to its rank, also those of layers that it does not train, as it computes with them.
 
         Args:
@@ -157,6 +158,8 @@ class Server:
         Returns:
             `str` or `None`: why it is left out, if it is.
         """
+        if reply.status == "error" or self._is_answered(reply):
+            self._answered.add(reply.client)
         if (reason := self._fault_of_answer(reply)) is not None:
             self.refused[reply.client] = reason
             return reason
@@ -181,14 +184,20 @@ class Server:
         )
         return self.take(update, asked)
 
+    def _is_answered(self, reply: Reply) -> bool:
+        """Whether its packet is an answer to that of this round."""
+        if reply.packet is None:
+            return False
+        meta, asked = reply.packet.meta, ("update", self._round, reply.client)
+        return (reply.packet.kind, meta.get("round"), meta.get("client")) == asked
+
     def _fault_of_answer(self, reply: Reply) -> str | None:
         """Why there is no update to look at, if there is none."""
         if reply.packet is None:
             return reply.reason or f"it has not answered ({reply.status})"
-        meta, asked = reply.packet.meta, ("update", self._round, reply.client)
-        if (reply.packet.kind, meta.get("round"), meta.get("client")) != asked:
+        if not self._is_answered(reply):
             return "its answer is to another packet than that of this round. Send one answer to each."
-        figures = meta.get("figures")
+        figures = reply.packet.meta.get("figures")
         loss = figures.get("train_loss") if isinstance(figures, dict) else None
         if isinstance(loss, bool) or not isinstance(loss, (int, float)):
             return "its figures have no `train_loss`, which is a number. Send what the local round has given."
@@ -293,8 +302,9 @@ class Server:
         Returns:
             `dict[str, int]`: By client of the round the last round in which its update counted.
         """
-        sampled = [*self.taken, *self.refused] if self._sampled is None else self._sampled
-        self.visits.end_round(self._round, sampled, self.taken, self.base_change_bytes)
+        sampled = {*self.taken, *self.refused} if self._sampled is None else self._sampled
+        answered = {*self.taken, *self._answered} & sampled
+        self.visits.end_round(self._round, sorted(answered), self.taken, self.base_change_bytes)
         return {client: self.visits.counted.get(client) for client in sorted(sampled)}
 
     def _combine(self) -> tuple[AdapterState, AdapterState, AdapterState]:

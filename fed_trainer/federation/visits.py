@@ -19,7 +19,8 @@ class Visits:
 
     Attributes:
         seen (`dict[str, int]`):
-            By client the last round that it was sent a packet in, whatever came of it.
+            By client the last round whose packet it has answered, whatever came of its turn. What was in a packet
+            that may not have arrived is sent again.
         counted (`dict[str, int]`):
             By client the last round in which its update counted.
         base_bytes (`dict[int, int]`):
@@ -31,9 +32,9 @@ class Visits:
         self.counted: dict[str, int] = {}
         self.base_bytes: dict[int, int] = {}
 
-    def end_round(self, round: int, sampled: Collection[str], taken: Collection[str], base_bytes: int) -> None:
-        """Enter a round that has come to its end."""
-        self.seen |= dict.fromkeys(sampled, round)
+    def end_round(self, round: int, answered: Collection[str], taken: Collection[str], base_bytes: int) -> None:
+        """Enter a round that has come to its end: who has answered, whose update counts, what went into the base."""
+        self.seen |= dict.fromkeys(answered, round)
         self.counted |= dict.fromkeys(taken, round)
         if base_bytes:
             self.base_bytes[round] = base_bytes
@@ -60,5 +61,5 @@ class Visits:
         """Take over what the record of a run says, of which earlier versions did not keep the visits."""
         self.seen, self.counted, self.base_bytes = {}, {}, {}
         for entry in rounds:
-            sampled = [*entry["clients"], *entry["refused"]]
-            self.end_round(entry["round"], sampled, entry["clients"], entry["base_change_bytes"])
+            answered = [*entry["clients"], *entry["refused"]]
+            self.end_round(entry["round"], answered, entry["clients"], entry["base_change_bytes"])

@@ -81,10 +81,8 @@ class Checkpoints:
         def write_and_publish() -> None:
             folder = write_checkpoint(trainer.files.folder, round, write)
             rotate_checkpoints(trainer.files.folder, trainer.args.save_total_limit)
-            is_last = (
-                round == trainer.args.num_rounds or trainer.control.should_training_stop
-            )  # `_end` publishes the last
-            if trainer.files.publishes_rounds and not is_last:
+            is_last = round == trainer.args.num_rounds or trainer.control.should_training_stop
+            if trainer.files.publishes_rounds and not is_last:  # the end of the run publishes the last
                 self._publish_round(folder, round)
 
         first_alone(write_and_publish)
@@ -190,10 +188,8 @@ class Checkpoints:
         if checkpoint.visits is None and server.objective.remembers_clients:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} is of an earlier version, in which the clients alone knew their "
-                f"ranks "
-                f"(`local_objective={trainer.args.local_objective!r}`). Finish the run with that version, or start "
-                f"a new one with this "
-                "checkpoint as `initial_adapter`."
+                f"ranks (`local_objective={trainer.args.local_objective!r}`). Finish the run with that version, or "
+                "start a new one with this checkpoint as `initial_adapter`."
             )
         if not self._saved_file_is_state:
             saved, source = parts["state"], f"{SERVER_STATE} in {str(folder)!r}"

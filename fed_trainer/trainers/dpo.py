@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -134,18 +134,25 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 )
             self._reference = self._add_reference(self.model)
 
-    def local_rounds(self, tasks: Sequence[Task]) -> list[Trained]:
+    def _local_round(self, task: Task) -> Trained:
         if self.args.reference == "round":
             assert self._reference is not None
-            self._reference.write(self.federation.state)  # that of the last round until this one ends
-        return super().local_rounds(tasks)
+            self._reference.write(task.state if task.global_state is None else task.global_state)
+        return super()._local_round(task)
 
     def _before_first_round(self) -> None:
+        self._follow_the_rounds()
+
+    def _before_new_state(self) -> None:
+        self._follow_the_rounds()  # clients of smaller ranks were sent parts of it
+
+    # The reference policy
+
+    def _follow_the_rounds(self) -> None:
+        """With `reference="round"` evaluations compare with the global state that the last round has begun with."""
         if self.args.reference == "round":
             assert self._reference is not None
             self._reference.write(self.federation.state)
-
-    # The reference policy
 
     def _add_reference(self, model: PeftModel) -> LiveState:
         """Beside the adapter a frozen copy of it, which `DPOTrainer` knows by its name."""

@@ -114,8 +114,8 @@ class RunFiles:
         if lacking is not None:
             raise ValueError(
                 f"What `save_pretrained` of {type(trainer.model).__name__} has written is not what is trained: "
-                f"{lacking}. Nothing was saved in its "
-                "place. Another library may have changed the model or how it is saved: leave it out, or report it."
+                f"{lacking}. Nothing was saved in its place. Another library may have changed the model or how it is "
+                "saved: leave it out, or report it."
             )
 
     def publish(
@@ -134,9 +134,8 @@ class RunFiles:
         if len(behind) == 1 and not self._is_warned:
             logger.warning(
                 f"Round {rounds[-1]['round']} is published, and the difference from what was published before is "
-                f"the update of a single "
-                "client. Whoever has both has the update. Let more clients count in a round, or publish less often "
-                "(`save_rounds`)."
+                "the update of a single client. Whoever has both has the update. Let more clients count in a round, "
+                "or publish less often (`save_rounds`)."
             )
         self.published_round = rounds[-1]["round"] if rounds else 0
         names = [*self.saved_names, CARD_NAME]
@@ -148,13 +147,13 @@ class RunFiles:
         if self.publishes_rounds and self._trainer.sampler.num_sampled == 1 and self._trainer.is_world_process_zero():
             logger.warning(
                 "Each round has a single client and is published, so the difference of two published rounds is the "
-                "update of a client. "
-                "Raise `clients_per_round`, or set `hub_strategy='end'`."
+                "update of a client. Raise `clients_per_round`, or set `hub_strategy='end'`."
             )
             self._is_warned = True
 
     @property
     def publishes_rounds(self) -> bool:
+        """Whether rounds are published before the last one."""
         return self._trainer.args.push_to_hub and self._trainer.args.hub_strategy != HubStrategy.END
 
     @property
@@ -165,6 +164,7 @@ class RunFiles:
     def card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: list[str] | None = None
     ) -> ModelCard:
+        """The model card of what is published; the arguments are those of TRL's trainers."""
         trainer = self._trainer
         base = get_config_model_id(trainer.model.config)
         peft_config = active_config(trainer.model)

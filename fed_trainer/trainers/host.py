@@ -53,6 +53,7 @@ class TrainerHost:
 
     def install(self, state: AdapterState, base_change: dict[str, LowRank]) -> None:
         trainer, base = self._trainer, self._trainer._base_changes
+        trainer._before_new_state()
         self._base_before = {} if base is None else base.state_dict()  # not copied: nothing changes it in place
         refuse_overflow(state, trainer._live_adapter.dtypes())
         trainer.has_left_start = True

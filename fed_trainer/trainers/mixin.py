@@ -85,9 +85,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
-    `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the
-    one live
-    model. See [`FederatedTrainer`] and [`FederatedTaskTrainer`] for the arguments.
+    `train()` runs the rounds; within one, each sampled client is trained by `SomeTrainer.train()` itself, on the one
+    live model. See [`FederatedTrainer`] and [`FederatedTaskTrainer`] for the arguments.
     """
 
     args: FederationArguments
@@ -150,8 +149,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         if not isinstance(args, self._config_class):
             raise TypeError(
                 f"`args` should be a `{self._config_class.__name__}` but is a {type(args).__name__}. It takes every "
-                f"field "
-                f"of `{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
+                f"field of `{self._config_class.__bases__[-1].__name__}`, plus `num_rounds` and the like."
             )
         refuse_callbacks(kwargs.get("callbacks"))
         self.args = args  # `Trainer.__init__` sets it again; the checks come first
@@ -270,13 +268,11 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             FileExistsError: If `output_dir` holds a run that is not being resumed, or what the run would write over.
             FolderInUseError: If another run is writing into `output_dir`.
             ValueError: If the checkpoint belongs to another run, or a whole model, which this trainer has trained
-            already,
-                is to be trained from its start.
+                already, is to be trained from its start.
             NothingTrainedError: If no client has changed anything of what it trains, at a learning rate that is not
                 zero.
-            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then
-            holds the global
-                adapter of the last finished round.
+            TooFewClientsError: If fewer than `min_clients` updates of a round can be used. The live model then holds
+                the global adapter of the last finished round.
             BrokenStateError: If the model cannot compute with the new global state, which is then not saved. The live
                 model holds that of the round before.
         """
@@ -313,8 +309,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         if self._owner is not None:
             raise ValueError(
                 f"The live model is that of client {self._owner!r}, which is not the federation's to {use}. Leave "
-                f"`client_model` first; "
-                "`save_client_model(client, folder)` saves the model of a client."
+                "`client_model` first; `save_client_model(client, folder)` saves the model of a client."
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -428,8 +423,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         if self._start_state is None:
             raise ValueError(
                 "This trainer has trained its model already, and of a whole model the start is not kept: the run "
-                "would "
-                "begin with what was learnt before. Load the model anew and make a new trainer."
+                "would begin with what was learnt before. Load the model anew and make a new trainer."
             )
         self.federation.state = self._start_state
         self._live_adapter.write(self._start_state)
@@ -437,6 +431,9 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
 
     def _before_first_round(self) -> None:
         """Before a run that does not go on from a checkpoint; the live model holds its start."""
+
+    def _before_new_state(self) -> None:
+        """After the clients of a round, before the live model takes over what has come of them."""
 
     def _reference_state(self) -> AdapterState:
         """The policy that a trainer compares with, if a resumed run needs it as it was at the start."""
@@ -468,8 +465,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     def _shared_start(self, published: AdapterState) -> AdapterState:
         """
         The adapter of the first process, in all of them: they may have drawn other random numbers before they made
-        theirs. What is
-        `published` is the same everywhere, and has been written.
+        theirs. What is `published` is the same everywhere, and has been written.
         """
         if self._engine.num_processes > 1:
             device = self.accelerator.device

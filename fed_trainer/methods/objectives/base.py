@@ -102,6 +102,8 @@ class LocalObjective:
         is_personal (`bool`):
             Whether it belongs to a second local round of each client, which trains a model of the client's own and
             sends nothing.
+        changes_ranks (`bool`):
+            Whether clients come to have ranks of their own.
         follows_factors (`bool`):
             Whether it goes on with the adapter of the client from the round before.
         needs_all_tensors (`bool`):
@@ -114,6 +116,7 @@ class LocalObjective:
     uniform: bool = False
     sends: Mapping[str, torch.dtype] = MappingProxyType({})
     is_personal: bool = False
+    changes_ranks: bool = False
     follows_factors: bool = False
     needs_all_tensors: bool = False
     needs_exact_updates: bool = False

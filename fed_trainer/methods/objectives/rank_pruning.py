@@ -39,6 +39,7 @@ class RankPruning(LocalObjective):
     """
 
     keeps_client_state = True
+    changes_ranks = True
     follows_factors = True
     needs_all_tensors = True
     sends: Mapping[str, torch.dtype] = MappingProxyType({"rank": torch.int64})
@@ -64,8 +65,7 @@ class RankPruning(LocalObjective):
         if client_state is None:
             raise ValueError(
                 "The ranks of the clients are pruned from some rank on, but the client has no state and so no "
-                "rank. Begin its first "
-                'round with `{"rank": torch.tensor(rank)}`.'
+                'rank. Begin its first round with `{"rank": torch.tensor(rank)}`.'
             )
         super().begin(start, client_state, received)
         self._rank = int(client_state["rank"])

@@ -17,6 +17,7 @@ from fed_trainer import FederatedConfig, FederatedTrainer
 from fed_trainer.federation.broken_state import BrokenStateError
 from fed_trainer.federation.packet import Packet, Reply
 from fed_trainer.federation.transport import InProcess
+from helpers.transports import OverBytes
 
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=12)
@@ -78,16 +79,6 @@ def test_bytes_are_those_of_the_tensors_the_base_and_the_numbers() -> None:
 # Nothing but packets
 
 
-class OverBytes(InProcess):
-    """As between machines: what arrives has been bytes."""
-
-    def exchange(self, packets, round, timeout=None):
-        arrived = {client: Packet.from_bytes(packets[client].to_bytes()) for client in packets}
-        for reply in super().exchange(arrived, round, timeout):
-            packet = None if reply.packet is None else Packet.from_bytes(reply.packet.to_bytes())
-            yield Reply(reply.client, reply.status, packet, reply.reason, reply.seconds)
-
-
 @pytest.fixture
 def make_trainer(tiny_model_dir, make_clients, tmp_path):
     def make(output, **settings):
@@ -142,7 +133,7 @@ METHODS = {
 def test_a_client_needs_nothing_but_its_packet(name: str, make_trainer) -> None:
     """Between machines it gets bytes only, and from them the same bits come."""
     plain, remote = (make_trainer(output, **METHODS[name]) for output in ("plain", "remote"))
-    remote.federation.transport = OverBytes(remote.client)
+    remote.federation.transport = OverBytes(remote)
     plain.train()
     remote.train()
     for key, tensor in plain.federation.state.items():
@@ -181,7 +172,28 @@ def test_one_answer_of_each_client_counts_whatever_a_transport_does(make_trainer
             "'stranger'": "it was not sampled in this round",
         }
     visits = trainer.federation.server.visits
-    assert visits.counted == {"client_1": 2} and visits.seen == dict.fromkeys(["client_0", "client_1", "client_2"], 2)
+    assert visits.counted == {"client_1": 2} and visits.seen == {"client_1": 2}
+
+
+class Lossy(InProcess):
+    """In one round a packet does not arrive."""
+
+    def exchange(self, packets, round, timeout=None):
+        for client in packets:
+            if (round, client) == (3, "client_0"):
+                yield Reply(client, "lost")
+            else:
+                yield from super().exchange({client: packets[client]}, round, timeout)
+
+
+def test_what_was_in_a_packet_that_is_lost_is_sent_again(make_trainer) -> None:
+    """RoLoRA sends one factor per round: that of round 2, in the packet of round 3, and again in that of round 4."""
+    trainer = make_trainer("out", aggregation="rolora", clients_per_round=3, num_rounds=4)
+    trainer.federation.transport = Lossy(trainer.client)
+    trainer.train()
+    last, state = trainer.record["rounds"][-1]["clients"], trainer.federation.state
+    assert last["client_0"]["bytes_down"] == 4 * sum(tensor.numel() for tensor in state.values())
+    assert last["client_1"]["bytes_down"] < last["client_0"]["bytes_down"]
 
 
 BAD_ANSWERS = {

@@ -29,6 +29,7 @@ from helpers.data import preferences_of
 from helpers.local_rounds import local_round
 from helpers.runs import Dies
 from helpers.trainers import QUICK_TEXT
+from helpers.transports import OverBytes
 from peft_scl import FederaConfig, SclConfig
 
 
@@ -280,6 +281,20 @@ def test_gradient_checkpointing_changes_nothing(make_trainer, tmp_path, referenc
     without, with_checkpointing = (weights_in(tmp_path / name) for name in ("False", "True"))
     for key in without:
         torch.testing.assert_close(with_checkpointing[key], without[key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", [{}, {"local_objective": "ditto", "local_objective_kwargs": {"mu": 0.1}}])
+def test_the_reference_of_a_round_is_what_a_client_was_sent(make_trainer, objective):
+    """It asks no server for it: there is none in its turn."""
+    settings = {"peft_config": ADAPTERS["lora"], "reference": "round", "num_rounds": 2, **objective}
+    plain, remote = (make_trainer(output, **settings) for output in ("plain", "remote"))
+    remote.federation.transport = OverBytes(remote)
+    plain.train()
+    remote.train()
+    assert same(plain.federation.state, remote.federation.state)
+    assert same(plain._reference.read(), remote._reference.read())
+    for ours, theirs in zip(plain.record["rounds"], remote.record["rounds"], strict=True):
+        assert ours["train_loss"] == theirs["train_loss"]
 
 
 @pytest.mark.parametrize("reference", ["initial", "base"])
