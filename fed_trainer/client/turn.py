@@ -168,12 +168,12 @@ class Client:
             round,
             meta["lr_factor"],
             settings,
-            state,
-            {**state, **kept.get(LOCAL, {})},
-            shared,
-            plan.asked_of(plan.cut_to_rank(shared, settings), settings),
-            packet.part(OBJECTIVE),
-            kept,
+            state=state,
+            start={**state, **kept.get(LOCAL, {})},
+            shared=shared,
+            asked=plan.asked_of(plan.cut_to_rank(shared, settings), settings),
+            received=packet.part(OBJECTIVE),
+            kept=kept,
         )
 
     def _try(self, turn: Turn, seconds: dict[str, float]) -> Outcome:

@@ -1,6 +1,6 @@
 # Copyright 2026 The peft-scl authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Local rounds of single clients, and a look at those of a federation."""
+"""Local rounds of single clients, a look at those of a federation, and what its clients keep."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def after_local_rounds(monkeypatch: Any, trainer: Any, look: Callable[[Task, Tra
         return results
 
     monkeypatch.setattr(trainer, "local_rounds", watched)
+
+
+def kept_by(trainer: Any, client: str) -> dict[str, dict[str, Any]]:
+    """What a client keeps by now, by part."""
+    return trainer.client.store.read(client, trainer.federation.server.visits.counted.get(client))

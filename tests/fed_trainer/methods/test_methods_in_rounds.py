@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from fed_trainer.methods.aggregation import METHODS
 from helpers.comparison import same, weights_in
-from helpers.local_rounds import after_local_rounds
+from helpers.local_rounds import after_local_rounds, kept_by
 from helpers.runs import DiesAtStep
 from peft_scl import FederaConfig, SclConfig
 
@@ -26,11 +26,6 @@ NEEDED = {
 KRUM = {"num_byzantine": 0}
 NEEDED |= {"krum": KRUM, "multi_krum": KRUM}
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1}
-
-
-def kept_by(trainer, client):
-    """What a client keeps by now, by part."""
-    return trainer.client.store.read(client, trainer.federation.server.visits.counted.get(client))
 
 
 def unequal(make_clients):

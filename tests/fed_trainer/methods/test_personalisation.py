@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from fed_trainer.federation.validation import TooFewClientsError
 from helpers.comparison import same, weights_in
-from helpers.local_rounds import after_local_rounds, local_round
+from helpers.local_rounds import after_local_rounds, kept_by, local_round
 from helpers.models import tiny_bert
 from peft_scl import FederaConfig, SclConfig
 
@@ -21,11 +21,6 @@ LORA = {"r": 4, "target_modules": ["v_proj", "down_proj"], "task_type": "CAUSAL_
 
 
 pytestmark = pytest.mark.trainer(adapter=LORA, eval_on_start=False)
-
-
-def kept_by(trainer, client):
-    """What a client keeps by now, by part."""
-    return trainer.client.store.read(client, trainer.federation.server.visits.counted.get(client))
 
 
 @pytest.fixture
