@@ -209,7 +209,8 @@ class Federation:
         assert reply.packet is not None
         meta = reply.packet.meta
         self._movement.saw(reply.client, bool(meta.get("moved", True)), bool(meta.get("has_rate", True)))
-        round.clients[reply.client] = {"num_examples": meta["num_examples"], **meta["figures"], **traffic}
+        counted = {"num_examples": meta["num_examples"], **traffic}  # over figures of these names
+        round.clients[reply.client] = {"num_examples": None, **meta["figures"], **counted}
         self.host.after_client(round, reply.client)
 
     def _finish(self, round: Round) -> None:

@@ -24,7 +24,7 @@ from ..federation.visits import Visits
 from ..output.checkpoint import ADAPTER_WEIGHTS, find_checkpoint, load_adapter, rotate_checkpoints, write_checkpoint
 from ..output.client_files import CLIENTS_FOLDER
 from ..output.digests import FEDERATION_STATE, SERVER_STATE, TRAINER_STATE_NAME, read_digests
-from ..output.disk import reading
+from ..output.disk import DamagedFileError, reading
 from ..output.record import RECORD_NAME, read_record, write_json
 from ..output.saved_files import MODEL_WEIGHTS
 from ..state.adapter_state import AdapterState
@@ -159,6 +159,10 @@ class Checkpoints:
                 int(rounds[-1]["round"]), record["start"]["eval"]
         with reading(TRAINER_STATE_NAME):
             state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            if rounds and state.global_step != rounds[-1]["round"]:
+                raise DamagedFileError(
+                    f"{TRAINER_STATE_NAME} is of round {state.global_step}, but {RECORD_NAME} of {rounds[-1]['round']}"
+                )
         with reading(SERVER_STATE):
             if (folder / SERVER_STATE).is_file():
                 for entry, tensor in read_tensors(folder / SERVER_STATE).items():

@@ -134,7 +134,7 @@ class Run:
         fresh = trainer.run_record.fresh()
         check_same_run(record, fresh, folder)
         check_same_data(record, trainer._clients, trainer.eval_dataset, trainer.evaluates_clients, folder)
-        done = record["rounds"][-1]["round"]
+        done = checkpoint.state.global_step
         refuse_later_rounds(trainer.files.folder, done)
         refuse_foreign_checkpoints(trainer.files.folder, range(done + 1, trainer.args.num_rounds + 1))
         trainer.stage.errors = {}  # of a run that was stopped in its first stage

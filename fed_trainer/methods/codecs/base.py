@@ -28,7 +28,8 @@ class Step(ABC):
         unbiased (`bool`):
             Whether it gives back the tensors in expectation.
         needs_memory (`bool`):
-            Whether a client has to keep something from round to round, such as what was not sent yet.
+            Whether a client has to keep something from round to round, such as what was not sent yet. There is no
+            place for it so far, so such a step is refused.
         needs_returning_clients (`bool`):
             Whether it works only if a client comes back soon, as what it keeps grows old.
     """
@@ -122,6 +123,12 @@ class Pipeline:
                 raise ValueError(
                     f"{needs_exact} draws the same conclusions on both sides from one update, but {name} changes "
                     "it on the way. Send it as it is, or use another one."
+                )
+            if step.needs_memory:
+                raise ValueError(
+                    f"{name} has to keep something at the client from round to round, for which there is no place "
+                    f"yet. Use "
+                    "a step without memory."
                 )
             if some_are_sampled and step.needs_returning_clients:
                 raise ValueError(

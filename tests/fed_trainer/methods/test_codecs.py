@@ -115,7 +115,7 @@ class Shifted(Step):
 
 
 class Fed(Step):
-    needs_memory = needs_returning_clients = True
+    needs_returning_clients = True
     encode = decode = Tripled.encode
 
 
@@ -138,6 +138,10 @@ def test_what_does_not_go_together_is_refused_from_what_the_steps_say() -> None:
     with pytest.raises(ValueError, match="scaffold draws the same conclusions .* but Tripled changes it"):
         Pipeline([Shifted(), Tripled()]).check("scaffold", some_are_sampled=False)
     Pipeline([Fed()]).check(None, some_are_sampled=False)
+    remembering = Fed()
+    remembering.needs_memory = True
+    with pytest.raises(ValueError, match="Fed has to keep something at the client"):
+        Pipeline([remembering]).check(None, some_are_sampled=False)
     with pytest.raises(ValueError, match="Fed keeps at a client what it has not sent yet"):
         Pipeline([Fed()]).check(None, some_are_sampled=True)
 
