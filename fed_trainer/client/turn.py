@@ -153,13 +153,13 @@ class Client:
         client, round = meta["client"], meta["round"]
         kept = self.store.read(client, meta["counted"])
         settings = plan.settings_of(client, meta["rank"])
-        known = {key: self._known[key] for key in plan.shared_keys(self._known, round)}
-        like = {**self._known, **plan.cut_to_rank(known, settings)}
+        keys = plan.shared_keys(self._known, round)
+        like = {**self._known, **plan.cut_to_rank({key: self._known[key] for key in keys}, settings)}
         sent = {**plan.down.decode(packet.part(STATE), like), **packet.part(DRAWN)}
         self._known |= {key: tensor for key, tensor in sent.items() if tensor.shape == self._known[key].shape}
         whole = {key: _padded(tensor, self._known[key].shape) for key, tensor in sent.items()}
         state = {**self._known, **whole}
-        shared = {key: state[key] for key in state if key in plan.shared_keys(state, round)}
+        shared = {key: tensor for key, tensor in state.items() if key in keys}
         return Turn(
             client,
             round,

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
+from transformers.utils import logging
 
 from ..methods.aggregation import Aggregator, ClientUpdate
 from ..methods.aggregation.limits import largest_product, product_limit, value_limits
@@ -26,6 +27,8 @@ from .visits import Visits
 
 
 __all__ = ["Server"]
+
+logger = logging.get_logger(__name__)
 
 PLAIN = ServerOptimizer()
 
@@ -161,10 +164,15 @@ class Server:
         packet, meta = reply.packet, reply.packet.meta
         self.traffic.setdefault(reply.client, {})["bytes_up"] = packet.num_bytes
         asked = self.asked_of(reply.client)
+        try:
+            delta = self.plan.up.decode(packet.part(DELTA), asked)
+        except Exception as error:  # whatever tensors of somebody else's lead a codec to
+            delta = None
+            logger.warning(f"The update of client {reply.client!r} cannot be decoded.", exc_info=error)
         update = ClientUpdate(
             reply.client,
             meta.get("num_examples"),  # type: ignore[arg-type]
-            self.plan.up.decode(packet.part(DELTA), asked),
+            delta,  # type: ignore[arg-type]  # what is none is refused with all else that is no update
             meta["figures"],
             num_steps=meta.get("num_steps"),
             base_digest=meta.get("base_digest"),

@@ -212,6 +212,23 @@ def test_an_answer_that_is_none_costs_its_client_the_round(name: str, make_train
     assert list(entry["refused"]) == ([] if name == "bytes that are none" else ["client_0"])
 
 
+def test_an_update_that_a_codec_cannot_decode_costs_its_client_the_round(make_trainer, monkeypatch) -> None:
+    trainer = make_trainer("out", clients_per_round=3, num_rounds=1, wire_dtype="bfloat16")
+    up = trainer.client.plan.up
+    decode, calls = up.decode, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise IndexError
+        return decode(*args)
+
+    monkeypatch.setattr(up, "decode", failing)
+    trainer.train()
+    (entry,) = trainer.record["rounds"]
+    assert list(entry["refused"]) == ["client_1"] and "should be a dictionary by name" in entry["refused"]["client_1"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_a_dtype_is_half_the_bytes_and_nearly_the_same_model(dtype: str, make_trainer) -> None:
     whole, half = make_trainer("whole"), make_trainer("half", wire_dtype=dtype)

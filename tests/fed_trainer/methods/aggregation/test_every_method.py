@@ -48,6 +48,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def built(name: str, pairs: list[FactorPair], **more: Any) -> Aggregator:
+    try:
+        return METHODS[name].build(pairs, **OPTIONS.get(name, {}) | more)
+    except TypeError as error:
+        raise TypeError(f"add the options of {name!r} to OPTIONS above: {error}") from error
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +279,7 @@ def original_of(model: PeftModel, state: AdapterState, pairs: list[FactorPair]) 
 def play(name: str, model: PeftModel, num_examples: list[int], ranks: list[int] | None = None) -> None:
     """Three rounds, each compared with the formula."""
     method, adapter, pairs = METHODS[name], LiveAdapter(model), factor_pairs(model)
-    rule = method.build(check_adapter(name, model), **OPTIONS.get(name, {}))
+    rule = built(name, check_adapter(name, model))
     state = {key: randn(tuple(tensor.shape), f"global {key}") for key, tensor in adapter.read().items()}
     own = [state] * len(num_examples)
     for number in (1, 2, 3):
@@ -335,7 +342,7 @@ def test_three_rounds_of_unequal_clients_follow_the_formula(name: str, model: st
     play(name, MODELS[model](), NUM_EXAMPLES)
 
 
-ALONE = [name for name in METHODS if METHODS[name].build([], **OPTIONS.get(name, {})).min_updates == 1]
+ALONE = [name for name in METHODS if built(name, []).min_updates == 1]
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -360,7 +367,7 @@ def model_after(name: str, updates: list[ClientUpdate]) -> AdapterState:
 
 def rule_of(name: str) -> Aggregator:
     any_norm = {"max_norm": 1e3} if name == "norm_bounding" else {}
-    return METHODS[name].build([layer.pair() for layer in LORA], **OPTIONS.get(name, {}) | any_norm)
+    return built(name, [layer.pair() for layer in LORA], **any_norm)
 
 
 def with_steps(updates: list[ClientUpdate]) -> list[ClientUpdate]:
