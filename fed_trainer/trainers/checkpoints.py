@@ -73,16 +73,16 @@ class Checkpoints:
         trainer = self._trainer
         write = functools.partial(
             self._write,
-            weights=trainer.files.weights_to_save(),
+            weights=trainer._files.weights_to_save(),
             state=self._saved_state(),
             reference=trainer._reference_state(),
         )
 
         def write_and_publish() -> None:
-            folder = write_checkpoint(trainer.files.folder, round, write)
-            rotate_checkpoints(trainer.files.folder, trainer.args.save_total_limit)
+            folder = write_checkpoint(trainer._files.folder, round, write)
+            rotate_checkpoints(trainer._files.folder, trainer.args.save_total_limit)
             is_last = round == trainer.args.num_rounds or trainer.control.should_training_stop
-            if trainer.files.publishes_rounds and not is_last:  # the end of the run publishes the last
+            if trainer._files.publishes_rounds and not is_last:  # the end of the run publishes the last
                 self._publish_round(folder, round)
 
         first_alone(write_and_publish)
@@ -103,7 +103,7 @@ class Checkpoints:
         Fill the folder of a checkpoint, and return the digests that are known already: those of what the clients keep.
         """
         trainer = self._trainer
-        trainer.files.write(folder, weights)
+        trainer._files.write(folder, weights)
         write_state(trainer.state, folder / TRAINER_STATE_NAME)
         entries = {f"state.{key}": tensor for key, tensor in state.items()}
         entries |= {f"reference.{key}": tensor for key, tensor in reference.items()}
@@ -126,7 +126,7 @@ class Checkpoints:
     def _publish_round(self, folder: Path, round: int) -> None:
         trainer = self._trainer
         try:
-            trainer.files.publish(folder, f"Round {round}", trainer.args.hub_token, trainer.args.hub_revision)
+            trainer._files.publish(folder, f"Round {round}", trainer.args.hub_token, trainer.args.hub_revision)
         except Exception as error:  # the run, and what it has on disk, is worth more than one upload
             logger.warning(f"Round {round} could not be pushed to {trainer.hub_model_id}: {error}. The run goes on.")
 
@@ -137,7 +137,7 @@ class Checkpoints:
 
         def find() -> Path:
             folder, checkpoint = find_checkpoint(
-                self._trainer.files.folder, resume_from_checkpoint, self._read, weights
+                self._trainer._files.folder, resume_from_checkpoint, self._read, weights
             )
             found.append(checkpoint)
             return folder
@@ -218,7 +218,7 @@ class Checkpoints:
 
     def _restore_clients(self, folder: Path) -> None:
         trainer = self._trainer
-        rotate_checkpoints(trainer.files.folder, trainer.args.save_total_limit)  # a full disk needs the room
+        rotate_checkpoints(trainer._files.folder, trainer.args.save_total_limit)  # a full disk needs the room
         of_clients = f"{CLIENTS_FOLDER}/"
         digests = read_digests(folder).items()
         kept = {name.removeprefix(of_clients): digest for name, digest in digests if name.startswith(of_clients)}

@@ -84,7 +84,7 @@ class RunFiles:
                 # the chat template goes into the JSON, as in the tokenizers that older versions load
                 trainer.processing_class.save_pretrained(str(beside), save_jinja_files=False)
             self.saved_names = move_into_place(beside, folder)
-        trainer.run_record.write(folder)
+        trainer._run_record.write(folder)
         self.card().save(folder / CARD_NAME)
 
     def write_weights(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:

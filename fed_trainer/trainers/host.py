@@ -43,8 +43,8 @@ class TrainerHost:
 
     def before_round(self, round: int) -> None:
         trainer = self._trainer
-        if trainer.stage.is_on and round > trainer.stage.rounds:
-            trainer.end_sparse_stage()
+        if trainer._stage.is_on and round > trainer._stage.rounds:
+            trainer._end_sparse_stage()
         trainer._ensure_engine()
 
     def after_client(self, round: Round, client: str) -> None:
@@ -56,7 +56,7 @@ class TrainerHost:
         trainer._before_new_state()
         self._base_before = {} if base is None else base.state_dict()  # not copied: nothing changes it in place
         refuse_overflow(state, trainer._live_adapter.dtypes())
-        trainer.has_left_start = True
+        trainer._has_left_start = True
         trainer._live_adapter.write(state)
         if base is not None:
             base.add(base_change)
@@ -75,18 +75,18 @@ class TrainerHost:
             return None
         with timed(round.seconds, "evaluate"):
             evaluation: dict[str, float] = trainer.evaluate(ignore_keys=self.ignored_in_evaluation)
-            refuse_broken_loss(evaluation, trainer.run_record.evaluations)
+            refuse_broken_loss(evaluation, trainer._run_record.evaluations)
         return evaluation
 
     def finish_round(self, round: Round, evaluation: Mapping[str, Any] | None) -> bool:
         trainer = self._trainer
-        trainer.run_record.add(round, evaluation)
+        trainer._run_record.add(round, evaluation)
         is_saved = self._is_due(round.number, trainer.args.save_rounds) or trainer.control.should_training_stop
         if is_saved:
             with timed(round.seconds, "checkpoint"):
-                trainer.checkpoints.save(round.number)
+                trainer._checkpoints.save(round.number)
             trainer.log({"seconds_checkpoint": round.seconds["checkpoint"]})  # known only now
-        trainer.run_record.append(is_saved)
+        trainer._run_record.append(is_saved)
         entry = trainer.record["rounds"][-1]
         self.progress.round(entry["train_loss"], held_out_metrics(trainer.record).get(round.number, {}))
         return not trainer.control.should_training_stop  # a callback's

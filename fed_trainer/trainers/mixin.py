@@ -78,7 +78,7 @@ __all__ = ["FederatedMixin"]
 logger = logging.get_logger(__name__)
 
 # what `_compose` makes that others read
-_PARTS = ("checkpoints", "client", "federation", "files", "host", "run_record", "stage")
+_PARTS = ("client", "federation")
 
 
 class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
@@ -178,24 +178,30 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         facts = model_facts(args.aggregation, self.model, self._live_adapter, self._base_digest)
         plan = Plan(args, facts, start, settings, len(self._clients), self.sampler.num_sampled)
         self.client = Client(self, plan, self._data, ClientStore(folder / PRIVATE_FOLDER), start)
-        self.host = TrainerHost(self)
-        self.federation = Federation(args, Server(plan), self.sampler, InProcess(self.client), self.host, start)
+        self._host = TrainerHost(self)
+        self.federation = Federation(args, Server(plan), self.sampler, InProcess(self.client), self._host, start)
         self._base_changes = None
         if plan.method.adds_to_base:
             assert isinstance(self.model, PeftModel)  # others have no factor pairs
             self._base_changes = BaseChanges(self.model, plan.pairs)
-        self.stage = SparseStage(self.model, plan, args.seed)
+        self._stage = SparseStage(self.model, plan, args.seed)
         self._local_keys = plan.local_keys(start)
         self._check_settings(has_optimizer=optimizers[0] is not None)
-        self.files = RunFiles(self, folder)
-        self.run_record = RunRecord(self, folder)
-        self.checkpoints = Checkpoints(self)
-        self._run = Run(self, self.checkpoints)
+        self._files = RunFiles(self, folder)
+        self._run_record = RunRecord(self, folder)
+        self._checkpoints = Checkpoints(self)
+        self._run = Run(self, self._checkpoints)
 
     @property
     def record(self) -> dict[str, Any]:
         """The record of the run so far, as [`read_record`] gives it."""
-        return self.run_record.content
+        return self._run_record.content
+
+    @record.setter
+    def record(self, value: Any) -> None:
+        raise TypeError(
+            f"`{type(self).__name__}` sets `record`, under which a federation has its record. Give it another name."
+        )
 
     def _look_at_the_model(self) -> None:
         """What of the model is trained, after refusing one that cannot be."""
@@ -223,7 +229,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         start = self._shared_start(published)
         # nothing changes it in place; a whole model is too large to be held twice
         self._start_state = start if isinstance(self.model, PeftModel) else None
-        self.has_left_start = False
+        self._has_left_start = False
         return start
 
     def _check_settings(self, has_optimizer: bool) -> None:
@@ -232,7 +238,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         refuse_other_weights_in_evaluation(args, self.model, self._engine.holds_weights)
-        self.stage.check(args, has_optimizer)
+        self._stage.check(args, has_optimizer)
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
             refuse_one_evaluation(self.eval_dataset, self._local_keys)
         if self._engine.has_fixed_parameters:
@@ -242,7 +248,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             self.model,
             self._live_adapter,
             adds_to_base=plan.method.adds_to_base,
-            has_stages=self.stage.rounds > 0,
+            has_stages=self._stage.rounds > 0,
             has_optimizer=has_optimizer,
         )
 
@@ -282,9 +288,9 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
                 "Hyperparameter search over a federation is not supported: start one run per trial."
             )
         refuse_callbacks(self.callback_handler.callbacks)
-        if not self.stage.is_on:  # in that stage the LoRA waits
+        if not self._stage.is_on:  # in that stage the LoRA waits
             self._check_model()
-        with owning(self.files.folder):
+        with owning(self._files.folder):
             return self._run.run(resume_from_checkpoint, ignore_keys_for_eval)
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
@@ -301,7 +307,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As [`~transformers.Trainer.save_model`]. All processes have to call it; the first one writes."""
         self._refuse_within_client_model("save")
-        self._save(output_dir, self.files.weights_to_save())
+        self._save(output_dir, self._files.weights_to_save())
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -314,9 +320,9 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """As `Trainer._save`, without the pickled `training_args.bin` and with the record and the model card."""
-        folder = Path(output_dir) if output_dir is not None else self.files.folder
+        folder = Path(output_dir) if output_dir is not None else self._files.folder
         if self.args.should_save:
-            self.files.save(folder, state_dict)
+            self._files.save(folder, state_dict)
 
     def create_model_card(  # type: ignore[override]
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -324,7 +330,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         """Write the model card of the federation to `output_dir`; the arguments are those of TRL's trainers."""
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            self.files.card(model_name, dataset_name, tags).save(self.files.folder / CARD_NAME)
+            self._files.card(model_name, dataset_name, tags).save(self._files.folder / CARD_NAME)
 
     def push_to_hub(
         self,
@@ -362,7 +368,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             return None
         self.create_model_card(**kwargs)
         revision = revision if revision is not None else self.args.hub_revision
-        return self.files.publish(self.files.folder, commit_message, token, revision, blocking)
+        return self._files.publish(self._files.folder, commit_message, token, revision, blocking)
 
     def save_client_model(self, client: str, output_dir: str | os.PathLike) -> None:
         """
@@ -378,10 +384,10 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             ValueError: If there is no such client.
         """
         with self.client_model(client):
-            weights = self.files.weights_to_save()
+            weights = self._files.weights_to_save()
             if self.is_world_process_zero():
                 with fresh_folder(Path(output_dir)) as beside:
-                    self.files.write_weights(beside, weights)
+                    self._files.write_weights(beside, weights)
                     move_into_place(beside, Path(output_dir))
 
     # What the model is made of
@@ -400,12 +406,12 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         federation = self.federation
         return self.client.model_state(federation.state, client, federation.server.visits.counted.get(client))
 
-    def end_sparse_stage(self) -> None:
+    def _end_sparse_stage(self) -> None:
         """SLoRA goes on with a LoRA that starts from what its first stage has learnt."""
-        self.train_from_now_on(self.stage.end())
+        self._train_from_now_on(self._stage.end())
         self.federation.server.forget()
 
-    def train_from_now_on(self, live: LiveState) -> None:
+    def _train_from_now_on(self, live: LiveState) -> None:
         """Other tensors are trained: the engine is built anew."""
         live.engine = self._engine
         self._live_adapter = live
@@ -413,12 +419,12 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         self.client.begin(self.federation.state)
         self._drop_engine()
 
-    def go_back_to_start(self) -> None:
+    def _go_back_to_start(self) -> None:
         """
         After rounds of which nothing was saved, or was deleted, a run begins where the first one of this trainer
         did.
         """
-        if not self.has_left_start:
+        if not self._has_left_start:
             return
         if self._start_state is None:
             raise ValueError(
@@ -427,7 +433,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             )
         self.federation.state = self._start_state
         self._live_adapter.write(self._start_state)
-        self.has_left_start = False
+        self._has_left_start = False
 
     def _before_first_round(self) -> None:
         """Before a run that does not go on from a checkpoint; the live model holds its start."""

@@ -98,10 +98,10 @@ class RunRecord:
     def add(self, round: Round, evaluation: Mapping[str, Any] | None) -> None:
         """Enter the round into the record, `log_history` and whatever `report_to` names."""
         trainer = self._trainer
-        if trainer.stage.errors:
+        if trainer._stage.errors:
             # how much of the sparse change the start of the LoRA does not hold, by module
-            self.content["sparse_stage"] = {"rounds": round.number - 1, "relative_errors": trainer.stage.errors}
-            trainer.stage.errors = {}
+            self.content["sparse_stage"] = {"rounds": round.number - 1, "relative_errors": trainer._stage.errors}
+            trainer._stage.errors = {}
         clients = round.clients
         weights = {client: figures["num_examples"] for client, figures in clients.items()}
         means = trainer.client_means if evaluation is not None else None

@@ -53,7 +53,7 @@ class Run:
     def run(self, resume_from_checkpoint: str | bool | None, ignore_keys_for_eval: list[str] | None) -> TrainOutput:
         """As `FederatedMixin.train`, whose arguments these are, in a folder that is this run's alone."""
         trainer = self._trainer
-        first_alone(functools.partial(remove_leftovers, trainer.files.folder))
+        first_alone(functools.partial(remove_leftovers, trainer._files.folder))
         if resume_from_checkpoint is True and self._starts_again():
             self._claim_folder(starts_again=True)
             resume_from_checkpoint = None
@@ -61,10 +61,10 @@ class Run:
             self._claim_folder()
         if trainer._engine.holds_weights:
             trainer._ensure_engine()  # a checkpoint is loaded into its float32 masters
-        trainer.host.ignored_in_evaluation = ignore_keys_for_eval
+        trainer._host.ignored_in_evaluation = ignore_keys_for_eval
         done = self._resume(resume_from_checkpoint) if resume_from_checkpoint else self._start()
         with RoundProgress(trainer.args.num_rounds, done, self._shows_progress) as progress:
-            trainer.host.progress = progress
+            trainer._host.progress = progress
             with self._keeping_the_global_adapter():
                 trainer.federation.run()
         return self._end()
@@ -72,13 +72,13 @@ class Run:
     def _starts_again(self) -> bool:
         """Whether the run to be resumed has nothing to go on from."""
         trainer = self._trainer
-        starts_again = told_by_first(functools.partial(has_nothing_to_resume, trainer.files.folder))
+        starts_again = told_by_first(functools.partial(has_nothing_to_resume, trainer._files.folder))
         if starts_again and trainer.is_world_process_zero():
-            died = (trainer.files.folder / RECORD_NAME).is_file()
+            died = (trainer._files.folder / RECORD_NAME).is_file()
             why = (
                 "died before its first checkpoint: it starts again" if died else "has not been started yet: it starts"
             )
-            logger.warning(f"The run in {str(trainer.files.folder)!r} {why}.")
+            logger.warning(f"The run in {str(trainer._files.folder)!r} {why}.")
         return starts_again
 
     def _claim_folder(self, starts_again: bool = False) -> None:
@@ -88,7 +88,7 @@ class Run:
         trainer = self._trainer
 
         def claim() -> None:
-            refuse_another_run(trainer.files.folder, starts_again)
+            refuse_another_run(trainer._files.folder, starts_again)
             trainer.client.store.clear()
 
         trainer.client.store.forget()
@@ -97,7 +97,7 @@ class Run:
     def _start(self) -> int:
         trainer = self._trainer
         self._abandon_sparse_stage()
-        trainer.go_back_to_start()
+        trainer._go_back_to_start()
         trainer._before_first_round()
         state = trainer.federation.state
         # from then on the live model holds what a local round or an evaluation has left
@@ -105,57 +105,57 @@ class Run:
             refuse_another_start(trainer._live_adapter, state)
         if trainer._base_changes is not None:
             trainer._base_changes.reset()
-        trainer.run_record.start()
+        trainer._run_record.start()
         trainer._total_train_tokens = 0
-        trainer.files.published_round = 0
+        trainer._files.published_round = 0
         trainer.federation.restart(state)
         trainer.client.begin(state)
-        if trainer.stage.rounds:
-            trainer.train_from_now_on(trainer.stage.begin())
-        trainer.run_record.begin_files()  # from now on there is something to resume
+        if trainer._stage.rounds:
+            trainer._train_from_now_on(trainer._stage.begin())
+        trainer._run_record.begin_files()  # from now on there is something to resume
         self._begin(TrainerState())
         if trainer.args.eval_on_start and trainer.eval_dataset is not None:
-            evaluation = trainer.evaluate(ignore_keys=trainer.host.ignored_in_evaluation)
-            trainer.record["start"]["eval"] = trainer.run_record.evaluation(evaluation)
-        trainer.run_record.write(trainer.files.folder)
+            evaluation = trainer.evaluate(ignore_keys=trainer._host.ignored_in_evaluation)
+            trainer.record["start"]["eval"] = trainer._run_record.evaluation(evaluation)
+        trainer._run_record.write(trainer._files.folder)
         return 0
 
     def _abandon_sparse_stage(self) -> None:
         """Leave the first stage that a run of this trainer broke off in."""
         trainer = self._trainer
-        if trainer.stage.is_on:
-            trainer.train_from_now_on(trainer.stage.abandon())
+        if trainer._stage.is_on:
+            trainer._train_from_now_on(trainer._stage.abandon())
 
     def _resume(self, resume_from_checkpoint: str | bool) -> int:
         trainer = self._trainer
         checkpoint = self._checkpoints.find(resume_from_checkpoint)
         folder, record = checkpoint.folder, checkpoint.record
         self._abandon_sparse_stage()
-        fresh = trainer.run_record.fresh()
+        fresh = trainer._run_record.fresh()
         check_same_run(record, fresh, folder)
         check_same_data(record, trainer._clients, trainer.eval_dataset, trainer.evaluates_clients, folder)
         done = checkpoint.state.global_step
-        refuse_later_rounds(trainer.files.folder, done)
-        refuse_foreign_checkpoints(trainer.files.folder, range(done + 1, trainer.args.num_rounds + 1))
-        trainer.stage.errors = {}  # of a run that was stopped in its first stage
-        if done <= trainer.stage.rounds:
-            trainer.train_from_now_on(trainer.stage.begin_again(trainer._live_adapter))
+        refuse_later_rounds(trainer._files.folder, done)
+        refuse_foreign_checkpoints(trainer._files.folder, range(done + 1, trainer.args.num_rounds + 1))
+        trainer._stage.errors = {}  # of a run that was stopped in its first stage
+        if done <= trainer._stage.rounds:
+            trainer._train_from_now_on(trainer._stage.begin_again(trainer._live_adapter))
         self._checkpoints.load(checkpoint)
-        trainer.has_left_start = True
+        trainer._has_left_start = True
         state = trainer._live_adapter.read()
         trainer.federation.go_on(state, done)
         trainer.client.begin(state, done)
-        trainer.run_record.go_on(record, fresh)
-        trainer.run_record.begin_files()
-        trainer.files.published_round = done if trainer.files.publishes_rounds else 0
+        trainer._run_record.go_on(record, fresh)
+        trainer._run_record.begin_files()
+        trainer._files.published_round = done if trainer._files.publishes_rounds else 0
         self._begin(checkpoint.state)
         return done
 
     def _begin(self, state: TrainerState) -> None:
         trainer = self._trainer
         if trainer.is_world_process_zero():
-            discard_stages(trainer.files.folder)
-        trainer.files.warn_of_single_clients()
+            discard_stages(trainer._files.folder)
+        trainer._files.warn_of_single_clients()
         trainer.state = state
         trainer.state.max_steps = trainer.args.num_rounds
         trainer.state.is_local_process_zero = trainer.is_local_process_zero()
@@ -165,11 +165,11 @@ class Run:
     def _end(self) -> TrainOutput:
         trainer = self._trainer
         rounds = trainer.record["rounds"]
-        if trainer.stage.is_on:  # stopped by a callback
-            trainer.end_sparse_stage()
+        if trainer._stage.is_on:  # stopped by a callback
+            trainer._end_sparse_stage()
         trainer.save_model(_internal_call=True)
         if trainer.is_world_process_zero():
-            write_state(trainer.state, trainer.files.folder / TRAINER_STATE_NAME)
+            write_state(trainer.state, trainer._files.folder / TRAINER_STATE_NAME)
         if self._shows_progress:
             # at module level `python -m fed_trainer.output.report` would import itself twice
             from ..output.report import failures, partial_means, round_table

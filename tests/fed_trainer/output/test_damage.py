@@ -258,7 +258,7 @@ def test_what_does_not_parse_is_damage(finished, run, caplog, monkeypatch, name,
     folder = run / "checkpoint-3"
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     write_digests(folder, read_digests(folder))
-    found, content = find_checkpoint(run, True, finished.checkpoints._read)
+    found, content = find_checkpoint(run, True, finished._checkpoints._read)
     assert found.name == "checkpoint-2" and content.folder == found
     assert f"checkpoint-3 is damaged ({Path(name).name if 'clients' in name else name}" in caplog.text.replace(
         "(clients/", "("

@@ -274,7 +274,7 @@ def check(trainer, stage, zero, config, live=None, has_optimizer=False):
         trainer.model,
         live or trainer._live_adapter,
         adds_to_base=trainer.client.plan.method.adds_to_base,
-        has_stages=trainer.stage.rounds > 0,
+        has_stages=trainer._stage.rounds > 0,
         has_optimizer=has_optimizer,
     )
 

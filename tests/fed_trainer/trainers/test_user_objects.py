@@ -398,20 +398,33 @@ def test_weights_that_were_written_after_the_trainer_was_made_are_not_overwritte
     trainer.train()
 
 
-class HasFiles(Trainer):
+class HasClient(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.files = ["notes.txt"]
+        self.client = "of a tracker"
 
 
-class HasStage(Trainer):
-    def stage(self) -> int:
+class HasFederation(Trainer):
+    def federation(self) -> int:
         return 1
 
 
-@pytest.mark.parametrize("underneath, name", [(HasFiles, "files"), (HasStage, "stage")])
+@pytest.mark.parametrize("underneath, name", [(HasClient, "client"), (HasFederation, "federation")])
 def test_what_a_trainer_underneath_has_of_its_own_is_not_written_over(underneath, name, tmp_path):
     kind = type("Mine", (FederatedMixin, underneath), {"_config_class": FederatedTaskConfig})
     args = FederatedTaskConfig(output_dir=str(tmp_path), num_rounds=1, **QUICK)
     with pytest.raises(TypeError, match=f"`Mine` has `{name}` of its own, where a federation keeps its parts"):
         kind(tiny_bert(), args, {"a": token_rows(0, 8)})
+
+
+def test_a_trainer_underneath_that_keeps_a_record_of_its_own_is_refused(tmp_path):
+    class HasRecord(Trainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.record = {}
+
+    kind = type("Mine", (FederatedMixin, HasRecord), {"_config_class": FederatedTaskConfig})
+    with pytest.raises(TypeError, match="`Mine` sets `record`, under which a federation has its record"):
+        kind(
+            tiny_bert(), FederatedTaskConfig(output_dir=str(tmp_path), num_rounds=1, **QUICK), {"a": token_rows(0, 8)}
+        )
