@@ -10,8 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 
 ROOT = Path(__file__).parent.parent
 LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports('pyproject.toml', no_cache=True))"
@@ -39,13 +37,14 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("contract", BREAKS)
-def test_a_line_that_breaks_the_contract_is_found(contract: str, tmp_path: Path) -> None:
+def test_a_line_that_breaks_a_contract_is_found(tmp_path: Path) -> None:
     for name in ("fed_trainer", "peft_scl"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    name, line = BREAKS[contract]
-    file = tmp_path / name
-    file.write_text(f"{file.read_text()}\n\ndef broken() -> None:\n    {line}\n")
+    for name, line in BREAKS.values():
+        file = tmp_path / name
+        file.write_text(f"{file.read_text()}\n\ndef broken() -> None:\n    {line}\n")
     found = lint(tmp_path)
-    assert found.returncode == 1 and f"{contract} BROKEN" in found.stdout, found.stdout
+    assert found.returncode == 1
+    for contract in BREAKS:
+        assert f"{contract} BROKEN" in found.stdout, found.stdout

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -308,7 +307,11 @@ def test_files_of_the_first_versions_are_removed_if_a_run_died_while_it_took_the
     save_file({"local/x": torch.ones(2)}, checkpoint / "a.safetensors", metadata={"client": "a"})
     digests = {"a.safetensors": file_digest(checkpoint / "a.safetensors")}
     store = ClientStore(folder)
-    monkeypatch.setattr(store, "_write_index", lambda: os.kill(os.getpid(), signal.SIGINT))
+
+    def dies() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_write_index", dies)
     with pytest.raises(KeyboardInterrupt):
         store.restore(checkpoint, digests)
     assert files_of(folder) == ["a@0.safetensors"]

@@ -103,6 +103,7 @@ def test_clients_are_evaluated_on_their_own_rows(make_trainer, clients, expected
     assert not left_over()
 
 
+@pytest.mark.fast("persistent")
 @pytest.mark.parametrize("loader", LOADERS)
 def test_sets_are_evaluated_on_their_own_rows(make_trainer, clients, expected, tmp_path, loader):
     first, second = clients.values()
@@ -120,6 +121,7 @@ def test_sets_are_evaluated_on_their_own_rows(make_trainer, clients, expected, t
     assert not left_over()
 
 
+@pytest.mark.fast("persistent")
 @pytest.mark.parametrize("loader", ["workers", "persistent"])
 def test_workers_of_what_breaks_off_end(make_trainer, clients, loader):
     trainer = make_trainer(eval_dataset=clients, **LOADERS[loader])

@@ -76,6 +76,7 @@ def reported():
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_give_the_losses_of_one(kind, reported):
