@@ -107,6 +107,7 @@ def process(rank, address, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow  # it waits longer than a time-out
 @pytest.mark.distributed
 def test_the_others_get_what_the_first_computes_however_long_it_takes(tmp_path):
     mp.spawn(process, args=(f"file://{tmp_path}/rendezvous", tmp_path), nprocs=2)
