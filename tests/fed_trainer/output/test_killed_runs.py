@@ -12,7 +12,7 @@ from helpers.paths import ROOT, TESTS
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kills", [6, pytest.param(28, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(28, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(kills, tiny_model_dir: Path, tmp_path: Path) -> None:
     """
     SIGKILL at many places: in local rounds, while the record, a checkpoint, a client's file or the final adapter is
