@@ -4,8 +4,8 @@
 One engine serves a whole federation: plain, DDP, DeepSpeed ZeRO-1, 2 and 3 and FSDP2, with two processes on the CPU.
 
 Each kind is launched once, with the configuration that users launch with; `distributed_worker.py` is what the
-processes do. FSDP2 has to be forced on the CPU, see `helpers/fsdp_on_cpu.py`. Where slow tests are left out, DDP,
-ZeRO-2 and FSDP2 stand for all kinds, in a launch that is shorter: fewer clients, two methods, and failures under DDP only.
+processes do. FSDP2 has to be forced on the CPU, see `helpers/fsdp_on_cpu.py`. Where slow tests are left out, DDP
+and ZeRO-2 stand for all kinds, in a launch that is shorter: fewer clients, two methods, and failures under DDP only.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ NOT_RUN = {  # refused, or tried elsewhere
 
 SEVERAL = [
     "ddp",
-    "fsdp2",
+    pytest.param("fsdp2", marks=pytest.mark.slow),
     pytest.param("zero2", marks=needs_deepspeed),
     *(pytest.param(kind, marks=[needs_deepspeed, pytest.mark.slow]) for kind in ("zero1", "zero3")),
     # compiles an optimiser for the CPU, which takes minutes
