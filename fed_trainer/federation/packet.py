@@ -9,6 +9,7 @@ The server's side and the client's side meet only here. What is not in a packet,
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,15 +21,16 @@ from ..state.adapter_state import AdapterState, state_bytes
 from ..state.described import storable
 
 
-__all__ = ["DELTA", "DRAWN", "EXTRAS", "OBJECTIVE", "STATE", "Packet", "Reply", "named"]
+__all__ = ["BASE", "DELTA", "DRAWN", "EXTRAS", "OBJECTIVE", "STATE", "Packet", "Reply", "named"]
 
 # parts of the tensors: down
-STATE, OBJECTIVE, DRAWN = "state", "objective", "drawn"
+STATE, OBJECTIVE, DRAWN, BASE = "state", "objective", "drawn", "base"
 # and up
 DELTA, EXTRAS = "delta", "extras"
 
 META = "packet"  # in the metadata of the file
 LENGTH = struct.Struct("<Q")  # of the header of a safetensors file, which it begins with
+MOST_INTEGER = 2**63
 NUMBER_BYTES = 8  # an integer or a float of 64 bits
 
 
@@ -39,17 +41,24 @@ class Packet:
 
     Args:
         kind (`str`):
-            `"train"`, from the server: a client's turn of a round. `"update"`, from a client: what came of it.
+            From the server: `"train"`, a client's turn of a round; `"evaluate"`, an evaluation on its held-out data;
+            `"stop"`, the end of the run. From a client: `"update"` and `"metrics"`, what came of the first two;
+            `"failed"`, that nothing came of them.
         tensors (`dict[str, torch.Tensor]`):
             On the CPU, as `<part>/<name>`. Nothing changes them in place. Down: `state` (shared tensors that have
             changed since the client was last here), `objective` (what the local objective sends along), `drawn` (what
-            every machine could draw itself from the seed of the run, so it is not counted). Up: `delta` and `extras`.
+            every machine could draw itself from the seed of the run; it is counted where it travels), `base` (what
+            goes into base weights, as factors, to clients elsewhere). Up: `delta` and `extras`.
         meta (`dict[str, Any]`):
             What goes into JSON. Down: `round`, `client`, `lr_factor`, `counted` (the last round in which an update
-            of the client counted; none, if there is none), `rank` (if it is not that of the PEFT config),
-            `base_bytes` (of what went into base weights since the client was last here; in one process the base is
-            the server's too). Up: `round`, `client`, `num_examples`, `num_steps`, `num_tokens`, `base_digest`,
-            `numbers` (the names of those that the rule reads), `figures`, `moved`, `has_rate`, `seconds`.
+            of the client counted; none, if there is none), `saved` (the same, as of the last checkpoint of the
+            server, to which it may go back), `rank` (if it is not that of the PEFT config), `base_bytes` (of what
+            went into base weights since the client was last here and is not carried: in one process the base is
+            the server's too), `base_is` (what `base` holds: `"change"`, since the client's last packet, or `"sum"`,
+            of all rounds). Up: `round`, `client`, `num_examples`, `num_steps`, `num_tokens`, `base_digest`,
+            `numbers` (the names of those that the rule reads), `figures`, `moved`, `has_rate`, `seconds`; of
+            `"metrics"`: `num_examples` and `metrics`; of `"failed"`: `reason`. A number that may not leave the
+            client is `None`, figures are `{"figures_withheld": True}`.
     """
 
     kind: str
@@ -65,9 +74,11 @@ class Packet:
     def num_bytes(self) -> int:
         """
         Bytes of what is sent: the tensors as they are encoded, what went into base weights, and 8 per number that
-        the rule reads. Names, framing and figures for the record are not counted, nor what both sides can draw.
+        the rule reads. Names, framing and figures for the record are not counted, nor, in one process, what both
+        sides can draw.
         """
-        sent = {key: tensor for key, tensor in self.tensors.items() if not key.startswith(f"{DRAWN}/")}
+        is_elsewhere = "base_is" in self.meta
+        sent = {key: tensor for key, tensor in self.tensors.items() if is_elsewhere or not key.startswith(f"{DRAWN}/")}
         numbers, base = self.meta.get("numbers"), self.meta.get("base_bytes")
         num_numbers = len(numbers) if isinstance(numbers, list) else 0
         return state_bytes(sent) + (base if isinstance(base, int) else 0) + NUMBER_BYTES * num_numbers
@@ -90,13 +101,31 @@ class Packet:
         try:
             (length,) = LENGTH.unpack_from(content)
             header = json.loads(content[LENGTH.size : LENGTH.size + length])
-            told = json.loads(header["__metadata__"][META])
+            told = json.loads(
+                header["__metadata__"][META], parse_int=_integer, parse_float=_finite, parse_constant=_finite
+            )
             packet = cls(told["kind"], load(content), told["meta"])
         except Exception as error:  # whatever bytes of somebody else's lead to
             raise ValueError(f"This is no packet of a federation ({type(error).__name__}).") from error
         if not isinstance(packet.kind, str) or not isinstance(packet.meta, dict):
             raise ValueError("This is no packet of a federation: its kind is no text, or its dictionary none.")
         return packet
+
+
+def _integer(text: str) -> int:
+    """A number of somebody else's, that arithmetic with floats bears."""
+    value = int(text)
+    if abs(value) >= MOST_INTEGER:
+        raise ValueError("an integer of many digits")
+    return value
+
+
+def _finite(text: str) -> float:
+    """Numbers that are not finite travel as strings, so that none comes in where a number is expected."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("a number that is not finite")
+    return value
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class Plan:
         self.method = METHODS[args.aggregation]
         self.facts, self.pairs, self.buffers = facts, list(facts.pairs), facts.buffers
         self.settings, self.num_clients, self.min_clients = settings, num_clients, args.min_clients
+        self.keeps_optimizer = args.keep_optimizer_state
         self._user_roles = user_roles(args)
         self.most_steps = _most_steps(args, settings)
         self._check_settings(args.aggregation, state)
@@ -233,6 +234,12 @@ class Plan:
         """Names of the tensors that stay with the clients."""
         roles = self.roles(1)  # only the frozen ones differ from round to round
         return {key for key in keys if roles.role(key) == "local"}
+
+    def clients_keep(self, keys: Collection[str]) -> bool:
+        """Whether a client whose update has counted has kept something."""
+        objective = self.objective
+        is_kept = objective is not None and (objective.is_personal or objective.keeps_client_state)
+        return self.keeps_optimizer or is_kept or bool(self.local_keys(keys))
 
     def trained_keys(self, keys: Collection[str], round: int, settings: ClientSettings) -> set[str]:
         """Names of the tensors that a client with these settings trains in a round."""

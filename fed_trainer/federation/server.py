@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -13,14 +14,16 @@ from ..methods.aggregation import Aggregator, ClientUpdate
 from ..methods.aggregation.limits import largest_product, product_limit, value_limits
 from ..methods.objectives import ServerHalf
 from ..methods.server_optimizers import ServerOptimizer
+from ..output.figures import FIGURES_WITHHELD, TRAINING_METRICS
 from ..state.adapter_state import AdapterState, state_bytes
 from ..state.client_errors import ClientError
 from ..state.factors import FactorPair
 from ..state.low_rank import LowRank
 from ..state.processes import from_first, is_first
+from .base_sum import BaseSum
 from .broken_state import WAY_BACK, BrokenStateError
 from .client_settings import ClientSettings
-from .packet import DELTA, DRAWN, EXTRAS, OBJECTIVE, STATE, Packet, Reply, named
+from .packet import BASE, DELTA, DRAWN, EXTRAS, OBJECTIVE, STATE, Packet, Reply, named
 from .plan import Plan
 from .validation import InvalidUpdateError, first_not_finite, require_clients, validated
 from .visits import Visits
@@ -47,6 +50,8 @@ class Server:
         self.rule, self.optimizer = plan.rule, plan.optimizer
         self.objective = ServerHalf() if plan.objective is None else plan.objective.server_half()
         self.visits = Visits()
+        self.base_sum: BaseSum | None = None
+        """What goes into base weights, if clients have to be sent it, as they are elsewhere."""
         self.taken: list[str] = []
         self.refused: dict[str, str] = {}
         self.base_change_bytes = 0
@@ -97,16 +102,14 @@ class Server:
             lr_factor (`float`, *optional*, defaults to `1.0`):
                 Factor on the learning rate in this round.
         """
-        settings, drawn = self.settings_of(client), self.plan.drawn_keys
+        settings = self.settings_of(client)
         sent = self._sent_to(settings)
-        changed = self.changed_since(self.visits.seen.get(client))
-        states = {key: sent.get(key, tensor) for key, tensor in self.state.items() if key in changed}
+        tensors, meta = self._state_for(client, settings)
         along = self.objective.to_client(client)
         packet = Packet(
             "train",
             {
-                **named(STATE, self._encoded({key: t for key, t in states.items() if key not in drawn}, settings)),
-                **named(DRAWN, {key: tensor for key, tensor in states.items() if key in drawn}),
+                **tensors,
                 **named(OBJECTIVE, {key: along[key] for key in along if key in sent and settings.trains(key)}),
             },
             {
@@ -114,12 +117,39 @@ class Server:
                 "client": client,
                 "lr_factor": lr_factor,
                 "counted": self.visits.counted.get(client),
+                "saved": self.visits.saved.get(client),
                 "rank": settings.r,
-                "base_bytes": self.visits.missed_bytes(client),
+                **meta,
             },
         )
-        self.traffic[client] = {"bytes_down": packet.num_bytes}
+        before = self.traffic.get(client, {}).get("bytes_down", 0)  # to a client that had to begin again
+        self.traffic[client] = {"bytes_down": before + packet.num_bytes}
         return packet
+
+    def evaluation_packet_for(self, client: str) -> Packet:
+        """
+        What a client is sent to evaluate the state that the round begins with: what it does not have of it, and will
+        not be sent again for its turn.
+        """
+        settings = self.settings_of(client)
+        tensors, meta = self._state_for(client, settings)
+        counted, saved = self.visits.counted.get(client), self.visits.saved.get(client)
+        about = {"round": self._round, "client": client, "counted": counted, "saved": saved, "rank": settings.r}
+        return Packet("evaluate", tensors, {**about, **meta})
+
+    def _state_for(self, client: str, settings: ClientSettings) -> tuple[AdapterState, dict[str, Any]]:
+        """Of the state that the round begins with what a client does not have, and what a packet says of it."""
+        sent, drawn, seen = self._sent_to(settings), self.plan.drawn_keys, self.visits.seen.get(client)
+        changed = self.changed_since(seen)
+        states = {key: sent.get(key, tensor) for key, tensor in self.state.items() if key in changed}
+        tensors = {
+            **named(STATE, self._encoded({key: t for key, t in states.items() if key not in drawn}, settings)),
+            **named(DRAWN, {key: tensor for key, tensor in states.items() if key in drawn}),
+        }
+        if self.base_sum is None:
+            return tensors, {"base_bytes": self.visits.missed_bytes(client)}
+        factors, what = self.base_sum.for_client(seen, self._round)
+        return {**tensors, **named(BASE, factors)}, {"base_is": what}
 
     def _encoded(self, state: AdapterState, settings: ClientSettings) -> AdapterState:
         """As it is sent: the same tensors to all clients of a rank."""
@@ -174,7 +204,7 @@ class Server:
             logger.warning(f"The update of client {reply.client!r} cannot be decoded.", exc_info=error)
         update = ClientUpdate(
             reply.client,
-            meta.get("num_examples"),  # type: ignore[arg-type]
+            meta.get("num_examples"),
             delta,  # type: ignore[arg-type]  # what is none is refused with all else that is no update
             meta["figures"],
             num_steps=meta.get("num_steps"),
@@ -198,9 +228,14 @@ class Server:
         if not self._is_answered(reply):
             return "its answer is to another packet than that of this round. Send one answer to each."
         figures = reply.packet.meta.get("figures")
+        if figures == {FIGURES_WITHHELD: True}:
+            return None
         loss = figures.get("train_loss") if isinstance(figures, dict) else None
         if isinstance(loss, bool) or not isinstance(loss, (int, float)):
             return "its figures have no `train_loss`, which is a number. Send what the local round has given."
+        assert isinstance(figures, dict)
+        if not isinstance(figures.get(TRAINING_METRICS, {}), dict):
+            return f"its `{TRAINING_METRICS}` are no figures by name. Send what the local round has given."
         return None
 
     def take(self, update: ClientUpdate, asked: AdapterState) -> str | None:
@@ -227,6 +262,7 @@ class Server:
                 limits=self._limits,
                 most_steps=self.plan.most_steps,
                 sends=sends,
+                numbers=self.rule.numbers,
             )
             trained = {key: tensor for key, tensor in update.delta.items() if key not in self.plan.buffers}
             if (fault := self._fault_of(update, trained)) is not None:
@@ -292,6 +328,8 @@ class Server:
         self.objective.end_round()
         change = {module: LowRank(left[module], right[module]) for module in left}
         self.base_change_bytes = sum(state_bytes(factors._asdict()) for factors in change.values())
+        if self.base_sum is not None:
+            self.base_sum.end_round(self._round, change)
         return state, change
 
     def settle(self) -> dict[str, int | None]:

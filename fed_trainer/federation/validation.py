@@ -53,6 +53,7 @@ def validated(
     limits: Mapping[str, float] | None = None,
     most_steps: int = MOST_STEPS,
     sends: Mapping[str, torch.dtype] | None = None,
+    numbers: Collection[str] = ("num_examples",),
 ) -> ClientUpdate:
     """
     The update, if it can be used: itself, or with its tensors detached if they are parts of a graph. Whatever came in,
@@ -78,6 +79,9 @@ def validated(
             The most local steps that a client may report.
         sends (`Mapping[str, torch.dtype]`, *optional*):
             Names and dtypes of the numbers beside the delta ([`LocalObjective.sends`]).
+        numbers (`Collection[str]`, *optional*):
+            The numbers that the rule reads ([`Aggregator.numbers`]); a client may keep its number of examples to
+            itself if that is none of them.
 
     Raises:
         InvalidUpdateError: For a client of another round, a duplicate, another base model, a number of examples or
@@ -86,7 +90,7 @@ def validated(
     """
     client = _client_of(update)
     reason = (
-        _fault_of_fields(update, seen, base_digest, sampled, most_steps)
+        _fault_of_fields(update, seen, base_digest, sampled, most_steps, numbers)
         or _fault_of_names("tensors", update.delta, reference, partial)
         or _fault_of_tensors(update.delta, reference, limits or {})
         or _fault_of_names("numbers beside the update", update.extras, sends or {}, False)
@@ -143,6 +147,7 @@ def _fault_of_fields(
     base_digest: str | None,
     sampled: Collection[str] | None,
     most_steps: int,
+    numbers: Collection[str],
 ) -> str | None:
     if not isinstance(update, ClientUpdate) or not isinstance(update.client, str):
         return "it is no `ClientUpdate` with the name of a client. Send one."
@@ -160,7 +165,8 @@ def _fault_of_fields(
             f"it was trained on another base model (digest {update.base_digest[:12]}, expected "
             f"{base_digest[:12]}). Load the same checkpoint on every machine."
         )
-    if not _is_count(update.num_examples):
+    is_withheld = update.num_examples is None and "num_examples" not in numbers
+    if not is_withheld and not _is_count(update.num_examples):
         return (
             f"`num_examples` is {_shown(update.num_examples)}, but it should be a positive integer: it is the "
             "weight in the mean."

@@ -23,6 +23,8 @@ class Visits:
             that may not have arrived is sent again.
         counted (`dict[str, int]`):
             By client the last round in which its update counted.
+        saved (`dict[str, int]`):
+            `counted` as of the last checkpoint, to which the server may go back.
         base_bytes (`dict[int, int]`):
             By round the bytes of what it has added to base weights, where it has added something.
     """
@@ -30,7 +32,19 @@ class Visits:
     def __init__(self) -> None:
         self.seen: dict[str, int] = {}
         self.counted: dict[str, int] = {}
+        self.saved: dict[str, int] = {}
         self.base_bytes: dict[int, int] = {}
+
+    def save(self) -> None:
+        """There is a checkpoint of the last round."""
+        self.saved = dict(self.counted)
+
+    def meets_anew(self, client: str | None = None) -> None:
+        """What the client has been sent, or all have, may not be there any more: the next packet has everything."""
+        if client is None:
+            self.seen.clear()
+        else:
+            self.seen.pop(client, None)
 
     def end_round(self, round: int, answered: Collection[str], taken: Collection[str], base_bytes: int) -> None:
         """Enter a round that has come to its end: who has answered, whose update counts, what went into the base."""
@@ -55,6 +69,7 @@ class Visits:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a `state_dict`."""
         self.seen, self.counted = ({str(c): int(r) for c, r in state[name].items()} for name in ("seen", "counted"))
+        self.saved = dict(self.counted)
         self.base_bytes = {int(round): int(size) for round, size in state["base_bytes"].items()}
 
     def load_rounds(self, rounds: Sequence[Mapping[str, Any]]) -> None:

@@ -91,6 +91,7 @@ def make(
     rows: int = 16,
     eval_dataset: Any = None,
     eval_rows: int = 0,
+    is_made: bool = True,
     **given: Any,
 ) -> Any:
     """
@@ -102,9 +103,10 @@ def make(
         model: `None` takes the tiny Llama, or a BERT for a `"task"`.
         clients, num_clients, rows: Clients; or how many are made, of how many rows.
         eval_dataset, eval_rows: Held-out rows; or how many of the first client's.
+        is_made: Whether clients are made if there are none: a coordinator has none.
     """
     name = name_of(kind)
-    if clients is None:
+    if clients is None and is_made:
         clients = clients_for(name, num_clients, rows)
     if eval_dataset is None and eval_rows:
         eval_dataset = clients[next(iter(clients))].select(range(eval_rows))

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
 from ...state.client_errors import TurnFailedError
 from ..packet import Packet, Reply
-from .base import Transport
+from .base import Packets, Transport
 
 
 __all__ = ["InProcess"]
@@ -40,7 +40,7 @@ class InProcess(Transport):
     def __init__(self, client: TakesTurns) -> None:
         self._client = client
 
-    def exchange(self, packets: Mapping[str, Packet], round: int, timeout: float | None = None) -> Iterator[Reply]:
+    def exchange(self, packets: Packets, round: int, timeout: float | None = None) -> Iterator[Reply]:
         """As [`Transport.exchange`]; `timeout` is that of the local rounds, which see to it themselves."""
         for client in packets:
             try:

@@ -27,8 +27,9 @@ class ClientUpdate:
     Args:
         client (`str`):
             Name of the client.
-        num_examples (`int`):
-            Number of training examples the client holds.
+        num_examples (`int`, *optional*):
+            Number of training examples the client holds; `None` if it keeps that to itself, which rules that weight
+            by it cannot take.
         delta (`dict[str, torch.Tensor]`):
             Local adapter minus what the client was sent, keyed as PEFT saves it.
         metrics (`dict[str, Any]`):
@@ -46,7 +47,7 @@ class ClientUpdate:
     """
 
     client: str
-    num_examples: int
+    num_examples: int | None
     delta: AdapterState
     metrics: dict[str, Any] = field(default_factory=dict)
     num_steps: int | None = None
@@ -173,6 +174,11 @@ def numbers_of(weights: str) -> tuple[str, ...]:
     return {"examples": ("num_examples",), "uniform": (), "tokens": ("num_tokens",)}[weights]
 
 
+def weights_of(rule: Aggregator) -> str:
+    """By what of the clients a rule weights them: one of `weight_of`'s `weights`; those of the user's own, too."""
+    return next((weights for weights in WEIGHTS if set(numbers_of(weights)) & set(rule.numbers)), "uniform")
+
+
 def weight_of(update: ClientUpdate, weights: str) -> int:
     """
     The weight of a client in a mean.
@@ -184,11 +190,16 @@ def weight_of(update: ClientUpdate, weights: str) -> int:
             `"examples"`: its number of examples, `"uniform"`: 1, `"tokens"`: its number of tokens that carry a loss.
 
     Raises:
-        ValueError: If it does not say its number of tokens.
+        ValueError: If it does not say its number of examples, or of tokens.
     """
     if weights == "uniform":
         return 1
     if weights == "examples":
+        if update.num_examples is None:
+            raise ValueError(
+                f"`weights='examples'`, but client {update.client!r} does not say its number of examples. Weight all "
+                "clients alike: `weights='uniform'`."
+            )
         return update.num_examples
     if update.num_tokens is None:
         raise ValueError(

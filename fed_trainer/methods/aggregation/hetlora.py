@@ -42,7 +42,7 @@ class HetLoRA(FactorAggregator):
 
     def __init__(self, pairs: Sequence[FactorPair], weighting: str = "norm") -> None:
         check_weights(weighting, "weighting", ("norm", *WEIGHTS))
-        super().__init__(pairs, weights="examples" if weighting == "norm" else weighting)
+        super().__init__(pairs, weights="uniform" if weighting == "norm" else weighting)
         self.weighting = weighting
 
     @classmethod
@@ -53,10 +53,6 @@ class HetLoRA(FactorAggregator):
                 f"'hetlora' the directions that no client has become zero for good. Set `r={max(ranks)}` in the "
                 "PEFT config."
             )
-
-    @property
-    def numbers(self) -> tuple[str, ...]:
-        return () if self.weighting == "norm" else super().numbers
 
     def begin(self, state: AdapterState, round: int = 1) -> None:
         super().begin(state, round)

@@ -12,10 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
+from safetensors.torch import save
 
 from fed_trainer import FederatedConfig, FederatedTrainer
+from fed_trainer.federation.base_sum import BaseSum
 from fed_trainer.federation.broken_state import BrokenStateError
 from fed_trainer.federation.packet import Packet, Reply
+from fed_trainer.federation.rounds import Round
 from fed_trainer.federation.transport import InProcess
 from helpers.transports import OverBytes
 
@@ -64,6 +67,13 @@ def test_figures_that_are_not_finite_are_strict_json() -> None:
     [b"", b"\x80\x04K\x01.", b"\xff" * 40, Packet("train").to_bytes()[:-3], b"\x02\x00\x00\x00\x00\x00\x00\x00{}"],
 )
 def test_other_bytes_are_refused(content: bytes) -> None:
+    with pytest.raises(ValueError, match="no packet of a federation"):
+        Packet.from_bytes(content)
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, str(2**63), "NaN", "-Infinity", "1e999"])
+def test_numbers_that_arithmetic_cannot_bear_do_not_come_in(number: str) -> None:
+    content = save({}, metadata={"packet": f'{{"kind": "failed", "meta": {{"seconds": {{"local": {number}}}}}}}'})
     with pytest.raises(ValueError, match="no packet of a federation"):
         Packet.from_bytes(content)
 
@@ -201,6 +211,7 @@ BAD_ANSWERS = {
     "no figures": ({"figures": None}, "update"),
     "no loss": ({"figures": {"loss": 1.0}}, "update"),
     "a text for a loss": ({"figures": {"train_loss": "nan"}}, "update"),
+    "metrics that are none": ({"figures": {"train_loss": 1.0, "training_metrics": 5}}, "update"),
     "bytes that are none": ({"numbers": 7, "base_bytes": "all"}, "update"),
 }
 
@@ -304,3 +315,30 @@ def test_a_step_of_codecs_is_that_of_the_wire_dtype(make_trainer) -> None:
     trainer.train()
     entry = trainer.record["rounds"][-1]
     assert entry["bytes_up"] < 0.6 * entry["bytes_down"]
+
+
+@pytest.mark.parametrize(
+    "answer", [Reply("client_0", "timeout"), Reply("client_0", "error", reason="it is out of memory")]
+)
+def test_a_client_that_may_have_taken_over_what_it_did_not_evaluate_is_sent_the_sum(
+    answer: Reply, make_trainer
+) -> None:
+    """The change of a round would be added to its base twice."""
+
+    class Evaluating(InProcess):
+        evaluators = ("client_0", "client_1")
+
+        def exchange(self, packets, round, timeout=None):
+            yield answer
+            yield Reply("client_1", packet=Packet("metrics", {}, {"metrics": {"eval_loss": 1.0}, "num_examples": 2}))
+
+    federation = make_trainer("out", aggregation="fedex_lora").federation
+    federation.transport = Evaluating(None)
+    federation.host.is_evaluated_at_clients = lambda round: True
+    federation.host.enter_evaluation = lambda *measured: None
+    visits, base = federation.server.visits, BaseSum(lambda: {"m.left": torch.ones(1, 1), "m.right": torch.ones(1, 1)})
+    visits.seen = {"client_0": 3, "client_1": 3}
+    base.end_round(3, {})
+    federation.evaluate_at_clients(Round(3, 1.0))
+    kinds = {client: base.for_client(visits.seen.get(client), 4)[1] for client in ("client_0", "client_1")}
+    assert kinds == {"client_0": "sum", "client_1": None}

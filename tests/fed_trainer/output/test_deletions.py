@@ -16,7 +16,7 @@ from helpers.paths import ROOT
 
 
 PACKAGES = ("fed_trainer", "peft_scl", "recipes", "benchmarks")
-DELETING = {"rmtree", "unlink", "rmdir", "removedirs", "move", "renames", "truncate", "ftruncate"}
+DELETING = {"rm", "rm_file", "rmtree", "unlink", "rmdir", "removedirs", "move", "renames", "truncate", "ftruncate"}
 MODULES = {"os", "shutil"}  # whose `remove`, `replace` and `rename` take paths
 
 # file, function, call: the reason
@@ -29,6 +29,22 @@ ALLOWED = {
         "replace_durably",
         "os.replace",
     ): "a record, or a checkpoint to a name that was looked at",
+    (
+        "fed_trainer/federation/transport/keys.py",
+        "_write_private",
+        "path.unlink",
+    ): "a file that was made a line before",
+    ("fed_trainer/federation/transport/nvflare/kit.py", "_write", "os.replace"): "the profile of a kit, by its name",
+    (
+        "fed_trainer/federation/transport/store/files.py",
+        "Files.delete.act",
+        "rm_file",
+    ): "a message, at an address where a run has its note",
+    (
+        "fed_trainer/federation/transport/store/files.py",
+        "Files.delete_folder.act",
+        "rm",
+    ): "messages of a run; where something else lies, no run begins",
     ("fed_trainer/output/owned.py", "remove_own_files", "path.unlink"): "files that a run has listed as written by it",
     ("fed_trainer/output/owned.py", "remove_own_files", "parent.rmdir"): "folders that are empty",
     ("fed_trainer/output/owned.py", "remove_own_folder", "shutil.rmtree"): "a folder that is marked",
