@@ -15,6 +15,7 @@ from .data.partition import (
     pathological_partition,
     quantity_skew_partition,
 )
+from .federation.transport import Store
 from .federation.validation import TooFewClientsError
 from .methods.aggregation import ClientUpdate
 from .output.record import read_record
@@ -39,6 +40,7 @@ __all__ = [
     "FederatedTaskTrainer",
     "FederatedTrainer",
     "Invitation",
+    "Store",
     "TooFewClientsError",
     "dirichlet_partition",
     "iid_partition",

@@ -46,6 +46,12 @@ class ClientData:
         """Tokens that carry a loss, of clients that have been counted, if the mean is weighted by them."""
         self._prepared: dict[str, Dataset] = {}
 
+    def rename(self, name: str, clients: Mapping[str, Dataset]) -> None:
+        """The data of the one client that there is gets its name."""
+        self.clients = clients
+        self._prepared = dict.fromkeys([name], self._prepared.popitem()[1]) if self._prepared else {}
+        self.num_tokens = {}
+
     @property
     def num_kept(self) -> int:
         """How many prepared datasets stay in memory: all of a round."""

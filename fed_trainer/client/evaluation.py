@@ -224,6 +224,44 @@ class ClientEvaluationMixin(AgreementMixin):
         with self.client_model(client):
             return super().evaluate(name, metric_key_prefix=prefix, **options)
 
+    def evaluate_state(self, client: str, state: AdapterState) -> tuple[dict[str, Any], int]:
+        """
+        The figures of a state on the held-out data of a client, for a coordinator elsewhere, and the number of
+        examples.
+
+        Raises:
+            ClientError: If the client has none that can be used.
+        """
+        held_out: Any = self.eval_dataset
+        if not self.evaluates_clients or client not in held_out:
+            raise ClientError(f"Client {client!r} has no held-out data.")
+        count = len(self._held_out_of(client))
+        name: Any = client
+        try:
+            self._live_adapter.write(state)
+            self._owner = client
+            with self._quietly():
+                figures = super().evaluate(name, metric_key_prefix="eval")
+        finally:
+            self._owner = None
+        return self._figures_of_model(figures, "eval"), count
+
+    def enter_evaluation(
+        self, by_client: dict[str, dict[str, Any]], counts: Mapping[str, int | None]
+    ) -> dict[str, float] | None:
+        """
+        Take over what clients elsewhere have measured, as an evaluation by client; `None` if none has.
+
+        Args:
+            by_client (`dict[str, dict[str, Any]]`):
+                Figures by client; empty for one that has none.
+            counts (`dict[str, int]`):
+                Number of held-out examples by client; `None` for one that does not say it.
+        """
+        if not any(by_client.values()):
+            return None
+        return self._enter(by_client, {client: count for client, count in counts.items() if count != 0}, {})
+
     def _evaluate_clients(self, prefix: str, options: dict[str, Any]) -> dict[str, float]:
         held_out: Any = self.eval_dataset
         start, counts = time.time(), {}
@@ -244,13 +282,22 @@ class ClientEvaluationMixin(AgreementMixin):
                 continue
             with self._quietly():
                 figures = self._evaluate_client(client, prefix, options)
-            counted = {name for figure in self._progress_figures for name in (figure, f"{prefix}_{figure}")}
-            measured = without_speed(figures, prefix)
-            by_client[client] = {key: value for key, value in measured.items() if key not in counted}
+            by_client[client] = self._figures_of_model(figures, prefix)
+        return self._enter(by_client, counts, speed_metrics(prefix, start, num_samples=sum(counts.values())))
+
+    def _figures_of_model(self, figures: dict[str, float], prefix: str) -> dict[str, Any]:
+        """Of the figures of an evaluation those of the model."""
+        counted = {name for figure in self._progress_figures for name in (figure, f"{prefix}_{figure}")}
+        return {key: value for key, value in without_speed(figures, prefix).items() if key not in counted}
+
+    def _enter(
+        self, by_client: dict[str, dict[str, Any]], counts: Mapping[str, int | None], speed: dict[str, float]
+    ) -> dict[str, float]:
+        """Log the means of an evaluation by client, and report them."""
         means = means_over_clients(by_client, counts)
         _warn_of_partial_means(means, len(by_client))
         self.client_evaluation, self.client_means = by_client, means
-        metrics = dict(means.means) | speed_metrics(prefix, start, num_samples=sum(counts.values()))
+        metrics = dict(means.means) | speed
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.client_evaluation, self.client_means = by_client, means  # callbacks may have evaluated something else

@@ -17,7 +17,7 @@ from .live import live_state
 from .live.base_model import base_digest
 
 
-__all__ = ["Invitation", "invite", "join"]
+__all__ = ["Invitation", "check_invitation", "invite", "join"]
 
 # how the adapter starts, which the server's replaces, and where its pieces are kept
 _HARMLESS_FIELDS = {"keep_base", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"}
@@ -84,7 +84,22 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
         ValueError: If the client holds another base model or has another PEFT config, or the adapter does not fit;
             `model` is unchanged.
     """
-    _check_invitation(invitation, client)
+    check_invitation(model, invitation, client)
+    live_state(model).load(invitation.adapter, f"The adapter that the server sent to client {client!r}")
+
+
+def check_invitation(model: PeftModel, invitation: Invitation, client: str) -> None:
+    """
+    Refuse an invitation to train another adapter, or one on another base model.
+
+    Args:
+        model, invitation, client:
+            As for [`join`].
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    _check_kinds(invitation, client)
     ours = base_digest(model)
     if ours is not None and invitation.base_digest is not None and ours != invitation.base_digest:
         raise ValueError(
@@ -104,10 +119,9 @@ def join(model: PeftModel, invitation: Invitation, client: str) -> None:
                 f"{here.get(field)!r} instead of {there.get(field)!r}), so the same tensors would compute "
                 "something else. Make it with the server's PEFT config."
             )
-    live_state(model).load(invitation.adapter, f"The adapter that the server sent to client {client!r}")
 
 
-def _check_invitation(invitation: Invitation, client: str) -> None:
+def _check_kinds(invitation: Invitation, client: str) -> None:
     """What came over a network may be of any kind."""
     kinds: dict[str, tuple[type, ...]] = {
         "base_digest": (str, type(None)), "peft_type": (str,), "peft_config": (dict,), "adapter": (dict,),

@@ -17,15 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from ..output.figures import TRAINING_METRICS
 from ..state.client_errors import ClientError
 from .engines import Engine
 from .token_counts import IGNORED_LABEL
 
 
-__all__ = ["NUM_TOKENS", "TRAINING_METRICS", "LocalFiguresMixin", "Measured"]
+__all__ = ["NUM_TOKENS", "LocalFiguresMixin", "Measured"]
 
 
-TRAINING_METRICS = "training_metrics"  # in the figures of a client: what the trainer logs beside the loss
 NUM_TOKENS = "num_tokens"
 # what `Trainer.log` adds
 _ADDED = frozenset({"epoch", "step", "num_input_tokens_seen", "train_runtime", "train_tokens_per_second"})

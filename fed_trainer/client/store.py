@@ -97,7 +97,20 @@ class ClientStore:
             parts.setdefault(part, {})[key] = tensor
         return parts
 
-    def write(self, client: str, parts: dict[str, AdapterState], round: int, counted: int | None) -> None:
+    def round_of(self, client: str, counted: int | None) -> int | None:
+        """Of which round is what `read` gives; `None` if there is nothing."""
+        self._refresh()
+        name = self._valid(client, counted)
+        return None if name is None else self._index[name].round
+
+    def write(
+        self,
+        client: str,
+        parts: dict[str, AdapterState],
+        round: int,
+        counted: int | None,
+        saved: int | None = None,
+    ) -> None:
         """
         Keep `parts`, of `round`: they hold in place of what the client has kept so far as soon as the update of
         that round is said to have counted.
@@ -111,8 +124,10 @@ class ClientStore:
                 The round.
             counted (`int`, *optional*):
                 As in `read`: of what is there already, what this leaves open is deleted.
+            saved (`int`, *optional*):
+                The same, as of a state to which the server may go back: what holds in it stays, too.
         """
-        self._drop(client, self._valid(client, counted))
+        self._drop(client, self._valid(client, counted), self._valid(client, saved))
         tensors = {f"{part}/{key}": tensor for part, state in parts.items() for key, tensor in state.items()}
         if not tensors:
             return
@@ -237,16 +252,16 @@ class ClientStore:
         names = self._names.get(client, [])
         return next((name for name in reversed(names) if self._index[name].round <= counted), None)
 
-    def _drop(self, client: str, kept: str | None) -> None:
-        """Delete the files of a client but for one."""
-        dropped = [name for name in self._names.get(client, []) if name != kept]
+    def _drop(self, client: str, *kept: str | None) -> None:
+        """Delete the files of a client but for these."""
+        dropped = [name for name in self._names.get(client, []) if name not in kept]
         if not dropped:
             return
         remove_own_files(self.folder, dropped)
         for name in dropped:
             del self._index[name]
             self._unproven.discard(name)
-        self._names[client] = [] if kept is None else [kept]
+        self._names[client] = [name for name in self._names[client] if name not in dropped]
         self._is_unwritten = True
 
     def _found(self) -> tuple[list[str], list[str]]:

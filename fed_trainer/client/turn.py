@@ -14,8 +14,9 @@ from torch import nn
 from transformers.utils import logging
 
 from ..config import FederationArguments
+from ..federation.base_sum import as_changes
 from ..federation.client_settings import ClientSettings
-from ..federation.packet import DELTA, DRAWN, EXTRAS, OBJECTIVE, STATE, Packet, named
+from ..federation.packet import BASE, DELTA, DRAWN, EXTRAS, OBJECTIVE, STATE, Packet, named
 from ..federation.plan import Plan
 from ..federation.sampling import client_seed
 from ..federation.validation import first_not_finite
@@ -25,6 +26,7 @@ from ..state.adapter_state import AdapterState, subtract
 from ..state.client_errors import ClientError, TurnFailedError
 from .agreement import UNPREPARED
 from .data import ClientData
+from .live.base_changes import BaseChanges
 from .optimizer_state import UnkeptOptimizerError
 from .put_back import PutBack, remember_problem_type, remember_random_state, restoring
 from .store import ClientStore
@@ -103,12 +105,28 @@ class Client:
             What they keep.
         state (`dict[str, torch.Tensor]`):
             What is trained, before the first round: agreed on with the server.
+        base_changes ([`BaseChanges`], *optional*):
+            What rules add to the base weights of a client elsewhere; in the server's process they are the server's.
+        is_elsewhere (`bool`, *optional*, defaults to `False`):
+            Whether the server is another process, which may go back to its last checkpoint while this one goes on.
     """
 
-    def __init__(self, trainer: Any, plan: Plan, data: ClientData, store: ClientStore, state: AdapterState) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        plan: Plan,
+        data: ClientData,
+        store: ClientStore,
+        state: AdapterState,
+        base_changes: BaseChanges | None = None,
+        is_elsewhere: bool = False,
+    ) -> None:
         self.trainer, self.plan, self.data, self.store = trainer, plan, data, store
+        self.base_changes, self.is_elsewhere = base_changes, is_elsewhere
         self.args: FederationArguments = trainer.args
         self._known = dict(state)
+        # by client elsewhere what it was sent in the shapes of its rank, and is not sent twice
+        self._of_smaller_rank: dict[str, AdapterState] = {}
 
     def begin(self, state: AdapterState, done: int = 0) -> None:
         """
@@ -138,7 +156,7 @@ class Client:
         with timed(seconds, "prepare"):
             turn = self._begin_turn(packet)
         outcome = self._try(turn, seconds)
-        self._keep(turn, outcome, packet.meta["counted"])
+        self._keep(turn, outcome, packet)
         return self._answer(turn, outcome, seconds)
 
     def model_state(self, state: AdapterState, client: str, counted: int | None) -> AdapterState:
@@ -149,19 +167,33 @@ class Client:
         kept = self.store.read(client, counted)
         return {**state, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}
 
+    def evaluate(self, packet: Packet) -> Packet:
+        """
+        The client's evaluation of the state in a packet, on its own held-out data.
+
+        Args:
+            packet ([`Packet`]):
+                What the server sends; its `kind` is `"evaluate"`.
+
+        Returns:
+            [`Packet`]: the figures.
+        """
+        client = packet.meta["client"]
+        self.trainer._before_new_state(self._known)  # of a client of the round, and of one that has waited
+        self._take(packet)
+        kept = self._kept(packet)
+        state = {**self._known, **kept.get(LOCAL, {}), **kept.get(PERSONAL, {})}
+        figures, num_examples = self.trainer.evaluate_state(client, state)
+        about = {"round": packet.meta["round"], "client": client, "num_examples": num_examples, "metrics": figures}
+        return Packet("metrics", {}, about)
+
     # The steps of a turn
 
     def _begin_turn(self, packet: Packet) -> Turn:
         meta, plan = packet.meta, self.plan
         client, round = meta["client"], meta["round"]
-        kept = self.store.read(client, meta["counted"])
-        settings = plan.settings_of(client, meta["rank"])
-        keys = plan.shared_keys(self._known, round)
-        like = {**self._known, **plan.cut_to_rank({key: self._known[key] for key in keys}, settings)}
-        sent = {**plan.down.decode(packet.part(STATE), like), **packet.part(DRAWN)}
-        self._known |= {key: tensor for key, tensor in sent.items() if tensor.shape == self._known[key].shape}
-        whole = {key: _padded(tensor, self._known[key].shape) for key, tensor in sent.items()}
-        state = {**self._known, **whole}
+        settings, keys, state = self._take(packet)  # first: a turn that fails counts as one that has what it was sent
+        kept = self._kept(packet)
         shared = {key: tensor for key, tensor in state.items() if key in keys}
         return Turn(
             client,
@@ -175,6 +207,44 @@ class Client:
             received=packet.part(OBJECTIVE),
             kept=kept,
         )
+
+    def _take(self, packet: Packet) -> tuple[ClientSettings, set[str], AdapterState]:
+        """
+        Take over what the server sends: the settings of the client, the names of what is shared in the round, and the
+        global state as the client was sent it.
+        """
+        meta, plan = packet.meta, self.plan
+        settings = plan.settings_of(meta["client"], meta["rank"])
+        keys = plan.shared_keys(self._known, meta["round"])
+        like = {**self._known, **plan.cut_to_rank({key: self._known[key] for key in keys}, settings)}
+        sent = {**plan.down.decode(packet.part(STATE), like), **packet.part(DRAWN)}
+        if factors := packet.part(BASE):
+            assert self.base_changes is not None  # by the same plan
+            if meta["base_is"] == "sum":
+                self.base_changes.load_state_dict(factors)
+            else:
+                self.base_changes.add(as_changes(factors))
+        own = self._of_smaller_rank.setdefault(meta["client"], {}) if self.is_elsewhere else {}
+        for key, tensor in sent.items():
+            if tensor.shape == self._known[key].shape:
+                self._known[key] = tensor
+                own.pop(key, None)
+            else:
+                own[key] = tensor
+        whole = {key: _padded(tensor, self._known[key].shape) for key, tensor in own.items()}
+        return settings, keys, {**self._known, **whole}
+
+    def _kept(self, packet: Packet) -> dict[str, AdapterState]:
+        """What the client has kept, by part."""
+        client, counted = packet.meta["client"], packet.meta["counted"]
+        kept = self.store.read(client, counted)
+        is_kept = self.is_elsewhere and counted is not None and self.plan.clients_keep(self._known)
+        if is_kept and self.store.round_of(client, counted) != counted:
+            raise ClientError(
+                f"client {client!r} has kept nothing of round {counted}, in which its update counted, so it cannot go "
+                "on from there. Start it with the folder that it has worked in, or begin a new run"
+            )
+        return kept
 
     def _try(self, turn: Turn, seconds: dict[str, float]) -> Outcome:
         """The local round, as often as `client_retries` allows."""
@@ -282,10 +352,13 @@ class Client:
                 f"{broken}, which stays with the client, has values that are not finite. Lower `learning_rate`."
             )
 
-    def _keep(self, turn: Turn, outcome: Outcome, counted: int | None) -> None:
+    def _keep(self, turn: Turn, outcome: Outcome, packet: Packet) -> None:
         """What the client keeps holds as soon as it is told that the update has counted."""
         if self.trainer.is_world_process_zero():
-            self.store.write(turn.client, outcome.keeps, turn.round, counted)
+            saved = packet.meta.get("saved") if self.is_elsewhere else None
+            self.store.write(turn.client, outcome.keeps, turn.round, packet.meta["counted"], saved)
+            if self.is_elsewhere:
+                self.store.settle({})  # no verdict is known yet, but another process may go on from here
 
     def _answer(self, turn: Turn, outcome: Outcome, seconds: dict[str, float]) -> Packet:
         return Packet(

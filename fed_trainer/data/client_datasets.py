@@ -111,7 +111,7 @@ def column_by_client(clients: Mapping[str, Dataset], column: str) -> Iterator[tu
 
 def one_of_each_source(clients: Mapping[str, Dataset]) -> dict[str, Dataset]:
     """The clients whose columns have to be looked at: the first, if all have rows of one dataset."""
-    if isinstance(clients, ClientDatasets):
+    if isinstance(clients, ClientDatasets) and clients:
         first = next(iter(clients))
         return {first: clients[first]}
     return dict(clients)

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 
 __all__ = [
+    "FIGURES_WITHHELD",
+    "TRAINING_METRICS",
     "ClientMeans",
     "evaluations",
     "held_out_metrics",
@@ -20,6 +22,9 @@ __all__ = [
     "without_speed",
 ]
 
+
+TRAINING_METRICS = "training_metrics"  # in the figures of a client: what the trainer logs beside the loss
+FIGURES_WITHHELD = "figures_withheld"  # set, and alone, in the place of figures that may not leave a client
 
 # what `Trainer.evaluate` measures of itself rather than of the model, behind the prefix of the data set
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
@@ -63,12 +68,18 @@ def is_shown(value: Any) -> bool:
     return isinstance(value, (int, float)) or value in ("nan", "inf", "-inf")
 
 
-def mean_over_clients(values: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """The mean, weighted by the numbers of examples."""
-    return sum(weights[client] * value for client, value in values.items()) / sum(weights[client] for client in values)
+def mean_over_clients(values: Mapping[str, float], weights: Mapping[str, float | None]) -> float:
+    """
+    The mean, weighted by the numbers of examples. If one of the clients does not say its own (`None`), all of them
+    weigh alike.
+    """
+    known = {client: weight for client in values if (weight := weights[client]) is not None}
+    if len(known) < len(values):
+        known = dict.fromkeys(values, 1)
+    return sum(known[client] * value for client, value in values.items()) / sum(known.values())
 
 
-def means_over_clients(figures: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> ClientMeans:
+def means_over_clients(figures: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float | None]) -> ClientMeans:
     """
     The means of all metrics, each over the clients that have it.
 
@@ -76,7 +87,7 @@ def means_over_clients(figures: Mapping[str, Mapping[str, Any]], weights: Mappin
         figures (`Mapping[str, Mapping[str, Any]]`):
             By client, what was measured: numbers, or what a user's `compute_metrics` has returned in their place.
         weights (`Mapping[str, float]`):
-            By client, the number of its examples.
+            By client, the number of its examples; `None` if it does not say it.
     """
     result = ClientMeans({}, {}, {})
     for name in dict.fromkeys(name for measured in figures.values() for name in measured):

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .figures import is_shown
+from .figures import FIGURES_WITHHELD, is_shown
 
 
 __all__ = ["Openings", "clients_between", "published_log", "published_record"]
@@ -84,7 +84,7 @@ def published_record(record: Mapping[str, Any], openings: Openings = CLOSED) -> 
         "published": openings._asdict(),
         "settings": _chosen(record.get("settings", {}), _SETTINGS),
         "federation": federation,
-        "num_examples": sum(sizes) if openings.client_metrics or len(sizes) > 1 else None,
+        "num_examples": sum(sizes) if None not in sizes and (openings.client_metrics or len(sizes) > 1) else None,
         "label_column": record["label_column"] if openings.label_counts else None,
         "clients": {
             shown[name]: {
@@ -119,8 +119,11 @@ def published_log(state: Mapping[str, Any], record: Mapping[str, Any], openings:
     for entry in state["log_history"]:
         round = rounds.get(entry.get("step"), {"clients": {}, "client_eval": None})
         kept = _chosen(entry, _LOG)
-        if openings.client_metrics or _counts_many(round):
-            kept |= {key: entry[key] for key in entry if _LOG_OVER_CLIENTS.fullmatch(key)}
+        kept |= {
+            key: entry[key]
+            for key in entry
+            if _LOG_OVER_CLIENTS.fullmatch(key) and (openings.client_metrics or _is_of_many(round, key))
+        }
         if openings.client_metrics:
             kept |= _client_figures(entry, shown)
         evaluated = {key: value for key, value in entry.items() if key.startswith("eval_")}
@@ -140,7 +143,6 @@ def clients_between(record: Mapping[str, Any], after: int) -> set[str]:
 def _round(
     record: Mapping[str, Any], entry: Mapping[str, Any], shown: Mapping[str, str], openings: Openings
 ) -> dict[str, Any]:
-    counts = openings.client_metrics or _counts_many(entry)
     if openings.client_metrics:
         clients = {shown[name]: _chosen(figures, _CLIENT_METRICS) for name, figures in entry["clients"].items()}
     elif openings.client_names:
@@ -153,7 +155,10 @@ def _round(
     is_whole = openings.client_names and openings.client_metrics
     return {
         **_chosen(entry, _ROUND),
-        **{key: entry.get(key) if counts else None for key in _OVER_CLIENTS},
+        **{
+            key: entry.get(key) if openings.client_metrics or _is_of_many(entry, key) else None
+            for key in _OVER_CLIENTS
+        },
         "clients": clients,
         "refused": dict(entry.get("refused", {})) if is_whole else {},
         "eval": _evaluation(record, entry.get("eval"), _of_one(entry), openings),
@@ -208,8 +213,12 @@ def _names_a_client(key: str, clients: Collection[str]) -> bool:
     return any("_".join(parts[start:end]) in clients for end in range(len(parts) + 1) for start in range(1, end))
 
 
-def _counts_many(entry: Mapping[str, Any]) -> bool:
-    return len(entry["clients"]) > 1
+def _is_of_many(entry: Mapping[str, Any], figure: str) -> bool:
+    """Whether a figure of a round, or of its log, is a sum or a mean over several clients, as far as they tell it."""
+    clients = entry["clients"].values()
+    if figure in ("loss", "train_loss"):
+        clients = [figures for figures in clients if FIGURES_WITHHELD not in figures]
+    return len(clients) > 1
 
 
 def _of_one(entry: Mapping[str, Any]) -> Callable[[str], bool]:

@@ -155,6 +155,8 @@ def _client_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str
     for client in here:
         for figure in ("num_examples", "composition"):
             before, now = there[client].get(figure), here[client].get(figure)
+            if now is None and here[client].get("is_elsewhere"):  # it is known once the client has joined
+                continue
             if before != now:
                 return [f"clients: {figure} of {client!r}, {short_repr(before)} there, {short_repr(now)} here"]
     return []

@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         | {f"{kind}/{answer}" for kind in ("logits", "logps", "rewards") for answer in ("chosen", "rejected")}
     )
     _preference_formats = ({"chosen", "rejected"},)
+    _kind = "dpo"
+    _stub_row = MappingProxyType({"prompt": "A", "chosen": "B", "rejected": "C"})
     args: FederatedDPOConfig
     _reference: LiveState | None = None
 
@@ -114,7 +117,7 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         self,
         model: str | nn.Module | None,
         args: FederationArguments,
-        train_dataset: Mapping[str, Dataset],
+        train_dataset: Mapping[str, Dataset] | Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
@@ -123,7 +126,6 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         super().__init__(model, args, train_dataset, eval_dataset, peft_config, **kwargs)
         if not isinstance(self.model, PeftModel):
             return
-        self._refuse_to_follow_what_stays_with_the_clients()
         if _REFERENCE in self.model.peft_config:  # TRL adds it to a `PeftModel`, whatever `reference` is
             self.model.delete_adapter(_REFERENCE)
         if self.args.reference != "base":
@@ -134,6 +136,11 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
                 )
             self._reference = self._add_reference(self.model)
 
+    def _check_settings(self, start: AdapterState) -> None:
+        super()._check_settings(start)
+        if isinstance(self.model, PeftModel):
+            self._refuse_to_follow_what_stays_with_the_clients()
+
     def _local_round(self, task: Task) -> Trained:
         if self.args.reference == "round":
             assert self._reference is not None
@@ -141,18 +148,18 @@ class FederatedDPOTrainer(TRLMixin, DPOTrainer):
         return super()._local_round(task)
 
     def _before_first_round(self) -> None:
-        self._follow_the_rounds()
+        self._follow_the_rounds(self.federation.state)
 
-    def _before_new_state(self) -> None:
-        self._follow_the_rounds()  # clients of smaller ranks were sent parts of it
+    def _before_new_state(self, state: AdapterState) -> None:
+        self._follow_the_rounds(state)  # clients of smaller ranks were sent parts of it
 
     # The reference policy
 
-    def _follow_the_rounds(self) -> None:
+    def _follow_the_rounds(self, state: AdapterState) -> None:
         """With `reference="round"` evaluations compare with the global state that the last round has begun with."""
         if self.args.reference == "round":
             assert self._reference is not None
-            self._reference.write(self.federation.state)
+            self._reference.write(state)
 
     def _add_reference(self, model: PeftModel) -> LiveState:
         """Beside the adapter a frozen copy of it, which `DPOTrainer` knows by its name."""

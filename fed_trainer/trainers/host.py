@@ -49,17 +49,33 @@ class TrainerHost:
 
     def after_client(self, round: Round, client: str) -> None:
         figures = round.clients[client]
-        self.progress.client(round.number, client, int(figures["num_examples"]), figures)
+        if self._trainer._serving is not None:
+            self._trainer._serving.watch.counted(client, figures)
+        self.progress.client(round.number, client, figures["num_examples"], figures)
 
     def install(self, state: AdapterState, base_change: dict[str, LowRank]) -> None:
         trainer, base = self._trainer, self._trainer._base_changes
-        trainer._before_new_state()
+        trainer._before_new_state(trainer.federation.state)
         self._base_before = {} if base is None else base.state_dict()  # not copied: nothing changes it in place
         refuse_overflow(state, trainer._live_adapter.dtypes())
         trainer._has_left_start = True
         trainer._live_adapter.write(state)
         if base is not None:
             base.add(base_change)
+
+    def base_sum(self) -> AdapterState:
+        base = self._trainer._base_changes
+        return {} if base is None else base.state_dict()
+
+    def is_evaluated_at_clients(self, round: int) -> bool:
+        trainer = self._trainer
+        is_due = trainer.args.eval_on_start if round == 0 else self._is_due(round, trainer.args.eval_rounds)
+        return is_due and trainer.eval_dataset is None and bool(trainer.federation.transport.evaluators)
+
+    def enter_evaluation(
+        self, figures: dict[str, dict[str, Any]], num_examples: dict[str, int | None]
+    ) -> Mapping[str, Any] | None:
+        return self._trainer.enter_evaluation(figures, num_examples)
 
     def settle(self, counted: Mapping[str, int | None]) -> None:
         first_alone(functools.partial(self._trainer.client.store.settle, counted))
@@ -80,13 +96,20 @@ class TrainerHost:
 
     def finish_round(self, round: Round, evaluation: Mapping[str, Any] | None) -> bool:
         trainer = self._trainer
+        if trainer._serving is not None:  # clients may have joined in this round
+            trainer.record["clients"] |= trainer._serving.sizes()
         trainer._run_record.add(round, evaluation)
         is_saved = self._is_due(round.number, trainer.args.save_rounds) or trainer.control.should_training_stop
         if is_saved:
             with timed(round.seconds, "checkpoint"):
                 trainer._checkpoints.save(round.number)
+                trainer.federation.server.visits.save()
             trainer.log({"seconds_checkpoint": round.seconds["checkpoint"]})  # known only now
         trainer._run_record.append(is_saved)
+        if trainer._serving is not None:
+            for client in round.refused:
+                trainer._serving.watch.refused(client)
+            trainer._serving.watch.end_round()
         entry = trainer.record["rounds"][-1]
         self.progress.round(entry["train_loss"], held_out_metrics(trainer.record).get(round.number, {}))
         return not trainer.control.should_training_stop  # a callback's

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,13 +45,14 @@ from ..federation.plan import Plan
 from ..federation.rounds import Federation
 from ..federation.sampling import ClientSampler
 from ..federation.server import Server
-from ..federation.transport import InProcess
+from ..federation.transport import InProcess, Transport
 from ..output.run_lock import owning
 from ..output.saved_files import fresh_folder, move_into_place
 from ..output.settings import described_arguments
 from ..state.adapter_state import AdapterState, state_digest
 from ..state.processes import rest_at_exit
 from .adapter import InitialAdapter, wrapped
+from .between_machines import BetweenMachinesMixin
 from .checkpoints import Checkpoints
 from .files import CARD_NAME, RunFiles
 from .first_look import telling_row
@@ -58,7 +60,7 @@ from .host import TrainerHost
 from .record import RunRecord
 from .refusals.adapters import check_prompt_arguments, freeze_for_good, refuse_idle_adapter, refuse_unwrapped_adapter
 from .refusals.callbacks import refuse_callback, refuse_callbacks, remove_last
-from .refusals.data import check_clients
+from .refusals.data import check_clients, held_out_sets
 from .refusals.launch import check_launch
 from .refusals.settings import (
     refuse_adapter_names,
@@ -71,6 +73,7 @@ from .refusals.settings import (
     refuse_what_would_leak,
 )
 from .run import Run
+from .unnamed import unnamed
 
 
 __all__ = ["FederatedMixin"]
@@ -81,7 +84,7 @@ logger = logging.get_logger(__name__)
 _PARTS = ("client", "federation")
 
 
-class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
+class FederatedMixin(BetweenMachinesMixin, BetweenRoundsMixin, ClientEvaluationMixin):
     """
     Federated rounds over any [`~transformers.Trainer`]: `class MyTrainer(FederatedMixin, SomeTrainer)`.
 
@@ -94,12 +97,15 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     hub_model_id: Any  # `None` until the repository exists
     federation: Federation
     """The rounds, and the global state."""
-    client: Client
+    client: Client  # or what stands for clients elsewhere
     """The clients of this process, and what they keep."""
-    _base_changes: BaseChanges | None
-    _local_keys: set[str]
+    _base_changes: BaseChanges | None = None
     _base_digest: str | None  # of the base of an adapter; a plain model has none beside what is trained and saved
     _config_class: type[FederationArguments] = FederationArguments
+    _kind: str = "task"  # the name of the trainer in messages
+    _stub_row: Mapping[str, Any] = MappingProxyType({"input_ids": [0]})  # what a coordinator without data is made with
+    _unfounded_start: AdapterState | None = None  # what is trained, of a trainer that does not know its clients yet
+    _local_keys: set[str] = set()  # noqa: RUF012  # replaced, not changed
     _first_look: Dataset | None = None  # while the base trainer is made: the row that it is made with
     _takes_torch_datasets = True  # as held-out data
     _refuses_callbacks = False  # while `Trainer.__init__` adds a bar over steps
@@ -108,11 +114,14 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         self,
         model: str | nn.Module | None,
         args: FederationArguments,
-        train_dataset: Mapping[str, Dataset],
+        train_dataset: Mapping[str, Dataset] | Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        self._has_all_clients = train_dataset is not None and not isinstance(train_dataset, Dataset)
+        if train_dataset is None or isinstance(train_dataset, Dataset):
+            train_dataset, eval_dataset = unnamed(train_dataset, eval_dataset)
         self._look_at_the_arguments(model, args, train_dataset, eval_dataset, kwargs)
         initial = None
         if args.initial_adapter is not None:
@@ -120,7 +129,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
             peft_config = initial.config
         is_sorted = isinstance(train_dataset, ClientDatasets)
         self._clients = train_dataset if is_sorted else dict(sorted(train_dataset.items()))
-        self._first_look = telling_row(self._clients, getattr(args, "dataset_text_field", None))
+        looked_at = self._clients or held_out_sets(eval_dataset) or {"": Dataset.from_list([dict(self._stub_row)])}
+        self._first_look = telling_row(looked_at, getattr(args, "dataset_text_field", None))
         # held-out data by client is prepared when it is evaluated on, as there may be very many
         by_client = None
         if is_by_client(eval_dataset, self._clients):
@@ -156,39 +166,61 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         self._seen_side_metrics = set()
         check_launch(args)
         rest_at_exit()
-        check_clients(train_dataset, args)
+        if self._has_all_clients or train_dataset:
+            check_clients(train_dataset, args)
         check_held_out(eval_dataset, train_dataset, self._takes_torch_datasets)
         self._check_clients(train_dataset, eval_dataset, model, **kwargs)
         self._arguments = described_arguments({**kwargs, "transforms": described_transforms(train_dataset)}, ())
-        self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
+        if self._has_all_clients:
+            self.sampler = ClientSampler(list(train_dataset), args.clients_per_round, args.seed)
         if isinstance(model, (PreTrainedModel, PeftModel)):
             refuse_unwrapped_adapter(model)
 
     def _compose(self, initial: InitialAdapter | None, optimizers: tuple[Any, Any]) -> None:
-        """The two sides of the federation, and what writes its files, around the trainer underneath."""
+        """What is around the trainer underneath; the two sides of the federation, if all its clients are here."""
         refuse_taken_names(self, _PARTS)
-        args, folder = self.args, Path(self.args.output_dir or "")
+        self._has_optimizer = optimizers[0] is not None
         self._prepared_held_out: dict[str, Dataset] = {}
-        self._data = ClientData(self, self._clients, self.sampler.num_sampled)
-        self.train_dataset = self._data.first_prepared()
+        if self._clients:
+            num_here = self.sampler.num_sampled if self._has_all_clients else len(self._clients)
+            self._data = ClientData(self, self._clients, num_here)
+            self.train_dataset = self._data.first_prepared()
         self._look_at_the_model()
         self._take_optimizers(*optimizers)
         start = self._start_state_of(initial)
-        settings = parse_client_settings(given(args, "client_settings"), self._clients, start)
-        facts = model_facts(args.aggregation, self.model, self._live_adapter, self._base_digest)
-        plan = Plan(args, facts, start, settings, len(self._clients), self.sampler.num_sampled)
-        self.client = Client(self, plan, self._data, ClientStore(folder / PRIVATE_FOLDER), start)
-        self._host = TrainerHost(self)
-        self.federation = Federation(args, Server(plan), self.sampler, InProcess(self.client), self._host, start)
-        self._base_changes = None
-        if plan.method.adds_to_base:
+        self._files = RunFiles(self, Path(self.args.output_dir or ""))
+        if self._has_all_clients:
+            self._found_here(start)
+        else:
+            self._unfounded_start = start
+
+    def _found_here(self, start: AdapterState) -> None:
+        """The two sides of a federation in this process."""
+        plan = self._plan(start, self._clients, len(self._clients), self.sampler.num_sampled)
+        client = Client(self, plan, self._data, ClientStore(self._files.folder / PRIVATE_FOLDER), start)
+        self._found(client, start)
+        self._found_server(start, InProcess(client))
+
+    def _plan(self, start: AdapterState, clients: Collection[str], num_clients: int, num_sampled: int) -> Plan:
+        settings = parse_client_settings(given(self.args, "client_settings"), clients, start)
+        facts = model_facts(self.args.aggregation, self.model, self._live_adapter, self._base_digest)
+        return Plan(self.args, facts, start, settings, num_clients, num_sampled)
+
+    def _found(self, client: Any, start: AdapterState) -> None:
+        """The clients' side, and what follows from the plan."""
+        self.client, plan = client, client.plan
+        if plan.method.adds_to_base and self._base_changes is None:
             assert isinstance(self.model, PeftModel)  # others have no factor pairs
             self._base_changes = BaseChanges(self.model, plan.pairs)
-        self._stage = SparseStage(self.model, plan, args.seed)
+        self._stage = SparseStage(self.model, plan, self.args.seed)
         self._local_keys = plan.local_keys(start)
-        self._check_settings(has_optimizer=optimizers[0] is not None)
-        self._files = RunFiles(self, folder)
-        self._run_record = RunRecord(self, folder)
+        self._check_settings(start)
+
+    def _found_server(self, start: AdapterState, transport: Transport) -> None:
+        """The server's side, and what writes its files."""
+        self._host = TrainerHost(self)
+        self.federation = Federation(self.args, Server(self.client.plan), self.sampler, transport, self._host, start)
+        self._run_record = RunRecord(self, self._files.folder)
         self._checkpoints = Checkpoints(self)
         self._run = Run(self, self._checkpoints)
 
@@ -232,9 +264,9 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         self._has_left_start = False
         return start
 
-    def _check_settings(self, has_optimizer: bool) -> None:
+    def _check_settings(self, start: AdapterState) -> None:
         """Refuse what does not go together, now that all parts are there."""
-        args, plan = self.args, self.client.plan
+        args, plan, has_optimizer = self.args, self.client.plan, self._has_optimizer
         refuse_empty_held_out(self.eval_dataset)
         refuse_kept_optimizers(args)
         refuse_other_weights_in_evaluation(args, self.model, self._engine.holds_weights)
@@ -242,7 +274,7 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
         if self.has_personal_models and self.eval_dataset is not None and not self.evaluates_clients:
             refuse_one_evaluation(self.eval_dataset, self._local_keys)
         if self._engine.has_fixed_parameters:
-            refuse_turns_that_differ(args, plan, self.federation.state)
+            refuse_turns_that_differ(args, plan, start)
         self._engine.check(
             args,
             self.model,
@@ -283,6 +315,12 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
                 model holds that of the round before.
         """
         self._refuse_within_client_model("train")
+        if not self._has_all_clients:
+            raise ValueError(
+                "This trainer does not have the data of all clients, which `train()` would need: pass it as a "
+                "dictionary by client. `serve()` runs a federation with clients elsewhere, and `join()` takes part "
+                "in one."
+            )
         if trial is not None:
             raise NotImplementedError(
                 "Hyperparameter search over a federation is not supported: start one run per trial."
@@ -438,8 +476,8 @@ class FederatedMixin(BetweenRoundsMixin, ClientEvaluationMixin):
     def _before_first_round(self) -> None:
         """Before a run that does not go on from a checkpoint; the live model holds its start."""
 
-    def _before_new_state(self) -> None:
-        """After the clients of a round, before the live model takes over what has come of them."""
+    def _before_new_state(self, state: AdapterState) -> None:
+        """After the clients of a round that has begun with `state`, before what has come of them is taken over."""
 
     def _reference_state(self) -> AdapterState:
         """The policy that a trainer compares with, if a resumed run needs it as it was at the start."""

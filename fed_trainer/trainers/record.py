@@ -11,11 +11,11 @@ from typing import Any
 
 from trl.trainer.utils import get_config_model_id
 
-from ..client.local_figures import NUM_TOKENS, TRAINING_METRICS
+from ..client.local_figures import NUM_TOKENS
 from ..data.digests import client_digest
 from ..federation.rounds import Round
-from ..output.figures import is_finite_number, mean_over_clients
-from ..output.record import WHOLE, RecordFiles, client_sizes, peft_fields, peft_type_name
+from ..output.figures import TRAINING_METRICS, is_finite_number, mean_over_clients
+from ..output.record import WHOLE, RecordFiles, peft_fields, peft_type_name
 from ..output.same_run import held_out_digests
 from ..output.settings import described_arguments, federation_settings, local_settings
 from ..state.described import described, storable
@@ -68,7 +68,7 @@ class RunRecord:
     def fresh(self) -> dict[str, Any]:
         """The record of a run of this trainer before it begins."""
         trainer = self._trainer
-        column, base = trainer.args.label_column, get_config_model_id(trainer.model.config)
+        base = get_config_model_id(trainer.model.config)
         peft_config = active_config(trainer.model)
         return {
             "format": WHOLE,
@@ -88,9 +88,10 @@ class RunRecord:
             "num_rounds": trainer.args.num_rounds,
             "num_sampled": trainer.sampler.num_sampled,
             "partition": trainer.args.partition,
-            "label_column": column,
-            "clients": client_sizes(trainer._clients, column),
+            "label_column": trainer.args.label_column,
+            "clients": trainer._client_sizes(),
             "side_metrics": [],
+            **({} if trainer._run_id is None else {"run": trainer._run_id}),
             "start": {"eval": None},
             "rounds": [],
         }
@@ -104,12 +105,13 @@ class RunRecord:
             trainer._stage.errors = {}
         clients = round.clients
         weights = {client: figures["num_examples"] for client, figures in clients.items()}
+        losses = {client: figures["train_loss"] for client, figures in clients.items() if "train_loss" in figures}
         means = trainer.client_means if evaluation is not None else None
         entry: dict[str, Any] = {
             "round": round.number,
             "clients": storable(clients),
             "refused": round.refused,
-            "train_loss": mean_over_clients({c: f["train_loss"] for c, f in clients.items()}, weights),
+            "train_loss": mean_over_clients(losses, weights) if losses else None,  # all may have withheld it
             "training_metrics": _training_metrics(clients, weights),
             **self._learning_rates(round.lr_factor),
             "bytes_up": round.in_vain["bytes_up"] + sum(client["bytes_up"] for client in clients.values()),
@@ -127,12 +129,12 @@ class RunRecord:
         trainer.log(self._logs_of(entry, clients))
 
     def _logs_of(self, entry: dict[str, Any], clients: dict[str, dict[str, Any]]) -> dict[str, float]:
-        logs = {"loss": entry["train_loss"]}
+        logs = {} if entry["train_loss"] is None else {"loss": entry["train_loss"]}
         logs |= {key: entry[key] for key in ("learning_rate", "bytes_up", "bytes_down")}
         logs |= {f"seconds_{phase}": value for phase, value in entry["seconds"].items()}
         logs |= {name: value for name, value in entry["training_metrics"].items() if name not in logs}
         for client, figures in clients.items():
-            own = {"loss": figures["train_loss"]}
+            own = {"loss": figures["train_loss"]} if "train_loss" in figures else {}
             own = figures.get(TRAINING_METRICS, {}) | own
             logs |= {f"clients/{client}/{name}": value for name, value in own.items()}
         return logs
@@ -144,7 +146,8 @@ class RunRecord:
         by_client = trainer.evaluates_clients
         if "held_out" not in self.content:
             first = trainer.is_world_process_zero()  # which writes the record
-            self.content["held_out"] = held_out_digests(trainer.eval_dataset, by_client) if first else {}
+            has_held_out = first and trainer.eval_dataset is not None  # if not, it is the clients'
+            self.content["held_out"] = held_out_digests(trainer.eval_dataset, by_client) if has_held_out else {}
         recorded: dict[str, Any] = storable(metrics)
         return recorded
 
@@ -152,7 +155,7 @@ class RunRecord:
         """
         A digest of the data of the clients that have trained for the first time, by which a resumed run recognises it.
         """
-        if not self._trainer.is_world_process_zero():
+        if not self._trainer.is_world_process_zero() or not self._trainer._has_all_clients:
             return
         for client in clients:
             about = self.content["clients"][client]
@@ -197,7 +200,9 @@ class RunRecord:
         return about
 
 
-def _training_metrics(clients: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, float]:
+def _training_metrics(
+    clients: Mapping[str, Mapping[str, Any]], weights: Mapping[str, float | None]
+) -> dict[str, float]:
     """
     What the trainer logs of training: means over the clients that have it, weighted by examples, and the sum of
     tokens.

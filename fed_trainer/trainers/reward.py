@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from datasets import Dataset
@@ -68,13 +69,15 @@ class FederatedRewardTrainer(TRLMixin, RewardTrainer):
     _config_class = FederatedRewardConfig
     _side_metrics = frozenset({"num_tokens", "min_reward", "mean_reward", "max_reward"})
     _preference_formats = ({"chosen", "rejected"}, {"chosen_ids", "rejected_ids"})
+    _kind = "reward"
+    _stub_row = MappingProxyType({"chosen": "A", "rejected": "B"})
     args: FederatedRewardConfig
 
     def __init__(
         self,
         model: str | nn.Module | None,
         args: FederationArguments,
-        train_dataset: Mapping[str, Dataset],
+        train_dataset: Mapping[str, Dataset] | Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,

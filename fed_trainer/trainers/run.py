@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..federation.rounds import Round
 from ..federation.validation import TooFewClientsError
 from ..output.checkpoint import (
     has_nothing_to_resume,
@@ -114,11 +116,19 @@ class Run:
             trainer._train_from_now_on(trainer._stage.begin())
         trainer._run_record.begin_files()  # from now on there is something to resume
         self._begin(TrainerState())
-        if trainer.args.eval_on_start and trainer.eval_dataset is not None:
-            evaluation = trainer.evaluate(ignore_keys=trainer._host.ignored_in_evaluation)
+        trainer._meet_clients()
+        if trainer.args.eval_on_start and (evaluation := self._evaluate_start()) is not None:
             trainer.record["start"]["eval"] = trainer._run_record.evaluation(evaluation)
         trainer._run_record.write(trainer._files.folder)
         return 0
+
+    def _evaluate_start(self) -> Mapping[str, Any] | None:
+        trainer = self._trainer
+        if trainer.eval_dataset is None:
+            evaluation: Mapping[str, Any] | None = trainer.federation.evaluate_at_clients(Round(0, 1.0))
+        else:
+            evaluation = trainer.evaluate(ignore_keys=trainer._host.ignored_in_evaluation)
+        return evaluation
 
     def _abandon_sparse_stage(self) -> None:
         """Leave the first stage that a run of this trainer broke off in."""
@@ -133,7 +143,8 @@ class Run:
         self._abandon_sparse_stage()
         fresh = trainer._run_record.fresh()
         check_same_run(record, fresh, folder)
-        check_same_data(record, trainer._clients, trainer.eval_dataset, trainer.evaluates_clients, folder)
+        clients = trainer._clients if trainer._has_all_clients else {}
+        check_same_data(record, clients, trainer.eval_dataset, trainer.evaluates_clients, folder)
         done = checkpoint.state.global_step
         refuse_later_rounds(trainer._files.folder, done)
         refuse_foreign_checkpoints(trainer._files.folder, range(done + 1, trainer.args.num_rounds + 1))
@@ -149,6 +160,7 @@ class Run:
         trainer._run_record.begin_files()
         trainer._files.published_round = done if trainer._files.publishes_rounds else 0
         self._begin(checkpoint.state)
+        trainer._meet_clients()
         return done
 
     def _begin(self, state: TrainerState) -> None:
@@ -182,7 +194,8 @@ class Run:
         if trainer.args.push_to_hub:
             trainer.push_to_hub(commit_message=f"Round {len(rounds)}, end of training")
         wait_for_first()  # when any process goes on, all is written
-        train_loss = sum(entry["train_loss"] for entry in rounds) / len(rounds)
+        losses = [entry["train_loss"] for entry in rounds if entry["train_loss"] is not None]
+        train_loss = sum(losses) / len(losses) if losses else math.nan
         metrics = {
             "train_loss": train_loss,
             "bytes_up": sum(entry["bytes_up"] for entry in rounds),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from datasets import Dataset
@@ -64,6 +65,8 @@ class FederatedTrainer(TRLMixin, SFTTrainer):
     """
 
     _config_class = FederatedConfig
+    _kind = "sft"
+    _stub_row = MappingProxyType({"input_ids": [0]})
     _side_metrics = frozenset({"entropy", "mean_token_accuracy", "num_tokens"})
     args: FederatedConfig
     model: PeftModel | PreTrainedModel

@@ -75,13 +75,14 @@ class FederatedTaskTrainer(FederatedMixin, LossProbeMixin, Trainer):
     ```
     """
 
+    _kind = "task"
     _config_class: type[FederationArguments] = FederatedTaskConfig
 
     def __init__(
         self,
         model: str | nn.Module | None,
         args: FederationArguments,
-        train_dataset: Mapping[str, Dataset],
+        train_dataset: Mapping[str, Dataset] | Dataset | None = None,
         eval_dataset: Dataset | Mapping[str, Dataset] | None = None,
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
@@ -89,7 +90,8 @@ class FederatedTaskTrainer(FederatedMixin, LossProbeMixin, Trainer):
         super().__init__(model, args, train_dataset, eval_dataset, peft_config, **kwargs)
         is_one_batch = self.args.world_size * self.args.gradient_accumulation_steps == 1
         counts = self.model_accepts_loss_kwargs and self.compute_loss_func is None
-        self._asks_the_loss = counts and not is_one_batch and not states_its_loss(self.model)
+        # a coordinator has no data to ask, and does not train
+        self._asks_the_loss = bool(self._clients) and counts and not is_one_batch and not states_its_loss(self.model)
 
     def _build_engine(self) -> None:
         super()._build_engine()

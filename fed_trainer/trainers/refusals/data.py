@@ -179,6 +179,8 @@ def check_same_columns(clients: Mapping[str, Dataset]) -> None:
         ValueError: Naming two of them and their columns.
     """
     clients = one_of_each_source(clients)
+    if not clients:  # a coordinator has none
+        return
     first, reference = next((name, column_names(dataset)) for name, dataset in clients.items())
     for name, dataset in clients.items():
         columns = column_names(dataset)
