@@ -29,6 +29,7 @@ from datasets import Dataset
 from helpers.data import clients_of
 from helpers.hub import hub  # noqa: F401
 from helpers.models import save_tiny_llama
+from helpers.s3 import s3_endpoint  # noqa: F401
 
 
 torch.set_num_threads(1)

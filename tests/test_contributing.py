@@ -427,10 +427,10 @@ def test_clients_elsewhere_give_the_same_bits(make_trainer, plain, tmp_path) -> 
         assert (ours["bytes_up"], ours["bytes_down"]) == (theirs["bytes_up"], theirs["bytes_down"])
 
 
-def test_a_method_that_changes_the_base_goes_to_no_client_elsewhere(make_trainer, tmp_path) -> None:
-    trainer = make_trainer(aggregation="fedex_lora", client_timeout=1)
+def test_a_method_that_trains_base_weights_goes_to_no_client_elsewhere(make_trainer, tmp_path) -> None:
+    trainer = make_trainer(aggregation="slora", aggregation_kwargs={"sparse_rounds": 1}, client_timeout=1)
     trainer.federation.transport = load(TRANSPORT).Folder(tmp_path)
-    with pytest.raises(NotImplementedError, match="'fedex_lora'` changes base weights, which Folder does not take"):
+    with pytest.raises(NotImplementedError, match="'slora'` trains base weights in a first stage, which Folder does"):
         trainer.train()
     assert not list(tmp_path.iterdir())
 
