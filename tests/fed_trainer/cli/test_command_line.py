@@ -77,6 +77,7 @@ def written(folder: Path, content: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_serve_and_join_end_with_the_adapter_of_one_process(run_yaml, sites, tiny_model_dir, tmp_path, capsys):
     address, env = (
         str(tmp_path / "store"),

@@ -281,6 +281,7 @@ def test_the_run_is_that_without_the_clients_that_fail(run, option):
     assert trainer.is_in_train is False and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.fast("neftune, reentrant, bf16")
 @pytest.mark.parametrize("option", ["neftune, checkpointing", "neftune, reentrant, bf16"])
 def test_what_is_switched_on_is_on_at_all_clients(run, option):
     plain, breaker = run("plain", False)[1], run(option, True)[1]

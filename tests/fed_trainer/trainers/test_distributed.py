@@ -124,7 +124,7 @@ def test_the_model_is_wrapped_by_what_the_launch_asked_for(kind, run_of):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["cpu", *SEVERAL])
+@pytest.mark.parametrize("kind", [pytest.param("cpu", marks=pytest.mark.slow), *SEVERAL])
 def test_the_same_start_gives_the_loss_and_the_adapter_of_a_fresh_process(kind, run_of):
     for report in run_of(kind).reports:
         engine = report["engine"]
@@ -134,7 +134,7 @@ def test_the_same_start_gives_the_loss_and_the_adapter_of_a_fresh_process(kind, 
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["cpu", *SEVERAL])
+@pytest.mark.parametrize("kind", [pytest.param("cpu", marks=pytest.mark.slow), *SEVERAL])
 def test_nothing_grows_with_the_number_of_clients(kind, run_of):
     for report in run_of(kind).reports:
         early, late = report["engine"]["sizes"]
@@ -153,7 +153,7 @@ def test_all_processes_hold_the_same_model(kind, run_of):
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["cpu", *SEVERAL])
+@pytest.mark.parametrize("kind", [pytest.param("cpu", marks=pytest.mark.slow), *SEVERAL])
 def test_a_run_that_is_resumed_ends_like_one_that_was_not(kind, run_of):
     run = run_of(kind)
     for report in run.reports:
