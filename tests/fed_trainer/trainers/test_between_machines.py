@@ -21,7 +21,7 @@ from helpers.machines import ALL, CASES, CLIENTS, SERVER, make_all_keys, run_all
 
 
 CONFIGS = Path(__file__).parents[3] / "recipes" / "accelerate"
-QUICK = ["plain", "fedsa", "flora"]  # the others are slow
+QUICK = ["plain", "flora"]  # the others are slow
 
 
 @pytest.fixture(scope="session")

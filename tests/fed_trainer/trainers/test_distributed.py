@@ -162,6 +162,7 @@ def test_a_run_that_is_resumed_ends_like_one_that_was_not(kind, run_of):
             assert report["kept_and_resumed"] == report["kept_optimizers"] != report["fedavg"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", SEVERAL)
 def test_a_federation_of_two_processes_gives_the_result_of_one(kind, run_of):
