@@ -245,9 +245,7 @@ def run(little_garbage, make_clients, tiny_model_dir, tmp_path_factory):
     return make
 
 
-@pytest.mark.fast(
-    option=["packing, clipping, schedule, smoothing", "scaffold", "ditto", "slora", "dpo, checkpointing"]
-)
+@pytest.mark.fast(option=["packing, clipping, schedule, smoothing", "ditto", "slora", "dpo, checkpointing"])
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, option, point):
@@ -268,7 +266,7 @@ def test_the_next_client_gives_the_bits_that_it_gives_without_the_failure(run, o
     assert breaker.forwards[client] == without.forwards[client]  # with checkpointing the backward pass makes some more
 
 
-@pytest.mark.fast("packing, clipping, schedule, smoothing", "scaffold", "ditto", "slora", "dpo, checkpointing")
+@pytest.mark.fast("packing, clipping, schedule, smoothing", "ditto", "slora", "dpo, checkpointing")
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_run_is_that_without_the_clients_that_fail(run, option):
     (trainer, breaker), (without, _) = run(option, True), run(option, False)

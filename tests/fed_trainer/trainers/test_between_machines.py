@@ -21,7 +21,7 @@ from helpers.machines import ALL, CASES, CLIENTS, SERVER, make_all_keys, run_all
 
 
 CONFIGS = Path(__file__).parents[3] / "recipes" / "accelerate"
-QUICK = ["plain", "flora"]  # the others are slow
+pytestmark = pytest.mark.slow  # five processes each
 
 
 @pytest.fixture(scope="session")
@@ -38,11 +38,10 @@ def in_one_process(tiny_model_dir, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def between_processes(request, tiny_model_dir, tmp_path_factory):
+def between_processes(tiny_model_dir, tmp_path_factory):
     """The folder of all cases, each with a coordinator and four clients in processes of their own."""
-    cases = QUICK if "not slow" in request.config.getoption("markexpr") else list(CASES)
     folder = tmp_path_factory.mktemp("several")
-    run_all(folder, tiny_model_dir, cases)
+    run_all(folder, tiny_model_dir, list(CASES))
     return folder
 
 
@@ -57,7 +56,6 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.fast(*QUICK)
 @pytest.mark.parametrize("case", CASES)
 def test_the_adapter_is_that_of_one_process_bit_for_bit(case, in_one_process, between_processes):
     one, several = in_one_process(case), between_processes / case / SERVER
