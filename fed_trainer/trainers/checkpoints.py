@@ -90,11 +90,16 @@ class Checkpoints:
 
     def _saved_state(self) -> AdapterState:
         """The state of the model, if it cannot be trained on from the file that is published."""
+        return {} if self._saved_file_is_state else self.live_state()
+
+    def live_state(self) -> AdapterState:
+        """The state of the live model, on the untouched base, in the form that its `load` takes."""
         trainer = self._trainer
-        if self._saved_file_is_state:
-            return {}
         with trainer._base_changes.taken_out() if trainer._base_changes is not None else nullcontext():
-            return trainer._live_adapter.saved()  # PEFT saves the base weights of embeddings and heads along
+            state: AdapterState = (
+                trainer._live_adapter.saved()
+            )  # PEFT saves base weights of embeddings and heads along
+        return state
 
     def _write(
         self, folder: Path, weights: dict[str, torch.Tensor] | None, state: AdapterState, reference: AdapterState

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from ..federation.watch import Watch
 from ..methods.aggregation import METHODS
 from ..output.checkpoint import refuse_another_run
 from ..output.record import read_header
-from ..state.adapter_state import AdapterState
 from ..state.checks import check_integer, check_number
 from .elsewhere import ClientsElsewhere
 
@@ -168,8 +166,6 @@ class Serving:
     def _invitation(self) -> Packet:
         """The packet that a process is invited with: all that it has to know, and the adapter."""
         trainer = self._trainer
-        changes = trainer._base_changes
-        with changes.taken_out() if changes is not None else nullcontext():
-            adapter: AdapterState = trainer._live_adapter.saved()
+        adapter = trainer._checkpoints.live_state()
         tensors = {**named(ADAPTER, adapter), **named(REFERENCE, trainer._reference_state())}
         return Packet("invite", tensors, describe_run(trainer))

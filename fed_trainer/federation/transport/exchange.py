@@ -269,7 +269,7 @@ def names_of(end: ServerEnd, number: int, wait: float) -> list[str]:
     while True:
         members = end.look_for(None)
         if len(members) >= number:
-            return sorted(members)[:number] if len(members) > number else sorted(members)
+            return sorted(members)[:number]
         if len(members) > found:
             found = len(members)
             pauses.something_came()
