@@ -19,7 +19,7 @@ from ..federation.rounds import refuse_trained_base
 from ..federation.sampling import ClientSampler
 from ..federation.transport.ends import Network
 from ..federation.transport.exchange import Exchange, check_names, names_of
-from ..federation.transport.roster import JOINED, Roster
+from ..federation.transport.roster import Roster
 from ..federation.watch import Watch
 from ..methods.aggregation import METHODS
 from ..output.checkpoint import refuse_another_run
@@ -152,8 +152,7 @@ class Serving:
         return {client: self._size(client) for client in self._trainer.sampler.clients}
 
     def _size(self, client: str) -> dict[str, Any]:
-        known = self._roster is not None and self._roster.state(client) == JOINED
-        about = self._roster.about(client) if known and self._roster is not None else {}
+        about = {} if self._roster is None else self._roster.about(client)
         count, composition = about.get("num_examples"), about.get("label_counts")
         is_count = type(count) is int and 0 <= count <= 2**53
         is_composition = isinstance(composition, dict) and all(type(each) is int for each in composition.values())

@@ -35,7 +35,7 @@ class Guest:
         state (`str`):
             `"invited"`, `"joined"`, `"declined"`, or `"silent"` after it has not answered in time.
         about (`dict[str, Any]`, *optional*):
-            What it has said of itself when it joined.
+            What the client has said of itself when it joined last, be it another process of it.
         reason (`str`, *optional*):
             Why it has declined.
     """
@@ -74,7 +74,7 @@ class Roster:
         return self._guests[client].session
 
     def about(self, client: str) -> dict[str, Any]:
-        """What the client has said of itself; nothing if it has not joined."""
+        """What the client has said of itself; nothing if it has never joined."""
         guest = self._guests.get(client)
         return {} if guest is None or guest.about is None else guest.about
 
@@ -111,7 +111,7 @@ class Roster:
         for client in new:
             session = members[client].session
             number = self._end.send(client, session, self._invitation().to_bytes())
-            self._guests[client] = Guest(session, number)
+            self._guests[client] = Guest(session, number, about=self.about(client) or None)
             logger.info(f"Client {client!r} has come and was invited.")
         return new
 

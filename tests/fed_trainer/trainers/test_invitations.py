@@ -19,6 +19,7 @@ from fed_trainer import Store
 from fed_trainer.client import invitations
 from fed_trainer.client.process import DeclinedError
 from fed_trainer.federation.packet import Packet
+from fed_trainer.federation.transport.roster import Guest
 from fed_trainer.trainers.serving import ADAPTER, Serving
 from fed_trainer.trainers.taking_part import TakingPart
 from helpers.comparison import same
@@ -94,6 +95,17 @@ def test_the_adapter_of_the_coordinator_is_taken_over_bit_for_bit(config, invite
 def test_a_run_may_need_several_clients(invited, site):
     """Of which a site is one."""
     assert site(min_clients=2).accept("a", invited(min_clients=2)).kind == "joined"
+
+
+@pytest.mark.parametrize("state", ["joined", "silent", "invited"])
+def test_the_record_keeps_what_a_client_has_said_whatever_it_does_now(state, make_trainer):
+    trainer = make_trainer("server", clients=None, is_made=False)
+    serving = Serving(trainer, Store(f"memory://{uuid.uuid4()}", lease=0.05), ["a", "b"], 1.0, 1.0)
+    serving._end = serving._network.server_end()
+    serving._found(["a", "b"])
+    serving._roster._guests["a"] = Guest("session", 1, state, {"num_examples": 16})
+    sizes = {client: size["num_examples"] for client, size in serving.sizes().items()}
+    assert sizes == {"a": 16, "b": None}
 
 
 def test_what_concerns_the_machine_may_differ(invited, site):

@@ -224,6 +224,7 @@ def test_a_client_that_was_late_is_not_waited_for_until_it_is_heard_again(house_
     replies = house.round(2)
     assert statuses(replies) == {"a": "timeout", "b": "ok"}
     assert replies["a"].reason == "it has been silent for a while"
+    assert house.roster.about("a")["num_examples"] == 8  # which the record still says
     go_on.set()
     deadline = time.monotonic() + 20
     while house.roster.state("a") != "joined" and time.monotonic() < deadline:
@@ -263,6 +264,7 @@ def test_a_client_that_begins_anew_in_its_turn_is_sent_everything_again(house_of
     house.round(1)
     assert statuses(house.round(2)) == {"a": "ok", "b": "ok"}
     assert house.whole == [("a", 1), ("b", 1), ("a", 2)]
+    assert house.roster.about("a")["num_examples"] == 8
     assert isinstance(house.endings["a"], Gone)
 
 
