@@ -9,13 +9,13 @@ from typing import Any
 
 from ..federation.transport.ends import Network, NetworkError
 from ..federation.transport.store import Store
-from ..federation.transport.store.lease import COORDINATOR
+from ..federation.transport.store.lease import BEATS_PER_LEASE, read_lease
 from ..federation.transport.store.server import STATUS
 
 
 __all__ = ["show_status", "status_lines"]
 
-WATCHED_SECONDS = 6.0  # within which a living coordinator renews its lease
+WATCHED_BEATS = 1.5  # within which a living coordinator renews its lease
 
 
 def show_status(network: Network) -> None:
@@ -28,13 +28,13 @@ def show_status(network: Network) -> None:
     if not isinstance(network, Store):
         raise NetworkError("Only a store can be looked into. Ask the coordinator, or read its `federation.json`.")
     objects = network.objects()
-    note = objects.read_note(COORDINATOR)
+    note = read_lease(objects)
     if note is None:
         raise NetworkError(f"There is no run at {objects.address!r}. Look for a misspelling, or start one there.")
     is_alive = None
-    if not note.get("is_over"):
-        time.sleep(WATCHED_SECONDS)
-        later = objects.read_note(COORDINATOR)
+    if not note["is_over"]:
+        time.sleep(WATCHED_BEATS * note["seconds"] / BEATS_PER_LEASE)
+        later = read_lease(objects)
         is_alive = later is not None and later != note
         note = later or note
     for line in status_lines(note, objects.read_note(STATUS) or {}, is_alive):
